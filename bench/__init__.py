@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench decode` and `python -m bench prefill`, on a machine with an NVIDIA GPU."""

@@ -1,0 +1,431 @@
+// decode: attention of a few query tokens per request over that request's pages.
+//
+//   out[row, head] = sum_x softmax_x(score(row, head, x)) * V[x]        x = the tokens that the row may see
+//   score          = sm_scale * q[row, head] . K[x]                     (SOFT_CAP: c * tanh(score / c))
+//   lse[row, head] = ln(sum_x exp(score))
+//
+// in    q            [batch * q_len, num_qo_heads, HEAD_DIM]    row = request * q_len + token
+//       k, v         pools of pages; NHD and HND differ in their strides only
+//       requests     [>= batch] Request                         where a request's pages stand (page_table.cuh)
+//       page_ids     [max_pages] int                            clean: every id is inside the pool
+// out   out          like q, fp16/bf16 or float32               0 for a row that sees no key
+//       lse          [batch * q_len, num_qo_heads] float        natural log, -inf for a row that sees no key; or null
+// work  partial_out  [grid, COLUMNS, HEAD_DIM] float            one partial state a CTA, when a request is split
+//       partial_state[grid, COLUMNS] float2                     (max, sum), base 2
+//       arrivals     [batch * column_blocks * num_kv_heads] u32 zero before and after every launch
+//
+// Decode reads every K and V once and does little else, so all that counts is to keep enough loads in flight on every
+// SM. The query heads of one KV head (and the q_len tokens of a request) are the *columns* of one small matrix product,
+// so any group size runs on tensor cores:
+//   S^T [16 tokens x 8 columns] = K [16 x HEAD_DIM] . Q^T         O^T [16 dims x 8 columns] += V^T . P^T
+//
+// Who owns what
+//   grid   one CTA per (request, split, block of COLUMNS columns, KV head); KV heads vary fastest, so that CTAs which
+//          run together read neighbouring memory. There is no schedule: the hardware hands out CTAs, which evens out
+//          SMs of unequal bandwidth better than any equal split.
+//   warp   an independent pipeline over tiles of 16 tokens: tile = (i * WARPS + warp) * num_splits + split.
+//          No barrier of the block before the end.
+//   shared memory, per warp: one K tile and one V tile (shared_rows.cuh). K of tile i+1 loads while tile i does its
+//          softmax and V, V of tile i+1 while tile i+1 does its scores. At the end the same bytes hold the warp's O.
+//   split  the last CTA of a split row to arrive merges all partial states, in the order of the splits: the same bits
+//          on every run. The arrival counter wraps to zero by itself.
+#include "attention_state.cuh"
+#include "convert.cuh"
+#include "load_global.cuh"
+#include "mma.cuh"
+#include "page_table.cuh"
+#include "shared_rows.cuh"
+
+static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM >= 16 && HEAD_DIM <= 256, "HEAD_DIM must be a multiple of 16 up to 256");
+static_assert(COLUMNS % 8 == 0 && COLUMNS >= 8 && COLUMNS <= 32, "COLUMNS must be 8, 16, 24 or 32");
+
+constexpr int WARPS = HEAD_DIM > 128 ? 4 : 8;
+constexpr int THREADS = WARPS * 32;
+constexpr int CTAS_PER_SM = (COLUMNS == 8) ? 2 : 1;
+constexpr int TILE = 16;                                 // tokens
+constexpr int N_TILES = COLUMNS / 8;                     // n-tiles of the matrix products
+constexpr int K_STEPS = HEAD_DIM / 16;                   // k-steps of S, and m-tiles of O^T
+constexpr int CHUNKS = HEAD_DIM / 8;                     // 16-byte pieces of a row
+constexpr int LOADS = TILE * CHUNKS / 32;                // pieces that a lane loads of a K or V tile
+typedef SharedRows<CHUNKS> Rows;                        // of a K or V tile
+constexpr int TILE_BYTES = TILE * Rows::BYTES;
+constexpr int OUT_PITCH = HEAD_DIM + 4;                  // floats between columns of O in shared memory
+constexpr int OUT_BYTES = COLUMNS * OUT_PITCH * 4;
+constexpr int WARP_BYTES = 2 * TILE_BYTES > OUT_BYTES ? 2 * TILE_BYTES : OUT_BYTES;
+static_assert(WARP_BYTES % 128 == 0 && TILE_BYTES % 128 == 0, "tiles begin on lines of 128 bytes");
+constexpr int LIMITS_OFFSET = WARPS * WARP_BYTES;                   // [WARPS][COLUMNS] KvLimits
+constexpr int STATES_OFFSET = LIMITS_OFFSET + WARPS * COLUMNS * 8;  // [WARPS][COLUMNS] float2 (max, sum)
+constexpr int FLAG_OFFSET = STATES_OFFSET + WARPS * COLUMNS * 8;    // int: this CTA merges
+static_assert(FLAG_OFFSET + 16 == SHARED_BYTES, "SHARED_BYTES must be what planner.py says");
+constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr float RESCALE_STEP = 8.f;   // P stays below 2^8: far from overflow in fp16, and the rescale is rare
+constexpr int PARTIALS_IN_FLIGHT = 8;
+
+struct DecodeParams {
+    const u16* q;
+    const u16* k;
+    const u16* v;
+    void* out;
+    float* lse;
+    const Request* requests;
+    const int* page_ids;
+    float* partial_out;
+    float2* partial_state;
+    u32* arrivals;
+    Positions positions;
+    PoolStrides k_strides;
+    PoolStrides v_strides;
+    i64 q_row_stride;  // strides of q and out in elements
+    i64 q_head_stride;
+    i64 out_row_stride;
+    i64 out_head_stride;
+    int num_qo_heads;
+    int num_kv_heads;
+    int group_size;
+    int q_len;
+    int num_splits;
+    int column_blocks;  // ceil(q_len * group_size / COLUMNS)
+    int out_float32;
+    int evict_first;    // KV will not be read again soon: keep it from pushing the partial states out of L2
+    float sm_scale;
+    float logits_soft_cap;
+};
+
+// Four columns of one row's result, written where q stood.
+__device__ __forceinline__ void write_row(const DecodeParams& p, int row, int head, int dim, const RowState& state) {
+    const float scale = state.sum > 0.f ? 1.f / state.sum : 0.f;
+    const i64 at = row * p.out_row_stride + head * p.out_head_stride + dim;
+    float4 out = state.out;
+    out.x *= scale;
+    out.y *= scale;
+    out.z *= scale;
+    out.w *= scale;
+    if (p.out_float32) {
+        *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at) = out;
+    } else {
+        uint2 packed;
+        packed.x = pack2(out.x, out.y);
+        packed.y = pack2(out.z, out.w);
+        *reinterpret_cast<uint2*>(static_cast<u16*>(p.out) + at) = packed;
+    }
+    if (dim == 0 && p.lse) p.lse[i64(row) * p.num_qo_heads + head] = log_sum_exp(state.max, state.sum);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const __grid_constant__ DecodeParams p) {
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int quad = lane >> 2, pair = lane & 3;  // an mma fragment: row quad (and quad + 8), columns 2 * pair, + 1
+
+    // 1. Which request, split, columns and KV head this CTA serves, and what its columns see.
+    int index = blockIdx.x;
+    const int kv_head = index % p.num_kv_heads;
+    index /= p.num_kv_heads;
+    const int column_block = index % p.column_blocks;
+    index /= p.column_blocks;
+    const int split = index % p.num_splits, batch_index = index / p.num_splits;
+    const Request request = p.requests[batch_index];
+
+    // Lane c speaks for column c: query token c / group_size of the request, head c % group_size of the group.
+    const int columns_left = p.q_len * p.group_size - column_block * COLUMNS;
+    const int num_columns = columns_left < COLUMNS ? columns_left : COLUMNS;
+    const int column = column_block * COLUMNS + (lane < num_columns ? lane : num_columns - 1);
+    const int query = column / p.group_size;
+    const int row = batch_index * p.q_len + query, head = kv_head * p.group_size + column - query * p.group_size;
+    const KvLimits limits = kv_limits(query, request, p.positions);
+    // Limits grow with the query token: the first column has the smallest, the last one the largest.
+    const int begin = __shfl_sync(~0u, limits.begin, 0), end = __shfl_sync(~0u, limits.end, num_columns - 1);
+    const int last_begin = __shfl_sync(~0u, limits.begin, num_columns - 1);
+    const int first_end = __shfl_sync(~0u, limits.end, 0);
+    KvLimits* warp_limits = reinterpret_cast<KvLimits*>(shared_memory + LIMITS_OFFSET) + warp * COLUMNS;
+    if (lane < COLUMNS) warp_limits[lane] = limits;
+
+    // Tiles count from the first visible token on. Splits without a tile take no part; a row without a tile is written
+    // by the first of them.
+    const int visible = end - begin, num_tiles = visible > 0 ? (visible + TILE - 1) / TILE : 0;
+    const int active_splits = num_tiles < p.num_splits ? num_tiles : p.num_splits;
+    if (split >= (active_splits > 0 ? active_splits : 1)) return;
+
+    // 2. Loads. Lane l knows where token l % 16 of a tile stands; the lanes then fetch it in pieces of 16 bytes.
+    const shared_address warp_base = shared_address_of(shared_memory) + warp * WARP_BYTES;
+    const shared_address k_tile = warp_base, v_tile = warp_base + TILE_BYTES;
+    const u64 policy = cache_policy(p.evict_first != 0);
+
+    auto page_of = [&](int tile) -> int {
+        const int token = tile * TILE + (lane & 15);
+        if (token >= visible) return 0;
+        return __ldg(p.page_ids + request.first_page + divide(begin + token, p.positions.page_size));
+    };
+    auto offset_of = [&](int tile, int page, const PoolStrides& strides) -> u32 {  // in units of 16 bytes
+        const int token = tile * TILE + (lane & 15), x = begin + token;
+        const int slot = x - divide(x, p.positions.page_size) * int(p.positions.page_size.divisor);
+        return token < visible ? page * strides.page + slot * strides.slot + kv_head * strides.head : 0u;
+    };
+    auto load_tile = [&](shared_address to, const u16* pool, int tile, u32 offset) {
+        const int left = visible - tile * TILE;
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) {
+            // A lane's chunk is the same in all loads where whole rows make up 32 lanes, and so is its place in a load.
+            const bool whole_rows = 32 % CHUNKS == 0;
+            const int chunk = whole_rows ? lane % CHUNKS : (i * 32 + lane) % CHUNKS;
+            const int token = whole_rows ? i * (32 / CHUNKS) + lane / CHUNKS : (i * 32 + lane) / CHUNKS;
+            const u64 base = reinterpret_cast<u64>(pool) + chunk * 16;
+            const u64 from = base + u64(__shfl_sync(~0u, offset, token)) * 16;
+            // What lies behind the end becomes zeros: NaN in an unused slot would survive a weight of 0.
+            copy_async_16(to + Rows::at(token, chunk), reinterpret_cast<const void*>(from), token < left, policy);
+        }
+    };
+
+    const int stride = WARPS * p.num_splits;
+    int tile = warp * p.num_splits + split, next_tile = tile + stride;
+    int page = page_of(tile), next_page = page_of(next_tile);
+    if (tile < num_tiles) load_tile(k_tile, p.k, tile, offset_of(tile, page, p.k_strides));
+    commit_copies();
+    if (tile < num_tiles) load_tile(v_tile, p.v, tile, offset_of(tile, page, p.v_strides));
+    commit_copies();
+
+    // 3. Q^T stays in registers, as B fragments: lane holds dims 2 * pair, + 1 (and + 8) of column quad.
+    u32 q[N_TILES][K_STEPS][2];
+#pragma unroll
+    for (int n = 0; n < N_TILES; ++n) {
+        const int c = n * 8 + quad;
+        const int q_row = __shfl_sync(~0u, row, c), q_head = __shfl_sync(~0u, head, c);
+        const u16* from = p.q + q_row * p.q_row_stride + q_head * p.q_head_stride + 2 * pair;
+#pragma unroll
+        for (int step = 0; step < K_STEPS; ++step) {
+            q[n][step][0] = c < num_columns ? __ldg(reinterpret_cast<const u32*>(from + step * 16)) : 0u;
+            q[n][step][1] = c < num_columns ? __ldg(reinterpret_cast<const u32*>(from + step * 16 + 8)) : 0u;
+        }
+    }
+
+    // 4. The loop over this warp's tiles. Scores are kept in base 2.
+    float out[N_TILES][K_STEPS][4], max[N_TILES][2], sum[N_TILES][2];
+#pragma unroll
+    for (int n = 0; n < N_TILES; ++n) {
+        max[n][0] = max[n][1] = -INF;
+        sum[n][0] = sum[n][1] = 0.f;
+#pragma unroll
+        for (int step = 0; step < K_STEPS; ++step)
+            out[n][step][0] = out[n][step][1] = out[n][step][2] = out[n][step][3] = 0.f;
+    }
+    // ldmatrix: lane l gives the address of row l % 8 of matrix l / 8. For V the matrices are read transposed.
+    const shared_address k_matrix = k_tile + Rows::at((lane & 7) + ((lane >> 3) & 1) * 8, lane >> 4);
+    const shared_address v_matrix = v_tile + Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+#if SOFT_CAP
+    const float scale = 1.f;
+#else
+    const float scale = p.sm_scale * LOG2_E;
+#endif
+
+#pragma unroll 1
+    while (tile < num_tiles) {
+        const int page_after_next = page_of(next_tile + stride);
+
+        // S^T = K Q^T
+        wait_copies<1>();
+        __syncwarp();
+        float score[N_TILES][4];
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n) score[n][0] = score[n][1] = score[n][2] = score[n][3] = 0.f;
+#pragma unroll
+        for (int step = 0; step < K_STEPS; ++step) {
+            u32 a[4];
+            load_matrix_x4(a, Rows::advance(k_matrix, step));
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) mma_m16n8k16(score[n], a, q[n][step][0], q[n][step][1]);
+        }
+        __syncwarp();
+        if (next_tile < num_tiles) load_tile(k_tile, p.k, next_tile, offset_of(next_tile, next_page, p.k_strides));
+        commit_copies();
+
+#if SOFT_CAP
+        const float to_cap = p.sm_scale / p.logits_soft_cap, from_cap = p.logits_soft_cap * LOG2_E;
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) score[n][i] = from_cap * tanh_fast(score[n][i] * to_cap);
+#endif
+        // Only tiles at an edge of some column's interval need a mask.
+        const int first_token = begin + tile * TILE;
+        if (first_token < last_begin || first_token + TILE > first_end) {
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const KvLimits seen = warp_limits[n * 8 + 2 * pair + (i & 1)];
+                    const int x = first_token + quad + (i >> 1) * 8;
+                    if (x < seen.begin || x >= seen.end) score[n][i] = -INF;
+                }
+        }
+
+        // The maximum moves only when a score passes it by more than RESCALE_STEP: then, and only then, the lanes
+        // of a column agree on a new one and rescale what they have.
+        bool passed = false;
+        float tile_max[N_TILES][2];
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                tile_max[n][i] = fmaxf(score[n][i], score[n][i + 2]) * scale;
+                passed |= tile_max[n][i] > max[n][i] + RESCALE_STEP;
+            }
+        if (__any_sync(~0u, passed)) {
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float top = tile_max[n][i];
+                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
+                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
+                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 16));
+                    top = fmaxf(top, max[n][i]);
+                    const float keep = top == -INF ? 1.f : exp2_fast(max[n][i] - top);
+                    max[n][i] = top;
+                    sum[n][i] *= keep;
+#pragma unroll
+                    for (int step = 0; step < K_STEPS; ++step) {
+                        out[n][step][i] *= keep;
+                        out[n][step][i + 2] *= keep;
+                    }
+                }
+        }
+
+        // P^T: exponentials, rounded to the element type and turned into B fragments.
+        u32 weight[N_TILES][2];
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n) {
+            float x[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float base = max[n][i & 1] == -INF ? 0.f : max[n][i & 1];
+                x[i] = exp2_fast(fmaf(score[n][i], scale, -base));
+            }
+            sum[n][0] += x[0] + x[2];
+            sum[n][1] += x[1] + x[3];
+            weight[n][0] = transpose_8x8(pack2(x[0], x[1]));
+            weight[n][1] = transpose_8x8(pack2(x[2], x[3]));
+        }
+
+        // O^T += V^T P^T
+        wait_copies<1>();
+        __syncwarp();
+#pragma unroll
+        for (int step = 0; step < K_STEPS; ++step) {
+            u32 a[4];
+            load_matrix_x4_transposed(a, Rows::advance(v_matrix, step));
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) mma_m16n8k16(out[n][step], a, weight[n][0], weight[n][1]);
+        }
+        __syncwarp();
+        if (next_tile < num_tiles) load_tile(v_tile, p.v, next_tile, offset_of(next_tile, next_page, p.v_strides));
+        commit_copies();
+
+        tile = next_tile;
+        next_tile += stride;
+        next_page = page_after_next;
+    }
+
+    // 5. Every warp lays its state into shared memory, where its tiles were.
+    float2* states = reinterpret_cast<float2*>(shared_memory + STATES_OFFSET);
+    float* warp_out = reinterpret_cast<float*>(shared_memory + warp * WARP_BYTES);
+    wait_copies<0>();
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int c = n * 8 + 2 * pair + i;
+            float total = sum[n][i];
+            total += __shfl_xor_sync(~0u, total, 4);
+            total += __shfl_xor_sync(~0u, total, 8);
+            total += __shfl_xor_sync(~0u, total, 16);
+            if (quad == 0) {
+                states[warp * COLUMNS + c].x = max[n][i];
+                states[warp * COLUMNS + c].y = total;
+            }
+#pragma unroll
+            for (int step = 0; step < K_STEPS; ++step) {
+                warp_out[c * OUT_PITCH + step * 16 + quad] = out[n][step][i];
+                warp_out[c * OUT_PITCH + step * 16 + quad + 8] = out[n][step][i + 2];
+            }
+        }
+    __syncthreads();
+
+    // 6. Threads merge the warps' states, four dims each: the result, or this split's partial state.
+    const int num_items = num_columns * (HEAD_DIM / 4);
+    for (int item = threadIdx.x; item < num_items; item += THREADS) {
+        const int c = item / (HEAD_DIM / 4), dim = item % (HEAD_DIM / 4) * 4;
+        RowState state = empty_state();
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
+            const float2 other = states[w * COLUMNS + c];
+            const float* from = reinterpret_cast<const float*>(shared_memory + w * WARP_BYTES) + c * OUT_PITCH + dim;
+            fold(state, other.x, other.y, *reinterpret_cast<const float4*>(from));
+        }
+        if (active_splits <= 1) {
+            const int q_token = (column_block * COLUMNS + c) / p.group_size;
+            const int q_head = kv_head * p.group_size + column_block * COLUMNS + c - q_token * p.group_size;
+            write_row(p, batch_index * p.q_len + q_token, q_head, dim, state);
+        } else {
+            const i64 at = i64(blockIdx.x) * COLUMNS + c;
+            *reinterpret_cast<float4*>(p.partial_out + at * HEAD_DIM + dim) = state.out;
+            if (dim == 0) {
+                p.partial_state[at].x = state.max;
+                p.partial_state[at].y = state.sum;
+            }
+        }
+    }
+    if (active_splits <= 1) return;
+
+    // 7. The last split to arrive merges the partial states of all.
+    int* merges = reinterpret_cast<int*>(shared_memory + FLAG_OFFSET);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const int counter = (batch_index * p.column_blocks + column_block) * p.num_kv_heads + kv_head;
+        *merges = atomic_inc_acq_rel(p.arrivals + counter, u32(active_splits - 1)) == u32(active_splits - 1);
+    }
+    __syncthreads();
+    if (!*merges) return;
+
+    // Few columns leave threads idle, so up to `shares` threads take every shares-th split of one item each.
+    int shares = 1;
+    while (shares * 2 * num_items <= THREADS && shares * 2 <= active_splits) shares *= 2;
+    const int grid_step = p.column_blocks * p.num_kv_heads;  // from one split's CTA to the next one's
+    const i64 first_cta = i64(blockIdx.x) - i64(split) * grid_step;
+    RowState* shared_states = reinterpret_cast<RowState*>(shared_memory);
+    for (int first = 0; first < num_items; first += THREADS) {
+        const int share = shares > 1 ? int(threadIdx.x) / num_items : 0;
+        const int item = first + (shares > 1 ? int(threadIdx.x) % num_items : int(threadIdx.x));
+        const int c = item / (HEAD_DIM / 4), dim = item % (HEAD_DIM / 4) * 4;
+        RowState state = empty_state();
+        if (item < num_items && share < shares) {
+            for (int s = share; s < active_splits; s += shares * PARTIALS_IN_FLIGHT) {
+                float2 other[PARTIALS_IN_FLIGHT];
+                float4 values[PARTIALS_IN_FLIGHT];
+#pragma unroll
+                for (int i = 0; i < PARTIALS_IN_FLIGHT; ++i) {
+                    const int from = s + i * shares;
+                    const i64 at = (first_cta + i64(from < active_splits ? from : s) * grid_step) * COLUMNS + c;
+                    other[i] = load_global_cg(p.partial_state + at);
+                    values[i] = load_global_cg(reinterpret_cast<const float4*>(p.partial_out + at * HEAD_DIM + dim));
+                    if (from >= active_splits) other[i].x = -INF;
+                }
+#pragma unroll
+                for (int i = 0; i < PARTIALS_IN_FLIGHT; ++i) fold(state, other[i].x, other[i].y, values[i]);
+            }
+        }
+        if (shares > 1) {
+            shared_states[threadIdx.x] = state;
+            __syncthreads();
+            if (share == 0)
+                for (int i = 1; i < shares; ++i) {
+                    const RowState other = shared_states[i * num_items + item];
+                    fold(state, other.max, other.sum, other.out);
+                }
+        }
+        if (item < num_items && share == 0) {
+            const int q_token = (column_block * COLUMNS + c) / p.group_size;
+            const int q_head = kv_head * p.group_size + column_block * COLUMNS + c - q_token * p.group_size;
+            write_row(p, batch_index * p.q_len + q_token, q_head, dim, state);
+        }
+    }
+}

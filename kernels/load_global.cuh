@@ -1,0 +1,116 @@
+// load_global: the only ways in which kernels read global memory past L1, copy it to shared memory, and count arrivals.
+//
+// A shared_address is the 32-bit address inside the block's shared memory that PTX wants; on a CPU it is the byte
+// offset into shared_memory. Both can be added to and XORed alike.
+#pragma once
+#include "convert.cuh"
+
+typedef u32 shared_address;
+
+__device__ __forceinline__ shared_address shared_address_of(const void* pointer) {
+#ifdef __CUDACC__
+    shared_address address;
+    asm("{ .reg .u64 wide; cvta.to.shared.u64 wide, %1; cvt.u32.u64 %0, wide; }" : "=r"(address) : "l"(pointer));
+    return address;
+#else
+    return simt::shared_offset(pointer);
+#endif
+}
+
+// 16 bytes from source to shared memory, both aligned to 16, seen after wait_copies and a barrier (its own warp:
+// __syncwarp). Not valid: 16 bytes of zeros, and source, which must still be a pointer into the array, is not read.
+__device__ __forceinline__ void copy_async_16(shared_address target, const void* source, bool valid) {
+#ifdef __CUDACC__
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+#else
+    *simt::shared_at<uint4>(target) = valid ? *simt::aligned<uint4>(source) : uint4{0, 0, 0, 0};
+#endif
+}
+
+// A cache policy for copies: first out of L2, for data that is read once and must not push out what is read again; or
+// the ordinary one.
+__device__ __forceinline__ u64 cache_policy(bool evict_first) {
+#ifdef __CUDACC__
+    u64 first, normal;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+    asm("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;" : "=l"(normal));
+    return evict_first ? first : normal;
+#else
+    return 0;
+#endif
+}
+
+__device__ __forceinline__ void copy_async_16(shared_address target, const void* source, bool valid, u64 policy) {
+#ifdef __CUDACC__
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(target),
+                 "l"(source), "r"(bytes), "l"(policy)
+                 : "memory");
+#else
+    copy_async_16(target, source, valid);
+#endif
+}
+
+// Closes the thread's current group of copies; an empty group is allowed and keeps the count even.
+__device__ __forceinline__ void commit_copies() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most `pending` of the thread's last groups are under way.
+template <int pending>
+__device__ __forceinline__ void wait_copies() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// Loads that skip L1, for what other blocks of the same launch have written.
+__device__ __forceinline__ float load_global_cg(const float* pointer) {
+#ifdef __CUDACC__
+    float x;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(pointer) : "memory");
+    return x;
+#else
+    return *simt::aligned<float>(pointer);
+#endif
+}
+
+__device__ __forceinline__ float2 load_global_cg(const float2* pointer) {
+#ifdef __CUDACC__
+    float2 x;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(pointer) : "memory");
+    return x;
+#else
+    return *simt::aligned<float2>(pointer);
+#endif
+}
+
+__device__ __forceinline__ float4 load_global_cg(const float4* pointer) {
+#ifdef __CUDACC__
+    float4 x;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "l"(pointer)
+                 : "memory");
+    return x;
+#else
+    return *simt::aligned<float4>(pointer);
+#endif
+}
+
+// Returns the counter and sets it to the next of 0, 1, ..., bound, 0, ...: the block that gets `bound` arrives last,
+// and the counter is ready for the next launch. What a thread wrote before is seen by whoever comes after.
+__device__ __forceinline__ u32 atomic_inc_acq_rel(u32* counter, u32 bound) {
+#ifdef __CUDACC__
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(bound) : "memory");
+    return before;
+#else
+    const u32 before = *counter;
+    *counter = before >= bound ? 0 : before + 1;
+    return before;
+#endif
+}

@@ -1,0 +1,117 @@
+// page_table: from a request and a token to a place in the pool, and every guard on the way.
+//
+// A request is described to the attention kernels by one 32-byte record, made once a step from the caller's table
+// (schedule.cu). The record is already clean: its pages lie inside the plan's copy of the table, every page id is
+// inside the pool. So the kernels below need no checks of their own and cannot loop or read out of bounds.
+//
+// Tokens that a table holds are counted by their *local index* x = 0, 1, 2, ... in page order. Their *position* in the
+// whole sequence is  (page_offset + (x / page_size) * page_stride) * page_size + x % page_size : a chunk of a split
+// sequence has an offset, a rank that owns every n-th page has a stride. Positions grow with x, so every mask (causal,
+// window, length) is an interval of local indices, and kv_limits() is the only place that knows about positions.
+#pragma once
+#include "convert.cuh"
+
+// n / divisor for 0 <= n < 2^31 by one multiplication; the host computes multiplier and shift (compile.py).
+struct FastDivide {
+    u32 divisor;
+    u32 multiplier;  // 0: the divisor is a power of two and only the shift counts
+    u32 shift;
+};
+
+__device__ __forceinline__ int divide(int n, const FastDivide& by) {
+    return by.multiplier ? int(u32((u64(u32(n)) * by.multiplier) >> 32) >> by.shift) : int(u32(n) >> by.shift);
+}
+
+// Strides of a pool in units of 16 bytes, whatever its layout: NHD and HND differ in these numbers only.
+struct PoolStrides {
+    u32 page;
+    u32 slot;
+    u32 head;
+};
+
+// The first fault that any kernel met. field is a FaultField, index the request or entry, value what stood there.
+struct Status {
+    int field;
+    int index;
+    i64 value;
+};
+
+// The same order as FAULT_FIELDS in paged_attn/errors.py (a test holds them together).
+enum FaultField {
+    FAULT_NONE,
+    FAULT_INDPTR,
+    FAULT_INDICES,
+    FAULT_LAST_PAGE_LEN,
+    FAULT_PAGE_OFFSET,
+    FAULT_TOTAL_LEN,
+    FAULT_QO_INDPTR,
+    FAULT_SLOTS,
+    FAULT_BATCH_INDICES,
+    FAULT_POSITIONS,
+    FAULT_MAX_PAGES,
+    FAULT_MAX_BATCH_SIZE,
+    FAULT_SEQ_LENS,
+    FAULT_BLOCK_TABLE,
+};
+
+__device__ __forceinline__ void record_fault(Status* status, FaultField field, int index, i64 value) {
+    if (atomicCAS(&status->field, int(FAULT_NONE), int(field)) == FAULT_NONE) {
+        status->index = index;
+        status->value = value;
+    }
+}
+
+// What the attention kernels know of a request: two 16-byte loads.
+struct __align__(16) Request {
+    int first_page;   // its pages are page_ids[first_page .. first_page + num_pages)
+    int num_pages;
+    int kv_len;       // tokens that these pages hold
+    int total_len;    // length of the whole sequence, from which masks count
+    int page_offset;  // position of its first page, in pages
+    int first_query;  // its query rows are first_query .. first_query + num_queries
+    int num_queries;
+    int first_tile;   // prefill: its first query tile in the grid
+};
+
+// How one launch reads tables: the same for all requests.
+struct Positions {
+    FastDivide page_size;
+    int page_stride;
+    int causal;       // 1: query i of n sees positions <= total_len - n + i
+    int window_left;  // w: and only the last w + 1 of them; -1: off
+};
+
+// Number of tokens by the table's own rule: a request without pages has none.
+__device__ __forceinline__ i64 seq_len_of(int num_pages, int last_page_len, int page_size) {
+    return num_pages > 0 ? i64(num_pages - 1) * page_size + last_page_len : 0;
+}
+
+// How many of the request's tokens stand before `position` in the whole sequence.
+__device__ __forceinline__ int tokens_before(i64 position, const Request& request, const Positions& positions) {
+    if (position <= 0) return 0;
+    const int page_size = int(positions.page_size.divisor);
+    if (position > 0x7fffffff) position = 0x7fffffff;
+    const int page = divide(int(position), positions.page_size), slot = int(position) - page * page_size;
+    // Local pages that lie wholly before page number `page`, and whether that page itself is one of ours.
+    const int behind = page - request.page_offset;
+    if (behind < 0) return 0;
+    const int stride = positions.page_stride;
+    const int whole = stride == 1 ? behind : (behind + stride - 1) / stride;
+    const i64 tokens = i64(whole) * page_size + (whole * i64(stride) == behind ? slot : 0);
+    return tokens < request.kv_len ? int(tokens) : request.kv_len;
+}
+
+// The local tokens [begin, end) that query `query` of the request sees.
+struct KvLimits {
+    int begin;
+    int end;
+};
+
+__device__ __forceinline__ KvLimits kv_limits(int query, const Request& request, const Positions& positions) {
+    const i64 own = i64(request.total_len) - request.num_queries + query;  // position of the query itself
+    KvLimits limits;
+    limits.end = tokens_before(positions.causal ? own + 1 : request.total_len, request, positions);
+    limits.begin = positions.window_left < 0 ? 0 : tokens_before(own - positions.window_left, request, positions);
+    if (limits.begin > limits.end) limits.begin = limits.end;
+    return limits;
+}

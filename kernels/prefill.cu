@@ -1,0 +1,376 @@
+// prefill: attention of many query tokens per request over that request's pages, on any GPU from sm_80 on.
+//
+//   out[row, head] = sum_x softmax_x(score(row, head, x)) * V[x]        x = the tokens that the row may see
+//   score          = sm_scale * q[row, head] . K[x]                     (SOFT_CAP: c * tanh(score / c))
+//   lse[row, head] = ln(sum_x exp(score))
+//
+// in    q         [q_rows, num_qo_heads, HEAD_DIM]    rows first_query .. first_query + num_queries are a request's
+//       k, v      pools of pages; NHD and HND differ in their strides only
+//       requests  [num_requests + 1] Request          where its pages stand (page_table.cuh); first_tile ascends.
+//                                                     The last record is a sentinel without keys: first_tile counts
+//                                                     the tiles of all requests, first_query their rows
+//       page_ids  [max_pages] int                     clean: every id is inside the pool
+// out   out       like q, fp16/bf16 or float32        0 for a row that sees no key
+//       lse       [q_rows, num_qo_heads] float        natural log, -inf for a row that sees no key; or null
+//
+// The query heads of one KV head and the tokens of a request are packed into one axis of rows, so any group size fills
+// the tensor cores: packed row r is token r / group_size, head r % group_size of the group. S = Q K^T lives in
+// registers, is turned into P = 2^(S - max) there, and O += P V never leaves them.
+//
+// Who owns what
+//   grid   one CTA per (tile of TILE_ROWS packed rows, KV head); KV heads vary fastest, so that CTAs which run together
+//          read neighbouring memory; tiles come in reverse, since the last ones of a causal request are the longest.
+//          The host knows an upper bound of the tiles only: a CTA finds its request by a search in `requests`. Tiles
+//          from the sentinel on serve the rows of q behind the planned ones, as a request that has no key.
+//   warp   TILE_ROWS / WARPS rows and all tokens: no exchange between warps, and every fragment of K and V that a warp
+//          reads from shared memory serves all of its M_TILES row tiles.
+//   shared memory: Q, one block of K, one block of V, rows padded by 16 bytes, so that the 8 rows of an ldmatrix fall
+//          into different banks; where the tokens of two blocks stand in the pools; what each row sees.
+//          V of block j loads while block j does its scores, K of block j + 1 while block j does P V; page ids are
+//          read two blocks ahead. At the end a warp's part of Q holds its output on the way to memory.
+//   Nothing is added by atomics: the same bits on every run.
+#include "attention_state.cuh"
+#include "convert.cuh"
+#include "load_global.cuh"
+#include "mma.cuh"
+#include "page_table.cuh"
+
+static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM >= 16 && HEAD_DIM <= 256, "HEAD_DIM must be a multiple of 16 up to 256");
+static_assert(SOFT_CAP == 0 || SOFT_CAP == 1, "SOFT_CAP must be 0 or 1");
+
+constexpr int WARPS = 4;
+constexpr int THREADS = WARPS * 32;
+constexpr int CTAS_PER_SM = HEAD_DIM < 64 ? 3 : 2;
+constexpr int M_TILES = HEAD_DIM > 128 ? 1 : 2;  // m16 tiles a warp: O takes M_TILES * HEAD_DIM / 2 registers
+constexpr int WARP_ROWS = M_TILES * 16;
+static_assert(TILE_ROWS == WARPS * WARP_ROWS, "TILE_ROWS must be what planner.py says");
+constexpr int BLOCK = HEAD_DIM > 128 ? 32 : 64;  // tokens
+constexpr int K_STEPS = HEAD_DIM / 16;           // k-steps of Q K^T, and pairs of n-tiles of P V
+constexpr int BLOCK_STEPS = BLOCK / 16;          // pairs of n-tiles of Q K^T, and k-steps of P V
+constexpr int CHUNKS = HEAD_DIM / 8;             // 16-byte pieces of a row
+constexpr int ROW_LANES = CHUNKS <= 2 ? 2 : CHUNKS <= 4 ? 4 : CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;
+constexpr int LOAD_ROWS = THREADS / ROW_LANES;  // rows that the CTA moves at a time, a chunk a thread
+static_assert(BLOCK % LOAD_ROWS == 0 && TILE_ROWS % LOAD_ROWS == 0, "every thread moves the same number of rows");
+constexpr int ROW_BYTES = (CHUNKS + 1) * 16;
+constexpr int K_OFFSET = TILE_ROWS * ROW_BYTES;  // Q stands at 0
+constexpr int V_OFFSET = K_OFFSET + BLOCK * ROW_BYTES;
+constexpr int TOKENS_OFFSET = V_OFFSET + BLOCK * ROW_BYTES;  // [2] TokenOffsets
+constexpr int ROWS_OFFSET = TOKENS_OFFSET + 4 * BLOCK * 4;   // [TILE_ROWS] Row
+static_assert(SHARED_BYTES == ROWS_OFFSET + TILE_ROWS * 16, "SHARED_BYTES must be what planner.py says");
+static_assert(SHARED_BYTES <= 99 * 1024, "the smallest shared memory of a CTA from sm_80 on");
+constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr float NO_KEY = -0x1.fffffep127f;  // max of a row before its first key: -INF - NO_KEY is -INF, as it has to be
+constexpr float RESCALE_STEP = 8.f;         // P stays below 2^8: far from overflow in fp16, and the rescale is rare
+
+struct PrefillParams {
+    const u16* q;
+    const u16* k;
+    const u16* v;
+    void* out;
+    float* lse;
+    const Request* requests;
+    const int* page_ids;
+    Positions positions;
+    PoolStrides k_strides;
+    PoolStrides v_strides;
+    i64 q_row_stride;  // strides of q and out in elements
+    i64 q_head_stride;
+    i64 out_row_stride;
+    i64 out_head_stride;
+    int num_requests;  // capacity: requests beside the sentinel
+    int q_rows;
+    int num_qo_heads;
+    int num_kv_heads;
+    int group_size;
+    int num_tiles;  // upper bound; the grid is num_tiles * num_kv_heads
+    int out_float32;
+    float sm_scale;
+    float logits_soft_cap;
+};
+
+// Where the tokens of one block stand in the two pools, in units of 16 bytes.
+struct TokenOffsets {
+    u32 k[BLOCK];
+    u32 v[BLOCK];
+};
+
+// One packed row: the tokens that it sees, and where it stands in q and out (query -1: nowhere).
+struct __align__(16) Row {
+    KvLimits limits;
+    int query;
+    int head;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const __grid_constant__ PrefillParams p) {
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
+    TokenOffsets* const token_offsets = reinterpret_cast<TokenOffsets*>(shared_memory + TOKENS_OFFSET);
+    Row* const rows = reinterpret_cast<Row*>(shared_memory + ROWS_OFFSET);
+    const shared_address shared = shared_address_of(shared_memory);
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    const int quad = lane >> 2, pair = lane & 3;  // an mma fragment: row quad (and quad + 8), columns 2 * pair, + 1
+    const int chunk = thread % ROW_LANES, load_row = thread / ROW_LANES;
+
+    // 1. The request of this tile: the last one whose first_tile is not behind it. The warp probes 32 at a time.
+    const int kv_head = blockIdx.x % p.num_kv_heads, tile = p.num_tiles - 1 - int(blockIdx.x) / p.num_kv_heads;
+    int index = 0;
+    for (int span = p.num_requests + 1; span > 1;) {
+        const int step = (span + 31) / 32, probe = lane * step;
+        const bool reached = probe < span && p.requests[index + probe].first_tile <= tile;
+        const int count = __popc(__ballot_sync(~0u, reached)), skipped = count > 1 ? (count - 1) * step : 0;
+        index += skipped;
+        span = span - skipped < step ? span - skipped : step;
+    }
+    Request request = p.requests[index];
+    if (index == p.num_requests) request.num_queries = p.q_rows - request.first_query;
+    const i64 first_row = i64(tile - request.first_tile) * TILE_ROWS;
+    if (first_row >= i64(request.num_queries) * p.group_size) return;
+
+    // 2. What each row sees. Rows behind the last one stand nowhere and see what the last token sees.
+    if (thread < TILE_ROWS) {
+        const u32 packed = u32(first_row) + thread, group_size = u32(p.group_size);
+        const int token = int(packed / group_size), last = request.num_queries - 1;
+        const u32 query = u32(request.first_query) + u32(token);
+        Row row;
+        row.limits = kv_limits(token < last ? token : last, request, p.positions);
+        row.query = token <= last && query < u32(p.q_rows) ? int(query) : -1;
+        row.head = kv_head * p.group_size + int(packed % group_size);
+        rows[thread] = row;
+    }
+    __syncthreads();
+    // Limits grow with the token: the first row has the smallest, the last one the largest.
+    const int begin = rows[0].limits.begin, end = rows[TILE_ROWS - 1].limits.end;
+    const int last_begin = rows[warp * WARP_ROWS + WARP_ROWS - 1].limits.begin;
+    const int first_end = rows[warp * WARP_ROWS].limits.end;
+
+    // 3. Loads. Thread i knows where token i of a block stands. Tokens at or behind `end` get the place of the last one
+    // before it: unused slots, whose NaN would survive a weight of 0, are not read, and no address leaves the pools.
+    auto token_of = [&](int block) -> int { return block + thread < end ? block + thread : end - 1; };
+    auto page_of = [&](int block) -> int {
+        return __ldg(p.page_ids + request.first_page + divide(token_of(block), p.positions.page_size));
+    };
+    auto place_tokens = [&](TokenOffsets& offsets, int block, int page) {
+        const int token = token_of(block);
+        const u32 slot = token - divide(token, p.positions.page_size) * p.positions.page_size.divisor;
+        offsets.k[thread] = page * p.k_strides.page + slot * p.k_strides.slot + kv_head * p.k_strides.head;
+        offsets.v[thread] = page * p.v_strides.page + slot * p.v_strides.slot + kv_head * p.v_strides.head;
+    };
+    auto load_block = [&](int to, const u16* pool, const u32(&offsets)[BLOCK]) {
+        constexpr int COUNT = BLOCK / LOAD_ROWS;
+        const int first = load_row * COUNT;
+        const u64 base = reinterpret_cast<u64>(pool) + chunk * 16;
+        if (chunk < CHUNKS) {
+            u32 from[COUNT];
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) from[i] = offsets[first + i];
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i)
+                copy_async_16(shared + to + (first + i) * ROW_BYTES + chunk * 16,
+                              reinterpret_cast<const void*>(base + u64(from[i]) * 16), true);
+        }
+        commit_copies();
+    };
+    int next_page = 0;
+    if (begin < end) {
+        if (thread < BLOCK) {
+            place_tokens(token_offsets[0], begin, page_of(begin));
+            next_page = page_of(begin + BLOCK);
+        }
+        if (chunk < CHUNKS) {
+#pragma unroll 4
+            for (int i = load_row; i < TILE_ROWS; i += LOAD_ROWS) {
+                const Row row = rows[i];
+                const i64 from = row.query < 0 ? 0 : row.query * p.q_row_stride + row.head * p.q_head_stride;
+                copy_async_16(shared + i * ROW_BYTES + chunk * 16, p.q + from + chunk * 8, row.query >= 0);
+            }
+        }
+        __syncthreads();
+        load_block(K_OFFSET, p.k, token_offsets[0].k);
+    }
+
+    // 4. The loop over blocks of tokens. Scores are kept in base 2.
+    float out[M_TILES][K_STEPS * 2][4], max[M_TILES][2], sum[M_TILES][2];
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+        max[m][0] = max[m][1] = NO_KEY;
+        sum[m][0] = sum[m][1] = 0.f;
+#pragma unroll
+        for (int n = 0; n < K_STEPS * 2; ++n) out[m][n][0] = out[m][n][1] = out[m][n][2] = out[m][n][3] = 0.f;
+    }
+    // ldmatrix: lane l gives the address of row l % 8 of matrix l / 8. For V the matrices are read transposed.
+    const shared_address q_matrix = shared + (warp * WARP_ROWS + (lane & 15)) * ROW_BYTES + (lane >> 4) * 16;
+    const shared_address k_matrix =
+        shared + K_OFFSET + ((lane & 7) + (lane >> 4) * 8) * ROW_BYTES + ((lane >> 3) & 1) * 16;
+    const shared_address v_matrix = shared + V_OFFSET + (lane & 15) * ROW_BYTES + (lane >> 4) * 16;
+#if SOFT_CAP
+    const float scale = 1.f, to_cap = p.sm_scale / p.logits_soft_cap, from_cap = p.logits_soft_cap * LOG2_E;
+#else
+    const float scale = p.sm_scale * LOG2_E;
+#endif
+    int parity = 0;
+
+#pragma unroll 1
+    for (int block = begin; block < end; block += BLOCK) {
+        const int next_block = block + BLOCK;
+
+        // K is here, and every warp is done with V of the block before.
+        wait_copies<0>();
+        __syncthreads();
+        load_block(V_OFFSET, p.v, token_offsets[parity].v);
+        parity ^= 1;
+        if (thread < BLOCK && next_block < end) {
+            place_tokens(token_offsets[parity], next_block, next_page);
+            next_page = page_of(next_block + BLOCK);
+        }
+
+        // S = Q K^T
+        float score[M_TILES][BLOCK_STEPS * 2][4];
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int n = 0; n < BLOCK_STEPS * 2; ++n)
+                score[m][n][0] = score[m][n][1] = score[m][n][2] = score[m][n][3] = 0.f;
+#pragma unroll
+        for (int step = 0; step < K_STEPS; ++step) {
+            u32 a[M_TILES][4];
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m) load_matrix_x4(a[m], q_matrix + m * 16 * ROW_BYTES + step * 32);
+#pragma unroll
+            for (int n = 0; n < BLOCK_STEPS; ++n) {
+                u32 b[4];
+                load_matrix_x4(b, k_matrix + n * 16 * ROW_BYTES + step * 32);
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m) {
+                    mma_m16n8k16(score[m][2 * n], a[m], b[0], b[1]);
+                    mma_m16n8k16(score[m][2 * n + 1], a[m], b[2], b[3]);
+                }
+            }
+        }
+
+#if SOFT_CAP
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int n = 0; n < BLOCK_STEPS * 2; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) score[m][n][i] = from_cap * tanh_fast(score[m][n][i] * to_cap);
+#endif
+        // Only blocks at an edge of what some row of this warp sees need a mask.
+        if (block < last_begin || next_block > first_end) {
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const KvLimits seen = rows[warp * WARP_ROWS + m * 16 + half * 8 + quad].limits;
+                    const int first = block + 2 * pair - seen.begin;
+                    const u32 length = seen.end - seen.begin;
+#pragma unroll
+                    for (int n = 0; n < BLOCK_STEPS * 2; ++n)
+#pragma unroll
+                        for (int i = 0; i < 2; ++i)
+                            if (u32(first + n * 8 + i) >= length) score[m][n][half * 2 + i] = -INF;
+                }
+        }
+
+        // The maximum moves only when a score passes it by more than RESCALE_STEP: then, and only then, the lanes of a
+        // row agree on a new one and rescale what they have.
+        float block_max[M_TILES][2];
+        bool passed = false;
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float top = score[m][0][half * 2];
+#pragma unroll
+                for (int n = 0; n < BLOCK_STEPS * 2; ++n)
+                    top = fmaxf(top, fmaxf(score[m][n][half * 2], score[m][n][half * 2 + 1]));
+                block_max[m][half] = top * scale;
+                passed |= block_max[m][half] > max[m][half] + RESCALE_STEP;
+            }
+        if (__any_sync(~0u, passed)) {
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float top = block_max[m][half];
+                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+                    top = fmaxf(top, max[m][half]);
+                    const float keep = exp2_fast(max[m][half] - top);
+                    max[m][half] = top;
+                    sum[m][half] *= keep;
+#pragma unroll
+                    for (int n = 0; n < K_STEPS * 2; ++n) {
+                        out[m][n][half * 2] *= keep;
+                        out[m][n][half * 2 + 1] *= keep;
+                    }
+                }
+        }
+
+        // V is here, and every warp is done with K.
+        wait_copies<0>();
+        __syncthreads();
+        if (next_block < end) load_block(K_OFFSET, p.k, token_offsets[parity].k);
+
+        // O += P V. The accumulators of S become A fragments by rounding alone.
+#pragma unroll
+        for (int step = 0; step < BLOCK_STEPS; ++step) {
+            u32 a[M_TILES][4];
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {  // rows quad, quad + 8 of n-tile 2 * step, then of the next one
+                    const int n = step * 2 + i / 2, half = i % 2;
+                    const float low = exp2_fast(fmaf(score[m][n][half * 2], scale, -max[m][half]));
+                    const float high = exp2_fast(fmaf(score[m][n][half * 2 + 1], scale, -max[m][half]));
+                    sum[m][half] += low + high;
+                    a[m][i] = pack2(low, high);
+                }
+#pragma unroll
+            for (int n = 0; n < K_STEPS; ++n) {
+                u32 b[4];
+                load_matrix_x4_transposed(b, v_matrix + step * 16 * ROW_BYTES + n * 32);
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m) {
+                    mma_m16n8k16(out[m][2 * n], a[m], b[0], b[1]);
+                    mma_m16n8k16(out[m][2 * n + 1], a[m], b[2], b[3]);
+                }
+            }
+        }
+    }
+
+    // 5. Normalise and write. 16-bit results go through the warp's own rows of Q, so that whole rows are written.
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float total = sum[m][half];
+            total += __shfl_xor_sync(~0u, total, 1);
+            total += __shfl_xor_sync(~0u, total, 2);
+            const float weight = total == 0.f ? 0.f : 1.f / total;
+            const int r = warp * WARP_ROWS + m * 16 + half * 8 + quad;
+            const Row row = rows[r];
+            if (p.lse && pair == 0 && row.query >= 0)
+                p.lse[i64(row.query) * p.num_qo_heads + row.head] = log_sum_exp(max[m][half], total);
+            const i64 at = row.query * p.out_row_stride + row.head * p.out_head_stride + 2 * pair;
+#pragma unroll
+            for (int n = 0; n < K_STEPS * 2; ++n) {
+                const float low = out[m][n][half * 2] * weight, high = out[m][n][half * 2 + 1] * weight;
+                if (!p.out_float32)
+                    *reinterpret_cast<u32*>(shared_memory + r * ROW_BYTES + n * 16 + pair * 4) = pack2(low, high);
+                else if (row.query >= 0)
+                    *reinterpret_cast<float2*>(static_cast<float*>(p.out) + at + n * 8) = make_float2(low, high);
+            }
+        }
+    if (p.out_float32) return;
+    __syncwarp();
+    const int column = lane % ROW_LANES;
+#pragma unroll 4
+    for (int i = lane / ROW_LANES; i < WARP_ROWS; i += 32 / ROW_LANES) {
+        const int r = warp * WARP_ROWS + i;
+        const Row row = rows[r];
+        if (column < CHUNKS && row.query >= 0)
+            *reinterpret_cast<uint4*>(static_cast<u16*>(p.out) + row.query * p.out_row_stride +
+                                      row.head * p.out_head_stride + column * 8) =
+                *reinterpret_cast<const uint4*>(shared_memory + r * ROW_BYTES + column * 16);
+    }
+}

@@ -1,0 +1,316 @@
+// table: everything that is done to page tables and to whole pages, one small kernel each.
+//
+// A table is indptr [batch + 1], indices [num_indices], last_page_len [batch], and maybe page_offset, total_len
+// [batch], all int: request i has the pages indices[indptr[i] .. indptr[i + 1]), full but for the last one.
+//
+//   seq_lens            tokens of each request
+//   split_rows, _pages  row c * batch + i = pages [c * n / num_chunks, (c + 1) * n / num_chunks) of request i, n = its
+//                       pages
+//   block_table_rows, _pages   a padded block table [batch, width] and lengths -> a table
+//   to_block_table      a table -> a padded block table, -1 where there is no page
+//   table_slots         (request, position) -> slot = page * page_size + offset, -1 where the table lacks the page
+//   update_page_lists   entries of the cache's page lists that have changed
+//   build_table         page lists of some sequences -> a table
+//   copy_pages          whole pages of all layers
+//
+// Tables come from outside and may hold anything: a row that does not lie inside its arrays counts as empty, a row that
+// does not fit into the output is cut, and both are recorded in the status word.
+//
+// Who owns what
+//   *_rows        one block, chunks of blockDim.x rows with a running sum; SCAN_BYTES of shared memory
+//   *_pages, build_table, copy_pages    gridDim.x / rows blocks a row (a pair of pages, for copy_pages)
+//   the others    one thread an entry
+#include "page_table.cuh"
+#include "table_rows.cuh"
+
+// ---- seq_lens -------------------------------------------------------------------------------------------------------
+
+struct SeqLensParams {
+    const int* indptr;         // [batch + 1]
+    const int* last_page_len;  // [batch]
+    int* seq_lens;             // [batch], out
+    int batch;
+    int page_size;
+};
+
+extern "C" __global__ void __launch_bounds__(256) seq_lens(const __grid_constant__ SeqLensParams p) {
+    const i64 row = i64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (row >= p.batch) return;
+    const int num_pages = int(clamp(i64(p.indptr[row + 1]) - p.indptr[row], 0, INT_LARGEST));
+    p.seq_lens[row] = int(clamp(seq_len_of(num_pages, p.last_page_len[row], p.page_size), 0, INT_LARGEST));
+}
+
+// ---- split ----------------------------------------------------------------------------------------------------------
+
+struct SplitParams {
+    const int* indptr;         // [batch + 1]
+    const int* indices;        // [num_indices]
+    const int* last_page_len;  // [batch]
+    const int* page_offset;    // [batch] or null: 0
+    const int* total_len;      // [batch] or null: seq_len
+    int* out_indptr;           // [num_chunks * batch + 1]
+    int* out_indices;          // [out_num_indices]
+    int* out_last_page_len;    // [num_chunks * batch]
+    int* out_page_offset;      // [num_chunks * batch]
+    int* out_total_len;        // [num_chunks * batch]
+    Status* status;            // [1]
+    int batch;
+    int num_chunks;
+    int num_indices;
+    int out_num_indices;
+    int page_size;
+    int page_stride;
+};
+
+// Row `row` of the split table: a chunk of the pages of a request.
+struct Chunk {
+    int request;
+    Range all;   // the request's entries of indices
+    Range used;  // the chunk's entries of indices
+};
+
+__device__ __forceinline__ Chunk chunk_of(const SplitParams& p, int row) {
+    const int index = row / p.batch;
+    Chunk chunk;
+    chunk.request = row % p.batch;
+    chunk.all = checked_range(p.indptr, chunk.request, p.num_indices, FAULT_INDPTR, p.status);
+    const i64 num_pages = chunk.all.end - chunk.all.begin;
+    chunk.used.begin = chunk.all.begin + int(index * num_pages / p.num_chunks);
+    chunk.used.end = chunk.all.begin + int((index + 1) * num_pages / p.num_chunks);
+    return chunk;
+}
+
+extern "C" __global__ void __launch_bounds__(1024) split_rows(const __grid_constant__ SplitParams p) {
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
+    i64* warp_totals = reinterpret_cast<i64*>(shared_memory);
+    const int rows = p.num_chunks * p.batch;
+    i64 pages = 0;  // of all rows before
+    for (int first = 0; first < rows; first += blockDim.x) {
+        const int row = first + threadIdx.x;
+        Chunk chunk = {};
+        if (row < rows) chunk = chunk_of(p, row);
+        const int num_pages = chunk.used.end - chunk.used.begin;
+        const i64 before = scan_before(num_pages, pages, warp_totals, Sum());
+        if (row >= rows) continue;
+
+        const Range out = placed(row, before, num_pages, p.out_num_indices, p.status);
+        const bool whole = out.end - out.begin == num_pages;
+        const int last_page_len = p.last_page_len[chunk.request];
+        const i64 seq_len = seq_len_of(chunk.all.end - chunk.all.begin, last_page_len, p.page_size);
+        const i64 skipped = i64(chunk.used.begin - chunk.all.begin) * p.page_stride;
+        p.out_indptr[row] = out.begin;
+        p.out_last_page_len[row] = out.end == out.begin                       ? 0
+                                   : whole && chunk.used.end == chunk.all.end ? last_page_len
+                                                                              : p.page_size;
+        p.out_page_offset[row] =
+            int(clamp((p.page_offset ? p.page_offset[chunk.request] : 0) + skipped, -INT_LARGEST, INT_LARGEST));
+        p.out_total_len[row] = p.total_len ? p.total_len[chunk.request] : int(clamp(seq_len, 0, INT_LARGEST));
+    }
+    if (threadIdx.x == 0) p.out_indptr[rows] = int(clamp(pages, 0, p.out_num_indices));
+}
+
+extern "C" __global__ void __launch_bounds__(256) split_pages(const __grid_constant__ SplitParams p) {
+    const int rows = p.num_chunks * p.batch;
+    const RowPart of = row_part(blockIdx.x, gridDim.x, rows);
+    if (of.row >= rows) return;
+    const Range out = {p.out_indptr[of.row], p.out_indptr[of.row + 1]};
+    const i64 from = i64(chunk_of(p, of.row).used.begin) - out.begin;
+    for (i64 entry = first_entry(out, of); entry < out.end; entry += entry_step(of))
+        p.out_indices[entry] = p.indices[from + entry];
+}
+
+// ---- from and to a block table --------------------------------------------------------------------------------------
+
+struct FromBlockTableParams {
+    const int* block_table;  // [batch, width]
+    const int* seq_lens;     // [batch]
+    int* out_indptr;         // [batch + 1]
+    int* out_indices;        // [out_num_indices]
+    int* out_last_page_len;  // [batch]
+    Status* status;          // [1]
+    i64 row_stride;          // of block_table, in elements
+    i64 column_stride;
+    int batch;
+    int width;
+    int out_num_indices;
+    int page_size;
+};
+
+extern "C" __global__ void __launch_bounds__(1024) block_table_rows(const __grid_constant__ FromBlockTableParams p) {
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
+    i64* warp_totals = reinterpret_cast<i64*>(shared_memory);
+    i64 pages = 0;  // of all rows before
+    for (int first = 0; first < p.batch; first += blockDim.x) {
+        const int row = first + threadIdx.x;
+        i64 seq_len = 0;
+        if (row < p.batch) {
+            const int given = p.seq_lens[row];
+            seq_len = clamp(given, 0, i64(p.width) * p.page_size);
+            if (seq_len != given) record_fault(p.status, FAULT_SEQ_LENS, row, given);
+        }
+        const i64 num_pages = (seq_len + p.page_size - 1) / p.page_size;
+        const i64 before = scan_before(num_pages, pages, warp_totals, Sum());
+        if (row >= p.batch) continue;
+
+        const Range out = placed(row, before, num_pages, p.out_num_indices, p.status);
+        p.out_indptr[row] = out.begin;
+        p.out_last_page_len[row] = out.end == out.begin              ? 0
+                                   : out.end - out.begin < num_pages ? p.page_size
+                                                                     : int(seq_len - (num_pages - 1) * p.page_size);
+    }
+    if (threadIdx.x == 0) p.out_indptr[p.batch] = int(clamp(pages, 0, p.out_num_indices));
+}
+
+extern "C" __global__ void __launch_bounds__(256) block_table_pages(const __grid_constant__ FromBlockTableParams p) {
+    const RowPart of = row_part(blockIdx.x, gridDim.x, p.batch);
+    if (of.row >= p.batch) return;
+    const Range out = {p.out_indptr[of.row], p.out_indptr[of.row + 1]};
+    for (i64 entry = first_entry(out, of); entry < out.end; entry += entry_step(of)) {
+        const i64 column = entry - out.begin;
+        const int page = p.block_table[of.row * p.row_stride + column * p.column_stride];
+        if (page < 0)
+            record_fault(p.status, FAULT_BLOCK_TABLE, int(clamp(of.row * i64(p.width) + column, 0, INT_LARGEST)), page);
+        p.out_indices[entry] = page;
+    }
+}
+
+struct ToBlockTableParams {
+    const int* indptr;   // [batch + 1]
+    const int* indices;  // [num_indices]
+    int* block_table;    // [batch, width], out
+    Status* status;      // [1]
+    int batch;
+    int num_indices;
+    int width;
+};
+
+extern "C" __global__ void __launch_bounds__(256) to_block_table(const __grid_constant__ ToBlockTableParams p) {
+    const i64 at = i64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (at >= i64(p.batch) * p.width) return;
+    const int row = int(at / p.width), column = int(at % p.width);
+    const Range pages = checked_range(p.indptr, row, p.num_indices, FAULT_INDPTR, p.status);
+    const int num_pages = pages.end - pages.begin;
+    if (column == 0 && num_pages > p.width) record_fault(p.status, FAULT_MAX_PAGES, row, num_pages);
+    p.block_table[at] = column < num_pages ? p.indices[pages.begin + column] : -1;
+}
+
+// ---- slots ----------------------------------------------------------------------------------------------------------
+
+struct TableSlotsParams {
+    const int* indptr;         // [batch + 1]
+    const int* indices;        // [num_indices]
+    const int* page_offset;    // [batch] or null: 0
+    const int* batch_indices;  // [tokens]
+    const int* positions;      // [tokens], in the whole sequence
+    i64* slots;                // [tokens], out
+    Status* status;            // [1]
+    FastDivide page_size;
+    int batch;
+    int num_indices;
+    int tokens;
+    int page_stride;
+};
+
+extern "C" __global__ void __launch_bounds__(256) table_slots(const __grid_constant__ TableSlotsParams p) {
+    const i64 token = i64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (token >= p.tokens) return;
+    p.slots[token] = -1;
+
+    // 1. The page of the whole sequence, and its number among the pages of this table: every page_stride-th is here.
+    const int request = p.batch_indices[token], position = p.positions[token];
+    if (request < 0 || request >= p.batch) return record_fault(p.status, FAULT_BATCH_INDICES, int(token), request);
+    if (position < 0) return record_fault(p.status, FAULT_POSITIONS, int(token), position);
+    const Range pages = checked_range(p.indptr, request, p.num_indices, FAULT_INDPTR, p.status);
+    const int page_in_sequence = divide(position, p.page_size);
+    const i64 behind = i64(page_in_sequence) - (p.page_offset ? p.page_offset[request] : 0);
+    if (behind < 0 || behind % p.page_stride) return;
+    const i64 entry = pages.begin + behind / p.page_stride;
+    if (entry >= pages.end) return;
+
+    // 2. Where that page lies in the pool.
+    const int page = p.indices[entry];
+    if (page < 0) return record_fault(p.status, FAULT_INDICES, int(entry), page);
+    const int page_size = int(p.page_size.divisor);
+    p.slots[token] = i64(page) * page_size + (position - page_in_sequence * page_size);
+}
+
+// ---- the cache's own table ------------------------------------------------------------------------------------------
+
+struct UpdatePageListsParams {
+    int* page_lists;          // [num_entries], in and out
+    const int* update_index;  // [num_updates], no entry twice
+    const int* update_value;  // [num_updates]
+    Status* status;           // [1]
+    int num_entries;
+    int num_updates;
+};
+
+extern "C" __global__ void __launch_bounds__(256) update_page_lists(const __grid_constant__ UpdatePageListsParams p) {
+    const i64 update = i64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (update >= p.num_updates) return;
+    const int entry = p.update_index[update];
+    if (entry < 0 || entry >= p.num_entries) return record_fault(p.status, FAULT_INDICES, int(update), entry);
+    p.page_lists[entry] = p.update_value[update];
+}
+
+struct BuildTableParams {
+    const int* page_lists;     // [num_entries]
+    const int* starts;         // [batch], where a sequence's pages begin in page_lists
+    const int* indptr;         // [batch + 1]
+    const int* last_page_len;  // [batch]
+    int* out_indptr;           // [capacity + 1], rows past batch repeat the last entry
+    int* out_last_page_len;    // [capacity], 0 past batch
+    int* out_indices;          // [out_num_indices]
+    Status* status;            // [1]
+    int num_entries;
+    int batch;
+    int capacity;  // >= batch
+    int out_num_indices;
+};
+
+extern "C" __global__ void __launch_bounds__(256) build_table(const __grid_constant__ BuildTableParams p) {
+    // 1. indptr and last_page_len, all blocks together.
+    const i64 step = i64(gridDim.x) * blockDim.x;
+    for (i64 row = i64(blockIdx.x) * blockDim.x + threadIdx.x; row <= p.capacity; row += step) {
+        p.out_indptr[row] = p.indptr[row < p.batch ? row : p.batch];
+        if (row < p.capacity) p.out_last_page_len[row] = row < p.batch ? p.last_page_len[row] : 0;
+    }
+    if (p.batch <= 0) return;
+
+    // 2. The pages of the block's sequence.
+    const RowPart of = row_part(blockIdx.x, gridDim.x, p.batch);
+    if (of.row >= p.batch) return;
+    const Range out = checked_range(p.indptr, of.row, p.out_num_indices, FAULT_INDPTR, p.status);
+    const int start = p.starts[of.row];
+    if (start < 0 || start > p.num_entries - (out.end - out.begin))
+        return record_fault(p.status, FAULT_INDICES, of.row, start);
+    const i64 from = i64(start) - out.begin;
+    for (i64 entry = first_entry(out, of); entry < out.end; entry += entry_step(of))
+        p.out_indices[entry] = p.page_lists[from + entry];
+}
+
+// ---- whole pages ----------------------------------------------------------------------------------------------------
+
+struct CopyPagesParams {
+    uint4* storage;     // [num_layers, num_pages, page_units], in and out: K and V of a page, in units of 16 bytes
+    const int* source;  // [num_pairs]
+    const int* target;  // [num_pairs], no page that is also a source or a second target
+    Status* status;     // [1]
+    i64 layer_units;    // from layer to layer
+    i64 page_units;     // of one page, K and V together
+    int num_pages;
+    int num_pairs;
+};
+
+// blockIdx.y is the layer.
+extern "C" __global__ void __launch_bounds__(256) copy_pages(const __grid_constant__ CopyPagesParams p) {
+    const RowPart of = row_part(blockIdx.x, gridDim.x, p.num_pairs);
+    if (of.row >= p.num_pairs) return;
+    const int source = p.source[of.row], target = p.target[of.row];
+    if (source < 0 || source >= p.num_pages) return record_fault(p.status, FAULT_INDICES, of.row, source);
+    if (target < 0 || target >= p.num_pages) return record_fault(p.status, FAULT_INDICES, of.row, target);
+    uint4* layer = p.storage + blockIdx.y * p.layer_units;
+    const uint4* from = layer + source * p.page_units;
+    uint4* to = layer + target * p.page_units;
+    for (i64 unit = first_entry({0, 0}, of); unit < p.page_units; unit += entry_step(of)) to[unit] = from[unit];
+}

@@ -1,0 +1,29 @@
+"""``python -m paged_attn demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from paged_attn.demo import cli
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run its command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m paged_attn", description="Paged attention without PyTorch.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    demo = commands.add_parser(
+        "demo",
+        help="serve a real language model by continuous batching",
+        description="Serve a real language model by continuous batching through a paged KV cache: requests join while "
+        "others decode, share the pages of a common prefix, are preempted when the pool is full, and come back.",
+    )
+    cli.add_options(demo)
+    demo.set_defaults(run=cli.run)
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,591 @@
+"""The public functions: arrays at the door, all checks, a backend's plan, and results in the caller's library.
+
+Every attention call is a plan and a run. The two Batch... classes keep the plan for many runs (once a step, then once a
+layer); the one-shot functions make one and drop it. Their arguments, common to all:
+
+    q            decode [batch, num_qo_heads, head_dim] or [batch, q_len, num_qo_heads, head_dim];
+                 prefill [qo_indptr[-1], num_qo_heads, head_dim]; of the dtype and on the device of kv
+    kv           PagedKV, one layer's pool
+    table        PageTable, on kv's device or of NumPy arrays (then its values are checked)
+    sm_scale     None: 1 / sqrt(head_dim)
+    window_left  w: a query sees the w keys to the left of its position, and its own; -1: all
+    logits_soft_cap  c: scores become c * tanh(score / c) after sm_scale; 0: off
+    out          array like q, of q's dtype or float32, that is written and returned; None: a new one like q
+    lse          float32 array of q's shape without head_dim that is written: the natural logarithm of the sum of the
+                 exponentials of a query's scores, -inf (and out = 0) where it sees no key
+    return_lse   return (out, lse) instead of out
+
+They raise LayoutMismatchError, PageTableError and ValueError for layouts, tables, shapes and values, TypeError for
+dtypes and devices, NotImplementedError for what a backend lacks (`supports` says it beforehand), before any launch.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import backends, spec
+from .interop import FLOAT_DTYPES, as_dtype, cupy_for, device_of, native, resolve_device, to_caller
+from .layout import Layout, PagedKV
+from .page_table import PageTable
+from .spec import AttentionSpec
+
+_FLOAT32 = FLOAT_DTYPES["float32"]
+_DECODE_AXES = ("[batch, num_qo_heads, head_dim]", "[batch, q_len, num_qo_heads, head_dim]")
+_PREFILL_AXES = ("[rows, num_qo_heads, head_dim]",)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a backend can do
+
+
+@dataclass(frozen=True)
+class Support:
+    """The answer of `supports`: true or false, and why not."""
+
+    supported: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.supported
+
+
+@dataclass(frozen=True)
+class _Limits:
+    dtypes: tuple[str, ...]
+    head_dim_multiple: int = 1
+    max_head_dim: int | None = None
+
+
+_OPS = ("append", "decode", "prefill", "merge")
+_LIMITS = {("cpu", op): _Limits(tuple(FLOAT_DTYPES)) for op in _OPS} | {
+    ("cuda", "append"): _Limits(("float16", "bfloat16"), 16, 256),
+    ("cuda", "decode"): _Limits(("float16", "bfloat16"), 16, 256),
+    ("cuda", "prefill"): _Limits(("float16", "bfloat16"), 16, 256),
+    ("cuda", "merge"): _Limits(("float16", "bfloat16", "float32")),
+}
+_MIN_COMPUTE_CAPABILITY = 80
+
+
+def supports(
+    op: str = "decode",
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    head_dim: int | None = None,
+    num_qo_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    page_size: int | None = None,
+    layout: Layout | str | None = None,
+) -> Support:
+    """Whether a call would be served on this machine: true or false, with a `.reason` that says why not.
+
+    op: "append", "decode", "prefill" or "merge". device: "cpu", "cuda", "cuda:1", ...; None: as everywhere, the current
+    CUDA device where there is one, else the CPU. What is not named is not asked about. Nothing limits page sizes,
+    layouts, group sizes, q_len, windows, soft caps and positions.
+    """
+    if op not in _OPS:
+        raise ValueError(f"op is {op!r}, which is none of {', '.join(_OPS)}; pass one of them")
+    try:
+        dtype_name = None if dtype is None else as_dtype(dtype).name
+        named = {
+            "head_dim": head_dim,
+            "page_size": page_size,
+            "num_qo_heads": num_qo_heads,
+            "num_kv_heads": num_kv_heads,
+        }
+        for name, value in named.items():
+            if value is not None:
+                spec.as_int(value, name, minimum=1)
+        if layout is not None:
+            spec.as_layout(layout)
+        if num_qo_heads is not None and num_kv_heads is not None and num_qo_heads % num_kv_heads:
+            raise ValueError(f"num_qo_heads={num_qo_heads} is not a multiple of num_kv_heads={num_kv_heads}")
+        kind = "cuda" if str(device).startswith("cuda") else _kind(resolve_device(device))
+        _check_limits(op, kind, dtype_name, head_dim)
+        _check_compute_capability(resolve_device(device))
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        return Support(False, str(error))
+    return Support(True)
+
+
+@functools.cache
+def _check_supported(op: str, device: str, dtype: np.dtype, head_dim: int) -> None:
+    _check_limits(op, _kind(device), dtype.name, head_dim)
+    _check_compute_capability(device)
+
+
+def _kind(device: str) -> str:
+    return device.partition(":")[0]
+
+
+def _check_limits(op: str, kind: str, dtype: str | None, head_dim: int | None) -> None:
+    limits = _LIMITS[kind, op]
+    if dtype is not None and dtype not in limits.dtypes:
+        raise NotImplementedError(
+            f"{op} on a GPU takes {', '.join(limits.dtypes)}, not {dtype}; pass .astype(np.float16) arrays, or NumPy "
+            f"arrays to compute on the CPU in {dtype}"
+        )
+    multiple, most = limits.head_dim_multiple, limits.max_head_dim
+    if head_dim is not None and (head_dim % multiple or (most is not None and head_dim > most)):
+        raise NotImplementedError(
+            f"{op} on a GPU takes a head_dim that is a multiple of {multiple} up to {most}, not {head_dim}; pad it "
+            f"with zeros and pass sm_scale=1/sqrt({head_dim}), or pass NumPy arrays to compute on the CPU"
+        )
+
+
+def _check_compute_capability(device: str) -> None:
+    if device == "cpu":
+        return
+    found = int(cupy_for(f"{device} is asked for").cuda.Device(int(device.partition(":")[2])).compute_capability)
+    if found < _MIN_COMPUTE_CAPABILITY:
+        raise NotImplementedError(
+            f"{device} has compute capability {found / 10}, and the kernels need {_MIN_COMPUTE_CAPABILITY / 10}; "
+            f"use a newer GPU, or pass NumPy arrays to compute on the CPU"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A plan and a run
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The checked metadata of one step: what a backend's plan takes over, and the rows that q may have."""
+
+    spec: AttentionSpec
+    table: PageTable
+    qo_indptr: Any  # None for decode
+    rows: tuple[int, ...] | range
+
+    def new_plan(self, **options: Any) -> Any:
+        return backends.of(self.spec.device).Plan(self.spec.device, **options)
+
+    def update(self, plan: Any) -> Any:
+        plan.update(self.spec, self.table, self.qo_indptr)
+        return plan
+
+
+def _decode_step(
+    kv: PagedKV, table: PageTable, num_qo_heads: int, q_len: int, max_batch_size: int | None, **options: Any
+) -> _Step:
+    call = _spec(kv, table, num_qo_heads, q_len=q_len, causal=True, **options)
+    capacity = () if max_batch_size is None else (max_batch_size,)
+    return _Step(call, table, None, (table.batch_size, *capacity))
+
+
+def _prefill_step(
+    kv: PagedKV,
+    table: PageTable,
+    qo_indptr: Any,
+    num_qo_heads: int,
+    causal: bool,
+    total_rows: int | None,
+    max_tokens: int | None,
+    **options: Any,
+) -> _Step:
+    call = _spec(kv, table, num_qo_heads, q_len=None, causal=causal, **options)
+    indptr = native(qo_indptr, "qo_indptr")
+    spec.check_qo_indptr(indptr, table.batch_size, total_rows, call.device)
+    if device_of(indptr) != "cpu":  # then only the device knows how many rows q has
+        return _Step(call, table, indptr, range(2**31 if max_tokens is None else max_tokens + 1))
+    capacity = () if max_tokens is None else (max_tokens,)
+    return _Step(call, table, indptr, (int(indptr[-1]), *capacity))
+
+
+def _spec(kv: PagedKV, table: PageTable, num_qo_heads: int, *, q_len: int | None, **options: Any) -> AttentionSpec:
+    call = spec.attention_spec(kv, table, num_qo_heads, q_len=q_len, **options)
+    _check_supported("prefill" if q_len is None else "decode", call.device, call.dtype, call.head_dim)
+    spec.check_table_values(table, call.num_pages)
+    return call
+
+
+def _run(
+    call: AttentionSpec,
+    rows: tuple[int, ...] | range,
+    planned: Callable[[], Any],
+    q: Any,
+    kv: PagedKV,
+    out: Any,
+    lse: Any,
+    return_lse: bool,
+) -> Any:
+    """Check one run, and have it done by the plan that `planned` gives when everything is known to be right."""
+    native_q = native(q, "q")
+    native_out = None if out is None else native(out, "out", writable=True)
+    native_lse = None if lse is None else native(lse, "lse", writable=True)
+    spec.check_run(call, native_q, kv, native_out, native_lse, rows)
+    if native_out is None:
+        native_out = backends.of(call.device).empty(native_q.shape, call.dtype, call.device)
+    if native_lse is None and return_lse:
+        native_lse = backends.of(call.device).empty(native_q.shape[:-1], _FLOAT32, call.device)
+    if native_q.shape[0]:
+        planned().run(call, _as_rows(native_q, 3), kv, _as_rows(native_out, 3), _as_rows(native_lse, 2))
+    result = to_caller(native_out, q) if out is None else out
+    if not return_lse:
+        return result
+    return result, to_caller(native_lse, q) if lse is None else lse
+
+
+def _as_rows(array: Any, ndim: int) -> Any:
+    """[batch, q_len, ...] as [batch * q_len, ...]."""
+    return array if array is None or array.ndim == ndim else array.reshape(-1, *array.shape[2:])
+
+
+def _run_once(step: _Step, q: Any, kv: PagedKV, out: Any, lse: Any, return_lse: bool) -> Any:
+    return _run(step.spec, step.rows, lambda: step.update(step.new_plan(one_shot=True)), q, kv, out, lse, return_lse)
+
+
+class _BatchAttention:
+    """What the two classes share: a backend's plan with its capacities, and run()."""
+
+    def __init__(self, *, batch_invariant: bool, **capacities: int | None) -> None:
+        for name, value in capacities.items():
+            if value is not None:
+                spec.as_int(value, name, minimum=1)
+        self._options = {**capacities, "batch_invariant": batch_invariant}
+        self._plan: Any = None
+        self._step: tuple[AttentionSpec, tuple[int, ...] | range] | None = None
+
+    def _take(self, step: _Step) -> None:
+        """Have the plan take over a step; where that raises, the step before stays."""
+        moved = self._step is None or self._step[0].device != step.spec.device
+        self._plan = step.update(step.new_plan(**self._options) if moved else self._plan)
+        self._step = (step.spec, step.rows)
+
+    def run(self, q: Any, kv: PagedKV, *, out: Any = None, lse: Any = None, return_lse: bool = False) -> Any:
+        """Attend over one layer by the last plan.
+
+        q has as many rows as the plan's batch (for prefill, qo_indptr[-1]), or as its capacity max_batch_size (for
+        prefill, max_tokens); rows past the batch become out = 0, lse = -inf. kv: any layer like the one planned with.
+        The other arguments, the results and the errors are those at the top of this module. With `out` (and `lse`,
+        where it is wanted) nothing is allocated.
+        """
+        if self._step is None:
+            raise RuntimeError("run() was called before plan(); call plan(kv, table, ...) once a step, then run()")
+        call, rows = self._step
+        return _run(call, rows, lambda: self._plan, q, kv, out, lse, return_lse)
+
+    def status(self) -> None:
+        """Raise the PageTableError that a kernel recorded since the last plan, if one did (this synchronises)."""
+        if self._plan is not None:
+            self._plan.raise_status()
+
+
+class BatchDecodeWithPagedKVCache(_BatchAttention):
+    """Decode for many layers and steps: plan() once a step, run() once a layer. A plan serves one stream at a time.
+
+    max_batch_size, max_pages: capacity; max_pages counts the pages of all requests together. With both, the plan's
+        buffers never move and CUDA graphs may capture plan() and run(); without, they grow by doubling.
+    batch_invariant: a request's result is bitwise the same alone or in any batch.
+    """
+
+    def __init__(
+        self, *, max_batch_size: int | None = None, max_pages: int | None = None, batch_invariant: bool = False
+    ) -> None:
+        super().__init__(max_batch_size=max_batch_size, max_pages=max_pages, batch_invariant=batch_invariant)
+
+    def plan(
+        self,
+        kv: PagedKV,
+        table: PageTable,
+        num_qo_heads: int,
+        *,
+        q_len: int = 1,
+        sm_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float = 0.0,
+    ) -> None:
+        """Copy a step's table. kv: any layer; it gives layout, heads, dims, dtype. q_len: causal queries a request."""
+        self._take(
+            _decode_step(
+                kv,
+                table,
+                num_qo_heads,
+                q_len,
+                self._options["max_batch_size"],
+                sm_scale=sm_scale,
+                window_left=window_left,
+                logits_soft_cap=logits_soft_cap,
+            )
+        )
+
+
+class BatchPrefillWithPagedKVCache(_BatchAttention):
+    """Ragged prefill for many layers and steps: plan() once a step, run() once a layer.
+
+    max_batch_size, max_pages, batch_invariant: as for decode. max_tokens: capacity for the rows of q.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch_size: int | None = None,
+        max_pages: int | None = None,
+        max_tokens: int | None = None,
+        batch_invariant: bool = False,
+    ) -> None:
+        super().__init__(
+            max_batch_size=max_batch_size, max_pages=max_pages, max_tokens=max_tokens, batch_invariant=batch_invariant
+        )
+
+    def plan(
+        self,
+        kv: PagedKV,
+        table: PageTable,
+        qo_indptr: Any,
+        num_qo_heads: int,
+        *,
+        causal: bool = True,
+        sm_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float = 0.0,
+    ) -> None:
+        """Copy a step's table. qo_indptr int32 [batch + 1]: request i has rows qo_indptr[i] to qo_indptr[i+1] of q."""
+        self._take(
+            _prefill_step(
+                kv,
+                table,
+                qo_indptr,
+                num_qo_heads,
+                causal,
+                None,
+                self._options["max_tokens"],
+                sm_scale=sm_scale,
+                window_left=window_left,
+                logits_soft_cap=logits_soft_cap,
+            )
+        )
+
+
+def decode(
+    q: Any,
+    kv: PagedKV,
+    table: PageTable,
+    *,
+    sm_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+    out: Any = None,
+    lse: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention of one query (or q_len causal ones) a request: out, or (out, lse) with return_lse.
+
+    Arguments, results and errors are those at the top of this module.
+    """
+    native_q = native(q, "q")
+    spec.check_q(kv, native_q, _DECODE_AXES)
+    q_len = native_q.shape[1] if native_q.ndim == 4 else 1
+    options = {"sm_scale": sm_scale, "window_left": window_left, "logits_soft_cap": logits_soft_cap}
+    step = _decode_step(kv, table, native_q.shape[-2], q_len, None, **options)
+    return _run_once(step, q, kv, out, lse, return_lse)
+
+
+def prefill(
+    q: Any,
+    qo_indptr: Any,
+    kv: PagedKV,
+    table: PageTable,
+    *,
+    causal: bool = True,
+    sm_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+    out: Any = None,
+    lse: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention of any number of queries a request: out, or (out, lse) with return_lse.
+
+    qo_indptr int32 [batch + 1]: request i has rows qo_indptr[i] to qo_indptr[i+1] of q. causal: its query i of n sees
+    the positions up to total_len - n + i. Other arguments, results and errors are those at the top of this module.
+    """
+    native_q = native(q, "q")
+    spec.check_q(kv, native_q, _PREFILL_AXES)
+    options = {"sm_scale": sm_scale, "window_left": window_left, "logits_soft_cap": logits_soft_cap}
+    step = _prefill_step(kv, table, qo_indptr, native_q.shape[1], causal, native_q.shape[0], None, **options)
+    return _run_once(step, q, kv, out, lse, return_lse)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One request with contiguous K and V
+
+
+def single_decode(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    layout: Layout | str,
+    sm_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+    out: Any = None,
+    lse: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """decode for one request without a cache: the same kernels over a pool of one page, no copy.
+
+    q, out [num_qo_heads, head_dim], lse [num_qo_heads]; k, v [len, num_kv_heads, head_dim] (NHD) or
+    [num_kv_heads, len, head_dim] (HND). Other arguments, results and errors are those at the top of this module.
+    """
+    kv, table = _one_request(k, v, layout)
+    native_q = native(q, "q")
+    spec.check_q(kv, native_q, ("[num_qo_heads, head_dim]",))
+    results = decode(
+        native_q[None],
+        kv,
+        table,
+        sm_scale=sm_scale,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        out=None if out is None else native(out, "out", writable=True)[None],
+        lse=None if lse is None else native(lse, "lse", writable=True)[None],
+        return_lse=return_lse,
+    )
+    given, results = (out, lse), results if return_lse else (results,)
+    unpacked = tuple(to_caller(x[0], q) if mine is None else mine for x, mine in zip(results, given, strict=False))
+    return unpacked if return_lse else unpacked[0]
+
+
+def single_prefill(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    layout: Layout | str,
+    causal: bool = True,
+    sm_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+    out: Any = None,
+    lse: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """prefill for one request without a cache: the same kernels over a pool of one page, no copy.
+
+    q, out [n, num_qo_heads, head_dim], lse [n, num_qo_heads]; k, v [len, num_kv_heads, head_dim] (NHD) or
+    [num_kv_heads, len, head_dim] (HND). Other arguments, results and errors are those at the top of this module.
+    """
+    kv, table = _one_request(k, v, layout)
+    native_q = native(q, "q")
+    spec.check_q(kv, native_q, _PREFILL_AXES)
+    qo_indptr = np.array([0, native_q.shape[0]], np.int32)
+    options = {"sm_scale": sm_scale, "window_left": window_left, "logits_soft_cap": logits_soft_cap}
+    step = _prefill_step(kv, table, qo_indptr, native_q.shape[1], causal, None, None, **options)
+    return _run_once(step, q, kv, out, lse, return_lse)
+
+
+def _one_request(k: Any, v: Any, layout: Layout | str) -> tuple[PagedKV, PageTable]:
+    """Contiguous K and V as a pool of one page and the table of one request that fills it."""
+    layout = Layout(layout)
+    k, v = native(k, "k"), native(v, "v")
+    spec.check_single_kv(k, v, layout)
+    length = k.shape[0 if layout is Layout.NHD else 1]
+    if length == 0:  # a page has at least one slot: an unused one
+        num_heads, head_dim = k.shape[1 if layout is Layout.NHD else 0], k.shape[2]
+        page = (1, num_heads, head_dim) if layout is Layout.NHD else (num_heads, 1, head_dim)
+        k = v = backends.of(device_of(k)).zeros(page, k.dtype, device_of(k))
+    kv = PagedKV(k[None], v[None], layout=layout)
+    indptr, last_page_len = np.array([0, length > 0], np.int32), np.array([length], np.int32)
+    table = PageTable(indptr, np.zeros(1, np.int32), last_page_len, page_size=kv.page_size)
+    return kv, table
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing and merging
+
+
+def append(kv: PagedKV, slots: Any, k: Any, v: Any) -> None:
+    """Write new tokens into the pool, in place.
+
+    Parameters
+    ----------
+    kv: the pool.
+    slots: int64 [tokens], slot = page * page_size + offset; -1 skips the token. NumPy or beside the pool.
+    k, v: [tokens, num_kv_heads, head_dim], whatever the layout of the pool, of its dtype and on its device.
+
+    Raises
+    ------
+    ValueError: shapes, a pool that cannot be written; TypeError: dtypes, devices; NotImplementedError: see `supports`.
+    PageTableError: a NumPy slot outside the pool. One in a device array is skipped and recorded: `status` raises it.
+    """
+    slots, k, v = native(slots, "slots"), native(k, "k"), native(v, "v")
+    spec.check_append(kv, slots, k, v)
+    _check_supported("append", kv.device, kv.dtype, kv.head_dim)
+    if slots.shape[0]:
+        backend = backends.of(kv.device)
+        backend.append(kv, backend.to_backend(slots, kv.device), k, v)
+
+
+def merge_state(
+    v_a: Any, s_a: Any, v_b: Any, s_b: Any, *, base: Any = "e", out: Any = None, lse: Any = None
+) -> tuple[Any, Any]:
+    """Merge attention over two disjoint sets of keys into attention over both: (v, s).
+
+    v_a, v_b [rows, heads, dim]: outputs; s_a, s_b float32 [rows, heads]: their lse, to `base` "e" or 2, as is the
+    result's. A state with s = -inf changes nothing, whatever its v. out (of any float dtype; else one of v's) and lse
+    (float32) are written and returned.
+    """
+    arrays = native(v_a, "v_a"), native(s_a, "s_a"), native(v_b, "v_b"), native(s_b, "s_b")
+    return _merge("merge_state", spec.check_merge_state, arrays, arrays[0].shape, base, out, lse, like=v_a)
+
+
+def merge_states(v: Any, s: Any, *, base: Any = "e", out: Any = None, lse: Any = None) -> tuple[Any, Any]:
+    """Merge attention over disjoint sets of keys into attention over all of them: (v, s) without axis 1.
+
+    v [rows, num_states, heads, dim], any strides but a contiguous last axis; s float32 [rows, num_states, heads]. The
+    rest is as for merge_state.
+    """
+    arrays = native(v, "v"), native(s, "s")
+    shape = arrays[0].shape
+    return _merge("merge_states", spec.check_merge_states, arrays, (*shape[:1], *shape[2:]), base, out, lse, like=v)
+
+
+def _merge(
+    function: str,
+    check: Callable[..., float],
+    arrays: tuple[Any, ...],
+    shape: tuple[int, ...],
+    base: Any,
+    out: Any,
+    lse: Any,
+    like: Any,
+) -> tuple[Any, Any]:
+    native_out = None if out is None else native(out, "out", writable=True)
+    native_lse = None if lse is None else native(lse, "lse", writable=True)
+    number = check(*arrays, base, native_out, native_lse)
+    device, dtype = device_of(arrays[0]), arrays[0].dtype
+    _check_supported("merge", device, dtype, shape[-1])
+    backend = backends.of(device)
+    if native_out is None:
+        native_out = backend.empty(shape, dtype, device)
+    else:
+        _check_supported("merge", device, native_out.dtype, shape[-1])
+        if device != "cpu" and {dtype.name, native_out.dtype.name} == {"float16", "bfloat16"}:
+            raise NotImplementedError(
+                f"merge on a GPU does not turn {dtype} states into {native_out.dtype}; pass out of {dtype} or float32"
+            )
+    if native_lse is None:
+        native_lse = backend.empty(shape[:-1], _FLOAT32, device)
+    if native_out.size:
+        getattr(backend, function)(*arrays, native_out, native_lse, number)
+    return (
+        to_caller(native_out, like) if out is None else out,
+        to_caller(native_lse, like) if lse is None else lse,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def status(device: Any = None) -> None:
+    """Raise the first fault that `append` and the one-shot functions recorded on a device, once: a PageTableError.
+
+    device: None is the current CUDA device if there is one, else the CPU. This synchronises. Plans have their own.
+    """
+    resolved = resolve_device(device)
+    backends.of(resolved).raise_device_status(resolved)

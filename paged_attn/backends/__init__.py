@@ -1,0 +1,9 @@
+"""A backend is a module with the same few functions: `reference` (NumPy) and `cuda` (CuPy)."""
+
+from importlib import import_module
+from types import ModuleType
+
+
+def of(device: str) -> ModuleType:
+    """The backend for the arrays of `device` ("cpu" or "cuda:<i>"), imported when it is first asked for."""
+    return import_module("paged_attn.backends.reference" if device == "cpu" else "paged_attn.backends.cuda")

@@ -1,0 +1,554 @@
+"""The CUDA backend: CuPy arrays, and the kernels of kernels/ on CuPy's current stream.
+
+Nothing here waits for the device, and nothing looks at what device arrays hold: metadata is cleaned by kernels, and what
+was wrong with it stands in a status word until somebody asks (Plan.raise_status, raise_device_status).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import cupy
+import numpy as np
+
+from .. import compile, planner
+from ..errors import fault_error
+from ..interop import FLOAT_DTYPES
+from ..spec import check_capacities
+
+if TYPE_CHECKING:
+    from ..layout import PagedKV
+    from ..page_table import PageTable
+    from ..spec import AttentionSpec
+
+STATUS_BYTES = 16  # struct Status {int field; int index; i64 value;}
+REQUEST_BYTES = 32  # struct Request
+SCAN_THREADS = 1024  # the one block of kernels that scan over a batch
+SCAN_BYTES = 256  # its shared memory (table_rows.cuh)
+THREADS = 256
+MOST_ROW_BLOCKS = 1024
+APPEND_THREADS = 256
+MOST_APPEND_BLOCKS = 4096
+MERGE_WARPS = 4
+INT_LARGEST = 2**31 - 1
+_BFLOAT16 = FLOAT_DTYPES["bfloat16"]
+
+
+# -- memory and devices --------------------------------------------------------------------------------------------------
+
+
+def empty(shape: tuple[int, ...], dtype: Any, device: str) -> Any:
+    with _on(device):
+        return cupy.empty(shape, dtype)
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, device: str) -> Any:
+    with _on(device):
+        array = cupy.empty(shape, dtype)
+        array.data.memset_async(0, array.nbytes)
+        return array
+
+
+def to_backend(array: Any, device: str) -> Any:
+    """A host array on the device, by an asynchronous copy out of pinned memory; a device array as it is."""
+    if not isinstance(array, np.ndarray):
+        return array
+    with _on(device):
+        if is_capturing():
+            raise TypeError(
+                f"a NumPy array of {array.size} {array.dtype} was passed while the stream is capturing a CUDA graph, "
+                f"which would replay the copy of memory that has long been reused; pass CuPy arrays"
+            )
+        return _staging(device).upload(array)
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is capturing a CUDA graph."""
+    return bool(cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr))
+
+
+@contextmanager
+def _on(device: str) -> Iterator[None]:
+    """Make the device the current one; free of charge where it already is."""
+    index = _index(device)
+    if cupy.cuda.runtime.getDevice() == index:
+        yield
+    else:
+        with cupy.cuda.Device(index):
+            yield
+
+
+@functools.cache
+def _index(device: str) -> int:
+    return int(device.removeprefix("cuda:"))
+
+
+class _Staging:
+    """Pinned buffers for uploads. One is used again when the copy out of it is known to be over, else another is made."""
+
+    def __init__(self) -> None:
+        self._buffers: deque[tuple[Any, Any]] = deque()  # (pinned memory, event behind the last copy out of it)
+
+    def upload(self, array: np.ndarray[Any, Any]) -> Any:
+        target = cupy.empty(array.shape, array.dtype)
+        if not array.nbytes:
+            return target
+        memory, event = self._buffer(array.nbytes)
+        np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)[...] = array
+        stream = cupy.cuda.get_current_stream()
+        target.data.copy_from_host_async(memory.ptr, array.nbytes, stream)
+        event.record(stream)
+        self._buffers.append((memory, event))
+        return target
+
+    def _buffer(self, num_bytes: int) -> tuple[Any, Any]:
+        if self._buffers:
+            memory, event = self._buffers[0]
+            if event.done:
+                self._buffers.popleft()
+                if memory.mem.size >= num_bytes:
+                    return memory, event
+        return cupy.cuda.alloc_pinned_memory(num_bytes), cupy.cuda.Event(disable_timing=True)
+
+
+@functools.cache
+def _staging(device: str) -> _Staging:
+    return _Staging()
+
+
+# -- status words --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _device_status(device: str) -> Any:
+    """The status word of calls that have no plan; it keeps its first fault until raise_device_status."""
+    return zeros((STATUS_BYTES,), np.uint8, device)
+
+
+def raise_word(word: Any, *, clear: bool = False) -> None:
+    """PageTableError if the status word holds a fault. Waits for the device."""
+    with _on(f"cuda:{word.device.id}"):
+        field, index = word[:8].view(np.int32).get().tolist()
+        if field:
+            (value,) = word[8:].view(np.int64).get().tolist()
+            if clear:
+                word.data.memset_async(0, STATUS_BYTES)
+            raise fault_error(field, index, value)
+
+
+def raise_device_status(device: str) -> None:
+    raise_word(_device_status(device), clear=True)
+
+
+# -- launching -----------------------------------------------------------------------------------------------------------
+
+
+def _launch(
+    name: str, device: str, grid: int | tuple[int, ...], block: int | tuple[int, ...], params: dict[str, Any], **constants: Any
+) -> None:
+    """Launch kernel `name` with the fields of its struct; an array gives its address, None is a null pointer."""
+    kernel = compile.kernel(name, device, **constants)
+    kernel.launch(grid, block, kernel.params(params))
+
+
+def _row_blocks(rows: int, entries: int) -> int:
+    """Blocks for the kernels that give every row the same number: some, where rows are few and long."""
+    return rows * max(1, min(-(-entries // (rows * 8 * THREADS)), MOST_ROW_BLOCKS // rows))
+
+
+def _table_fields(table: PageTable) -> dict[str, Any]:
+    """The table's arrays, on its kv's device, as the fields that kernels know them by."""
+    return {
+        "indptr": table.indptr,
+        "indices": table.indices,
+        "last_page_len": table.last_page_len,
+        "page_offset": table.page_offset,
+        "total_len": table.total_len,
+        "num_indices": table.indices.size,
+        "batch": table.batch_size,
+    }
+
+
+# -- tables --------------------------------------------------------------------------------------------------------------
+
+
+def seq_lens(table: PageTable) -> Any:
+    lens = empty((table.batch_size,), np.int32, table.device)
+    if table.batch_size:
+        with _on(table.device):
+            _launch("seq_lens", table.device, -(-table.batch_size // THREADS), THREADS, {
+                "indptr": table.indptr, "last_page_len": table.last_page_len, "seq_lens": lens,
+                "batch": table.batch_size, "page_size": table.page_size,
+            })  # fmt: skip
+    return lens
+
+
+def split_table(table: PageTable, num_chunks: int, out: PageTable) -> None:
+    fields = {
+        **_table_fields(table),
+        "out_indptr": out.indptr,
+        "out_indices": out.indices,
+        "out_last_page_len": out.last_page_len,
+        "out_page_offset": out.page_offset,
+        "out_total_len": out.total_len,
+        "status": _device_status(table.device),
+        "num_chunks": num_chunks,
+        "out_num_indices": out.indices.size,
+        "page_size": table.page_size,
+        "page_stride": table.page_stride,
+    }
+    rows = num_chunks * table.batch_size
+    with _on(table.device):
+        _launch("split_rows", table.device, 1, SCAN_THREADS, fields, shared_bytes=SCAN_BYTES)
+        _launch("split_pages", table.device, _row_blocks(rows, out.indices.size), THREADS, fields)
+
+
+def from_block_table(block_table: Any, seq_lens: Any, page_size: int, out: PageTable) -> None:
+    device = out.device
+    batch, width = block_table.shape
+    fields = {
+        "block_table": block_table,
+        "seq_lens": seq_lens,
+        "out_indptr": out.indptr,
+        "out_indices": out.indices,
+        "out_last_page_len": out.last_page_len,
+        "status": _device_status(device),
+        "row_stride": block_table.strides[0] // 4,
+        "column_stride": block_table.strides[1] // 4,
+        "batch": batch,
+        "width": width,
+        "out_num_indices": out.indices.size,
+        "page_size": page_size,
+    }
+    with _on(device):
+        _launch("block_table_rows", device, 1, SCAN_THREADS, fields, shared_bytes=SCAN_BYTES)
+        _launch("block_table_pages", device, _row_blocks(batch, out.indices.size), THREADS, fields)
+
+
+def to_block_table(table: PageTable, max_pages_per_seq: int) -> Any:
+    block_table = empty((table.batch_size, max_pages_per_seq), np.int32, table.device)
+    if block_table.size:
+        with _on(table.device):
+            _launch("to_block_table", table.device, -(-block_table.size // THREADS), THREADS, {
+                "indptr": table.indptr, "indices": table.indices, "block_table": block_table,
+                "status": _device_status(table.device), "batch": table.batch_size,
+                "num_indices": table.indices.size, "width": max_pages_per_seq,
+            })  # fmt: skip
+    return block_table
+
+
+def table_slots(table: PageTable, batch_indices: Any, positions: Any) -> Any:
+    slots = empty(positions.shape, np.int64, table.device)
+    if slots.size:
+        with _on(table.device):
+            _launch("table_slots", table.device, -(-slots.size // THREADS), THREADS, {
+                "indptr": table.indptr, "indices": table.indices, "page_offset": table.page_offset,
+                "batch_indices": batch_indices, "positions": positions, "slots": slots,
+                "status": _device_status(table.device), "page_size": compile.fast_divide(table.page_size),
+                "batch": table.batch_size, "num_indices": table.indices.size, "tokens": slots.size,
+                "page_stride": table.page_stride,
+            })  # fmt: skip
+    return slots
+
+
+def check_table(table: PageTable, num_pages: int) -> Any:
+    """The status word that a kernel fills, now or at every replay of a graph."""
+    word = zeros((STATUS_BYTES,), np.uint8, table.device)
+    fields = {
+        **_table_fields(table),
+        "status": word,
+        "page_size": table.page_size,
+        "page_stride": table.page_stride,
+        "num_pages": num_pages,
+    }
+    with _on(table.device):
+        blocks = _row_blocks(table.batch_size, table.indices.size) if table.batch_size else 1
+        _launch("check_table", table.device, blocks, THREADS, fields)
+    return word
+
+
+# -- the cache -----------------------------------------------------------------------------------------------------------
+
+
+def update_table(
+    page_lists: Any,
+    update_index: np.ndarray[Any, Any],
+    update_value: np.ndarray[Any, Any],
+    starts: np.ndarray[Any, Any],
+    indptr: np.ndarray[Any, Any],
+    last_page_len: np.ndarray[Any, Any],
+    out: Any,
+) -> None:
+    device = f"cuda:{page_lists.device.id}"
+    parts = (update_index, update_value, starts, indptr, last_page_len)
+    packed = to_backend(np.concatenate([part.astype(np.int32, copy=False) for part in parts]), device)
+    ends = np.cumsum([part.size for part in parts])
+    d_index, d_value, d_starts, d_indptr, d_last_page_len = (
+        packed[end - part.size : end] for part, end in zip(parts, ends.tolist(), strict=True)
+    )
+    status = _device_status(device)
+    with _on(device):
+        if update_index.size:
+            _launch("update_page_lists", device, -(-update_index.size // THREADS), THREADS, {
+                "page_lists": page_lists, "update_index": d_index, "update_value": d_value, "status": status,
+                "num_entries": page_lists.size, "num_updates": update_index.size,
+            })  # fmt: skip
+        batch, capacity = starts.size, out.last_page_len.size
+        blocks = _row_blocks(batch, int(indptr[-1])) if batch else 1
+        _launch("build_table", device, blocks, THREADS, {
+            "page_lists": page_lists, "starts": d_starts, "indptr": d_indptr, "last_page_len": d_last_page_len,
+            "out_indptr": out.indptr, "out_last_page_len": out.last_page_len, "out_indices": out.indices,
+            "status": status, "num_entries": page_lists.size, "batch": batch, "capacity": capacity,
+            "out_num_indices": out.indices.size,
+        })  # fmt: skip
+
+
+def copy_pages(storage: Any, source: np.ndarray[Any, Any], target: np.ndarray[Any, Any]) -> None:
+    device = f"cuda:{storage.device.id}"
+    num_layers, num_pages = storage.shape[:2]
+    pairs = to_backend(np.stack([source, target]).astype(np.int32, copy=False), device)
+    page_units = storage.strides[1] // 16
+    with _on(device):
+        _launch("copy_pages", device, (_row_blocks(source.size, source.size * page_units), num_layers), THREADS, {
+            "storage": storage, "source": pairs[0], "target": pairs[1], "status": _device_status(device),
+            "layer_units": storage.strides[0] // 16, "page_units": page_units, "num_pages": num_pages,
+            "num_pairs": source.size,
+        })  # fmt: skip
+
+
+def append(kv: PagedKV, slots: Any, k: Any, v: Any) -> None:
+    tokens = slots.size
+    if not tokens:
+        return
+    pieces = kv.num_kv_heads * kv.head_dim // 8
+    across = min(APPEND_THREADS, -(-pieces // 32) * 32)
+    tokens_a_block = max(1, APPEND_THREADS // across)
+    with _on(kv.device):
+        _launch(
+            "append", kv.device, min(-(-tokens // tokens_a_block), MOST_APPEND_BLOCKS), (across, tokens_a_block),
+            {
+                "k": k, "v": v, "k_pool": kv.k_pages, "v_pool": kv.v_pages, "slots": slots,
+                "status": _device_status(kv.device),
+                "k_pool_strides": _units(kv.k_strides), "v_pool_strides": _units(kv.v_strides),
+                "page_size": compile.fast_divide(kv.page_size),
+                "k_token_stride": k.strides[0] // 16, "k_head_stride": k.strides[1] // 16,
+                "v_token_stride": v.strides[0] // 16, "v_head_stride": v.strides[1] // 16,
+                "tokens": tokens, "heads": kv.num_kv_heads, "num_pages": kv.num_pages,
+            },
+            HEAD_DIM=kv.head_dim,
+        )  # fmt: skip
+
+
+def _units(strides: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(page, slot, head) strides of 16-bit elements in units of 16 bytes."""
+    page, slot, head = strides
+    return page // 8, slot // 8, head // 8
+
+
+# -- merging -------------------------------------------------------------------------------------------------------------
+
+
+def merge_states(v: Any, s: Any, out: Any, lse: Any, base: float) -> None:
+    rows, num_states, heads, head_dim = v.shape
+    if not rows * heads:
+        return
+    _merge("merge_states", (v,), rows, heads, out, {
+        "v": v, "s": s, "out": out, "lse": lse,
+        "v_row_stride": _stride(v, 0), "v_state_stride": _stride(v, 1), "v_head_stride": _stride(v, 2),
+        "s_row_stride": _stride(s, 0), "s_state_stride": _stride(s, 1), "s_head_stride": _stride(s, 2),
+        "rows": rows, "num_states": num_states, "heads": heads, "log2_of_base": math.log2(base),
+    })  # fmt: skip
+
+
+def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any, out: Any, lse: Any, base: float) -> None:
+    rows, heads, _ = v_a.shape
+    if not rows * heads:
+        return
+    _merge("merge_state", (v_a, v_b), rows, heads, out, {
+        "v_a": v_a, "v_b": v_b, "s_a": s_a, "s_b": s_b, "out": out, "lse": lse,
+        "v_a_row_stride": _stride(v_a, 0), "v_a_head_stride": _stride(v_a, 1),
+        "v_b_row_stride": _stride(v_b, 0), "v_b_head_stride": _stride(v_b, 1),
+        "s_a_row_stride": _stride(s_a, 0), "s_a_head_stride": _stride(s_a, 1),
+        "s_b_row_stride": _stride(s_b, 0), "s_b_head_stride": _stride(s_b, 1),
+        "rows": rows, "heads": heads, "log2_of_base": math.log2(base),
+    })  # fmt: skip
+
+
+def _merge(name: str, states: tuple[Any, ...], rows: int, heads: int, out: Any, fields: dict[str, Any]) -> None:
+    v = states[0]
+    head_dim, itemsize = v.shape[-1], v.dtype.itemsize
+    # The widest load that every row begins on a multiple of: 16 bytes but for odd head_dims and views.
+    spots = [head_dim * itemsize, 16]
+    spots += [number for array in states for number in (array.data.ptr, *array.strides[:-1])]
+    vector = math.gcd(*spots, out.data.ptr // out.dtype.itemsize * itemsize) // itemsize
+    warps = min(MERGE_WARPS, heads)
+    device = f"cuda:{v.device.id}"
+    with _on(device):
+        _launch(
+            name, device, (rows, -(-heads // warps)), warps * 32, fields,
+            HEAD_DIM=head_dim, VEC=vector, BFLOAT16=_BFLOAT16 in (v.dtype, out.dtype),
+            V_FLOAT32=v.dtype == np.float32, OUT_FLOAT32=out.dtype == np.float32,
+        )  # fmt: skip
+
+
+def _stride(array: Any, axis: int) -> int:
+    return array.strides[axis] // array.dtype.itemsize
+
+
+# -- attention -----------------------------------------------------------------------------------------------------------
+
+
+class Plan:
+    """One step's metadata in buffers of its own, and the launches that read them.
+
+    With capacities the buffers are made once (by the first update) and never move; without, they grow by doubling.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        max_batch_size: int | None = None,
+        max_pages: int | None = None,
+        max_tokens: int | None = None,
+        batch_invariant: bool = False,
+        one_shot: bool = False,
+    ) -> None:
+        self._device = device
+        self._max_batch_size, self._max_pages, self._max_tokens = max_batch_size, max_pages, max_tokens
+        self._batch_invariant = batch_invariant
+        self._one_shot = one_shot
+        self._status = _device_status(device) if one_shot else zeros((STATUS_BYTES,), np.uint8, device)
+        self._capturable = max_batch_size is not None and max_pages is not None
+        self._buffers: dict[str, Any] = {}
+        self._num_requests = 0  # records beside the sentinel
+        self._launch: compile.Launch | None = None
+        self._launch_key: Any = None
+
+    def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: Any) -> None:
+        """Copy and clean a step's table on the device, and prepare the launch that run() repeats."""
+        check_capacities(
+            table, qo_indptr, spec.q_len,
+            max_batch_size=self._max_batch_size, max_pages=self._max_pages, max_tokens=self._max_tokens,
+        )  # fmt: skip
+        device, batch_size = self._device, table.batch_size
+        with _on(device):
+            if is_capturing() and not self._capturable:
+                raise ValueError(
+                    "plan() was called while the stream is capturing a CUDA graph, but the plan has no capacity, so "
+                    "its buffers may move; make it with max_batch_size= and max_pages="
+                )
+            fields = {name: _upload(value, device) for name, value in _table_fields(table).items()}
+            fields["qo_indptr"] = _upload(qo_indptr, device)
+            num_requests = batch_size if self._max_batch_size is None else self._max_batch_size
+            max_pages = table.indices.size if self._max_pages is None else self._max_pages
+            self._num_requests = num_requests
+            requests = self._buffer("requests", (num_requests + 1) * REQUEST_BYTES)
+            page_ids = self._buffer("page_ids", max_pages * 4)
+            if not self._one_shot:
+                self._status.data.memset_async(0, STATUS_BYTES)
+            parts = _row_blocks(batch_size, max_pages) if batch_size else 0
+            _launch("plan_requests", device, 1 + parts, SCAN_THREADS, {
+                **fields, "requests": requests, "page_ids": page_ids, "status": self._status,
+                "max_batch_size": num_requests, "max_pages": max_pages, "page_size": spec.page_size,
+                "page_stride": table.page_stride, "num_pages": spec.num_pages, "q_len": spec.q_len or 0,
+                "total_rows_limit": INT_LARGEST if self._max_tokens is None else self._max_tokens,
+                "tile_rows": planner.prefill_shape(spec.head_dim).tile_rows, "group_size": spec.group_size,
+            }, shared_bytes=SCAN_BYTES)  # fmt: skip
+            self._prepare(spec, table.page_stride)
+
+    def _prepare(self, spec: AttentionSpec, page_stride: int) -> None:
+        """Everything of the launch that run() does not change."""
+        requests, page_ids = self._buffers["requests"], self._buffers["page_ids"]
+        common = {
+            "requests": requests,
+            "page_ids": page_ids,
+            "positions": {
+                "page_size": compile.fast_divide(spec.page_size),
+                "page_stride": page_stride,
+                "causal": spec.causal,
+                "window_left": spec.window_left,
+            },
+            "num_qo_heads": spec.num_qo_heads,
+            "num_kv_heads": spec.num_kv_heads,
+            "group_size": spec.group_size,
+            "sm_scale": spec.sm_scale,
+            "logits_soft_cap": spec.logits_soft_cap,
+        }
+        constants = {
+            "HEAD_DIM": spec.head_dim, "BFLOAT16": spec.dtype == _BFLOAT16, "SOFT_CAP": spec.logits_soft_cap > 0
+        }  # fmt: skip
+        shape: Any
+        if spec.q_len is None:
+            shape = planner.prefill_shape(spec.head_dim)
+            name, constants["TILE_ROWS"] = "prefill", shape.tile_rows
+            common["num_requests"] = self._num_requests
+        else:
+            shape = planner.decode_shape(spec.q_len, spec.group_size, spec.head_dim)
+            name, constants["COLUMNS"] = "decode", shape.columns
+            heads = (spec.num_kv_heads, shape.column_blocks, self._batch_invariant)
+            ctas = planner.decode_workspace_ctas(self._num_requests, *heads)
+            counters = self._num_requests * spec.num_kv_heads * shape.column_blocks
+            common |= {
+                "q_len": spec.q_len,
+                "column_blocks": shape.column_blocks,
+                "partial_out": self._buffer("partial_out", ctas * shape.columns * spec.head_dim * 4),
+                "partial_state": self._buffer("partial_state", ctas * shape.columns * 8),
+                "arrivals": self._buffer("arrivals", counters * 4),
+            }
+        constants["SHARED_BYTES"] = shape.shared_bytes
+        kernel = compile.kernel(name, self._device, shared_bytes=shape.shared_bytes, **constants)
+        if self._launch is None or self._launch.kernel is not kernel:
+            self._launch = compile.Launch(kernel, shape.threads, kernel.params())
+        compile.fill(self._launch.params, common)
+        self._shape = shape
+
+    def run(self, spec: AttentionSpec, q: Any, kv: PagedKV, out: Any, lse: Any) -> None:
+        launch, shape = self._launch, self._shape
+        assert launch is not None
+        rows, itemsize = q.shape[0], q.dtype.itemsize
+        params = launch.params
+        params["q"], params["out"], params["lse"] = q.data.ptr, out.data.ptr, 0 if lse is None else lse.data.ptr
+        params["k"], params["v"] = kv.k_pages.data.ptr, kv.v_pages.data.ptr
+        params["k_strides"], params["v_strides"] = _units(kv.k_strides), _units(kv.v_strides)
+        params["q_row_stride"], params["q_head_stride"] = q.strides[0] // itemsize, q.strides[1] // itemsize
+        out_itemsize = out.dtype.itemsize
+        params["out_row_stride"], params["out_head_stride"] = out.strides[0] // out_itemsize, out.strides[1] // out_itemsize
+        params["out_float32"] = out_itemsize == 4
+        if spec.q_len is None:
+            tiles = rows * spec.group_size // shape.tile_rows + self._num_requests + 1
+            params["q_rows"], params["num_tiles"] = rows, tiles
+            grid = tiles * spec.num_kv_heads
+        else:
+            batch_size = rows // spec.q_len
+            splits = planner.decode_splits(batch_size, spec.num_kv_heads, shape.column_blocks, self._batch_invariant)
+            params["num_splits"], params["evict_first"] = splits, splits > 1
+            grid = batch_size * splits * shape.column_blocks * spec.num_kv_heads
+        with _on(self._device):
+            launch(cupy.cuda.get_current_stream().ptr, grid)
+
+    def raise_status(self) -> None:
+        """PageTableError for the first fault that the last update met. Waits for the device."""
+        raise_word(self._status)
+
+    def _buffer(self, name: str, num_bytes: int) -> Any:
+        """A buffer of at least num_bytes that stays where it is while it is large enough; it starts as zeros."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.nbytes < num_bytes:
+            if is_capturing():
+                raise ValueError(
+                    f"plan() needs {num_bytes} bytes for its {name} while the stream is capturing a CUDA graph; "
+                    f"call plan() once with these shapes before the capture, which makes the buffers"
+                )
+            size = num_bytes if buffer is None else max(num_bytes, 2 * buffer.nbytes)
+            buffer = self._buffers[name] = zeros((max(size, 16),), np.uint8, self._device)
+        return buffer
+
+
+def _upload(value: Any, device: str) -> Any:
+    return to_backend(value, device) if isinstance(value, np.ndarray) else value

@@ -1,0 +1,367 @@
+"""The reference backend: NumPy, one request at a time, and the definition of every result.
+
+    scores[i, x] = sm_scale * <q[i], k[x]>          c * tanh(scores / c) where there is a soft cap c
+    lse[i]       = log sum_x exp(scores[i, x])      over the tokens x that query i sees (kv_limits)
+    out[i]       = sum_x exp(scores[i, x] - lse[i]) * v[x]
+
+All of it in float32 (in float64 for a float64 q). A query that sees no token has out = 0 and lse = -inf. Arguments come
+checked (spec.py) and host tables are checked by value, so that nothing here repeats a check; whether a step fits into a
+plan's capacity is seen here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import PageTableError
+from ..spec import check_table_values
+
+if TYPE_CHECKING:
+    from ..layout import PagedKV
+    from ..page_table import PageTable
+    from ..spec import AttentionSpec
+
+ANY_PAGE = 2**31 - 1  # a num_pages for checks of a table whose pool is not at hand
+SCORES_AT_ONCE = 1 << 24  # a long prefill is done in blocks of queries, so that its scores stay under 64 MB
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> np.ndarray:
+    return np.empty(shape, dtype)
+
+
+def zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+def to_backend(array: np.ndarray, device: str) -> np.ndarray:
+    """Host metadata is where this backend wants it."""
+    return array
+
+
+# -- positions: the only two functions that know about them ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """What attention knows of one request; the same record as in page_table.cuh."""
+
+    page_ids: np.ndarray
+    kv_len: int  # tokens that these pages hold
+    total_len: int  # length of the whole sequence, from which masks count
+    page_offset: int  # position of its first page, in pages
+    page_stride: int
+    page_size: int
+    first_query: int  # its query rows are first_query ... first_query + num_queries - 1
+    num_queries: int
+
+
+def tokens_before(position: np.ndarray, request: Request) -> np.ndarray:
+    """How many of the request's tokens stand before `position` in the whole sequence (int64, any shape)."""
+    page, slot = np.divmod(np.maximum(position, 0), request.page_size)
+    behind = page - request.page_offset
+    whole = -(-behind // request.page_stride)  # local pages that lie wholly before `page`
+    tokens = whole * request.page_size + np.where(whole * request.page_stride == behind, slot, 0)
+    return np.where(behind < 0, 0, np.minimum(tokens, request.kv_len))
+
+
+def kv_limits(request: Request, *, causal: bool, window_left: int) -> tuple[np.ndarray, np.ndarray]:
+    """The local tokens [begin, end) that each query of the request sees: two int64 arrays [num_queries]."""
+    own = request.total_len - request.num_queries + np.arange(request.num_queries, dtype=np.int64)  # query's position
+    end = tokens_before(own + 1 if causal else np.full_like(own, request.total_len), request)
+    begin = tokens_before(own - window_left, request) if window_left >= 0 else np.zeros_like(own)
+    return np.minimum(begin, end), end
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def seq_lens(table: PageTable) -> np.ndarray:
+    """Tokens that the table's pages hold, int32 [batch]: a request without pages has none."""
+    pages = np.diff(table.indptr)
+    return np.where(pages > 0, (pages - 1) * table.page_size + table.last_page_len, 0).astype(np.int32)
+
+
+def split_table(table: PageTable, num_chunks: int, out: PageTable) -> None:
+    """Row c*batch + i of `out` is chunk c of request i: pages [c*n // num_chunks, (c+1)*n // num_chunks) of its n."""
+    check_table_values(table, ANY_PAGE)
+    pages = np.diff(table.indptr).astype(np.int64)
+    chunk = np.arange(num_chunks, dtype=np.int64)[:, None]
+    first = chunk * pages // num_chunks  # [num_chunks, batch], as all below
+    counts = (chunk + 1) * pages // num_chunks - first
+    holds_last = (counts > 0) & (first + counts == pages)
+    last_page_len = np.where(holds_last, table.last_page_len, np.where(counts > 0, table.page_size, 0))
+    page_offset = first * table.page_stride + (0 if table.page_offset is None else table.page_offset)
+    total_len = np.broadcast_to(seq_lens(table) if table.total_len is None else table.total_len, counts.shape)
+    indptr = _indptr(counts.ravel())
+    _write_rows(out, indptr, last_page_len.ravel())
+    out.indices[: indptr[-1]] = table.indices[_ranges(table.indptr[:-1] + first, counts)]
+    assert out.page_offset is not None and out.total_len is not None
+    out.page_offset[: counts.size] = page_offset.ravel()
+    out.total_len[: counts.size] = total_len.ravel()
+
+
+def from_block_table(block_table: np.ndarray, seq_lens: np.ndarray, page_size: int, out: PageTable) -> None:
+    """Write the CSR form of block_table int32 [batch, max_pages_per_seq] with seq_lens int32 [batch] into `out`."""
+    counts = -(-seq_lens.astype(np.int64) // page_size)
+    indptr = _indptr(counts)
+    out.indices[: indptr[-1]] = block_table[np.arange(block_table.shape[1]) < counts[:, None]]
+    _write_rows(out, indptr, np.where(counts > 0, seq_lens - (counts - 1) * page_size, 0))
+
+
+def to_block_table(table: PageTable, max_pages_per_seq: int) -> np.ndarray:
+    """The dense form: int32 [batch, max_pages_per_seq], -1 where there is no page."""
+    check_table_values(table, ANY_PAGE)
+    pages = np.diff(table.indptr)
+    if (pages > max_pages_per_seq).any():
+        request = int(np.argmax(pages))
+        raise PageTableError(
+            f"request {request} has {pages[request]} pages, more than max_pages_per_seq={max_pages_per_seq}; "
+            f"pass to_block_table({pages[request]}) or more",
+            field="indptr",
+            index=request,
+            value=int(pages[request]),
+        )
+    block_table = np.full((pages.size, max_pages_per_seq), -1, np.int32)
+    block_table[np.arange(max_pages_per_seq) < pages[:, None]] = table.indices[table.indptr[0] : table.indptr[-1]]
+    return block_table
+
+
+def table_slots(table: PageTable, batch_indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Slot (page*page_size + offset, int64 [n]) of each position of its request; -1 where the table lacks that page."""
+    check_table_values(table, ANY_PAGE)
+    page, slot = np.divmod(positions.astype(np.int64), table.page_size)
+    behind = page - (0 if table.page_offset is None else table.page_offset[batch_indices])
+    local = behind // table.page_stride
+    entry = table.indptr[batch_indices] + local
+    held = (behind >= 0) & (local * table.page_stride == behind) & (entry < table.indptr[batch_indices + 1])
+    slots = np.full(page.shape, -1, np.int64)
+    slots[held] = table.indices[entry[held]].astype(np.int64) * table.page_size + slot[held]
+    return slots
+
+
+def check_table(table: PageTable, num_pages: int) -> PageTableError | None:
+    """Check the table in full; what is wrong with it is kept for raise_word."""
+    try:
+        check_table_values(table, num_pages)
+    except PageTableError as fault:
+        return fault
+    return None
+
+
+def raise_word(word: PageTableError | None) -> None:
+    if word is not None:
+        raise word
+
+
+def raise_device_status(device: str) -> None:
+    """A CPU has nothing to report late: every value is checked before it is used."""
+
+
+def update_table(
+    page_lists: np.ndarray,
+    update_index: np.ndarray,
+    update_value: np.ndarray,
+    starts: np.ndarray,
+    indptr: np.ndarray,
+    last_page_len: np.ndarray,
+    out: Any,
+) -> None:
+    """Change entries of the arena of page ids, then gather the batch's pages from it into `out`."""
+    page_lists[update_index] = update_value
+    out.indices[: indptr[-1]] = page_lists[_ranges(starts, np.diff(indptr))]
+    _write_rows(out, indptr, last_page_len)
+
+
+def _indptr(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... start + count - 1 of each row, one row after the other."""
+    starts, counts = np.ravel(starts).astype(np.int64), np.ravel(counts).astype(np.int64)
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(counts.sum())
+
+
+def _write_rows(out: Any, indptr: np.ndarray, last_page_len: np.ndarray) -> None:
+    """Rows of `out` past the batch have no page."""
+    out.indptr[: indptr.size] = indptr
+    out.indptr[indptr.size :] = indptr[-1]
+    out.last_page_len[: last_page_len.size] = last_page_len
+    out.last_page_len[last_page_len.size :] = 0
+
+
+# -- the pool ----------------------------------------------------------------------------------------------------------
+
+
+def append(kv: PagedKV, slots: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    """Write k, v [tokens, num_kv_heads, head_dim] to slots int64 [tokens]; a slot outside the pool is skipped."""
+    valid = (slots >= 0) & (slots < kv.num_pages * kv.page_size)
+    page, offset = np.divmod(slots[valid], kv.page_size)
+    for pages, tokens in ((kv.k_pages, k), (kv.v_pages, v)):
+        _by_token(pages, kv)[page, offset] = tokens[valid]
+
+
+def copy_pages(storage: np.ndarray, source: np.ndarray, target: np.ndarray) -> None:
+    """storage[:, target] = storage[:, source] for all layers of storage [num_layers, num_pages, 2, <page>]."""
+    storage[:, target] = storage[:, source]
+
+
+def _by_token(pages: np.ndarray, kv: PagedKV) -> np.ndarray:
+    """View of the pool as [page, slot, head, dim], whatever its layout."""
+    return pages if kv.layout == "NHD" else pages.swapaxes(1, 2)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+class Plan:
+    """A copy of one step's metadata, as requests; run() reads nothing else of it.
+
+    A request's result depends on that request alone, so every plan here is batch invariant.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        max_batch_size: int | None = None,
+        max_pages: int | None = None,
+        max_tokens: int | None = None,
+        batch_invariant: bool = False,
+        one_shot: bool = False,
+    ) -> None:
+        self._capacity = {"max_batch_size": max_batch_size, "max_pages": max_pages, "max_tokens": max_tokens}
+        self._requests: list[Request] = []
+
+    def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: np.ndarray | None) -> None:
+        """Take over a step's table. PageTableError where it exceeds a capacity; the old step then stays."""
+        batch_size, indptr = table.batch_size, table.indptr
+        if qo_indptr is None:
+            assert spec.q_len is not None
+            qo_indptr = np.arange(batch_size + 1) * spec.q_len
+        wanted = {
+            "max_batch_size": batch_size,
+            "max_pages": int(indptr[-1] - indptr[0]),
+            "max_tokens": int(qo_indptr[-1]),
+        }
+        for name, capacity in self._capacity.items():
+            if capacity is not None and wanted[name] > capacity:
+                raise PageTableError(
+                    f"this step needs {name}={wanted[name]}, but the plan was made with {name}={capacity}; "
+                    f"run fewer requests at once or make the plan with a larger {name}",
+                    field=name,
+                    value=wanted[name],
+                )
+        page_ids, kv_lens = table.indices.copy(), seq_lens(table)
+        total_lens = kv_lens if table.total_len is None else table.total_len
+        page_offsets = np.zeros_like(kv_lens) if table.page_offset is None else table.page_offset
+        self._requests = [
+            Request(
+                page_ids=page_ids[indptr[i] : indptr[i + 1]],
+                kv_len=int(kv_lens[i]),
+                total_len=int(total_lens[i]),
+                page_offset=int(page_offsets[i]),
+                page_stride=table.page_stride,
+                page_size=table.page_size,
+                first_query=int(qo_indptr[i]),
+                num_queries=int(qo_indptr[i + 1] - qo_indptr[i]),
+            )
+            for i in range(batch_size)
+        ]
+
+    def run(self, spec: AttentionSpec, q: np.ndarray, kv: PagedKV, out: np.ndarray, lse: np.ndarray | None) -> None:
+        """q, out [rows, num_qo_heads, head_dim], lse float32 [rows, num_qo_heads]; rows past the batch: 0, -inf."""
+        out[...] = 0
+        if lse is not None:
+            lse[...] = -np.inf
+        for request in self._requests:
+            for rows, tokens, begin, end in _blocks(spec, request):
+                k, v = (_gather(pages, kv, request, tokens) for pages in (kv.k_pages, kv.v_pages))
+                block_out, block_lse = _attend(spec, q[rows], k, v, begin - tokens.start, end - tokens.start)
+                with np.errstate(over="ignore"):  # a result past float16's range is inf, as on a GPU
+                    out[rows] = block_out
+                if lse is not None:
+                    lse[rows] = block_lse
+
+    def raise_status(self) -> None:
+        """Nothing to raise: see raise_device_status."""
+
+
+def _blocks(spec: AttentionSpec, request: Request) -> Iterator[tuple[slice, slice, np.ndarray, np.ndarray]]:
+    """Query rows, the local tokens that one of them at least sees, and their limits, block by block."""
+    begin, end = kv_limits(request, causal=spec.causal, window_left=spec.window_left)
+    step = max(1, SCORES_AT_ONCE // (spec.num_qo_heads * max(request.kv_len, 1)))
+    for first in range(0, request.num_queries, step):
+        last = min(first + step, request.num_queries)
+        tokens = slice(int(begin[first]), int(end[last - 1]))  # limits grow from query to query
+        rows = slice(request.first_query + first, request.first_query + last)
+        yield rows, tokens, begin[first:last], end[first:last]
+
+
+def _gather(pages: np.ndarray, kv: PagedKV, request: Request, tokens: slice) -> np.ndarray:
+    """The request's local tokens [tokens.start, tokens.stop) as [tokens, head, dim]; no other page is read."""
+    first_page = tokens.start // kv.page_size
+    page_ids = request.page_ids[first_page : -(-tokens.stop // kv.page_size)]
+    dense = _by_token(pages, kv)[page_ids].reshape(-1, kv.num_kv_heads, kv.head_dim)
+    return dense[tokens.start - first_page * kv.page_size : tokens.stop - first_page * kv.page_size]
+
+
+def _attend(
+    spec: AttentionSpec, q: np.ndarray, k: np.ndarray, v: np.ndarray, begin: np.ndarray, end: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """q [n, qo heads, dim] over k, v [t, kv heads, dim], of which query i sees [begin[i], end[i]) -> out, lse."""
+    compute = np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
+    n, num_tokens, group, num_kv_heads = len(q), len(k), spec.group_size, spec.num_kv_heads
+    q, k, v = q.astype(compute), k.astype(compute), v.astype(compute)
+    q = q.reshape(n, num_kv_heads, group, spec.head_dim).transpose(1, 2, 0, 3)  # [kv head, group, n, dim]
+    k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)  # [kv head, t, dim]
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):  # inf and NaN of the data go their IEEE way
+        scores = q.reshape(num_kv_heads, group * n, spec.head_dim) @ k.swapaxes(1, 2)
+        scores = scores.reshape(num_kv_heads, group, n, num_tokens) * spec.sm_scale
+        if spec.logits_soft_cap > 0:
+            scores = spec.logits_soft_cap * np.tanh(scores / spec.logits_soft_cap)
+        token = np.arange(num_tokens)
+        scores = np.where((token >= begin[:, None]) & (token < end[:, None]), scores, -np.inf)
+        row_max, weights, total = _exponentials(scores, axis=-1)
+        weighted = weights.reshape(num_kv_heads, group * n, num_tokens) @ v
+        out = weighted.reshape(num_kv_heads, group, n, spec.head_dim) / np.where(total == 0, 1, total)
+        lse = (row_max + np.log(total)).squeeze(-1)
+    return (
+        out.transpose(2, 0, 1, 3).reshape(n, spec.num_qo_heads, spec.head_dim),
+        lse.transpose(2, 0, 1).reshape(n, spec.num_qo_heads),
+    )
+
+
+def _exponentials(scores: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """max, exp(scores - max) and its sum along `axis` (kept); all exponentials are 0 where every score is -inf."""
+    row_max = scores.max(axis=axis, keepdims=True, initial=-np.inf)
+    weights = np.exp(scores - np.where(row_max == -np.inf, 0, row_max))
+    return row_max, weights, weights.sum(axis=axis, keepdims=True)
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def merge_states(v: np.ndarray, s: np.ndarray, out: np.ndarray, lse: np.ndarray, base: float) -> None:
+    """v [rows, num_states, heads, dim], s [rows, num_states, heads] (log to `base`) -> out, lse without that axis."""
+    compute = np.dtype(np.float64 if v.dtype == np.float64 else np.float32)
+    unit = math.log(base)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        row_max, weights, total = _exponentials(s.astype(compute) * unit, axis=1)
+        v = np.where(s[..., None] == -np.inf, 0, v.astype(compute))  # of a state that saw no key nothing is looked at
+        weighted = (weights[..., None] * v).sum(axis=1)
+        out[...] = weighted / np.where(total == 0, 1, total).squeeze(1)[..., None]
+        lse[...] = (row_max + np.log(total)).squeeze(1) / unit
+
+
+def merge_state(
+    v_a: np.ndarray, s_a: np.ndarray, v_b: np.ndarray, s_b: np.ndarray, out: np.ndarray, lse: np.ndarray, base: float
+) -> None:
+    """merge_states of two: v [rows, heads, dim], s [rows, heads]. out and lse may be v_a and s_a."""
+    merge_states(np.stack([v_a, v_b], axis=1), np.stack([s_a, s_b], axis=1), out, lse, base)

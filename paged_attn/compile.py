@@ -1,0 +1,322 @@
+"""From ``kernels/*.cu`` to a function that can be launched.
+
+A kernel is known by the name of its ``extern "C" __global__`` function. Its text is flattened (quoted includes are put
+in place), compiled by CuPy's own ``RawModule``, and launched with one struct of parameters, which is filled by name.
+CuPy and the driver are imported inside functions only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_INCLUDE = re.compile(r'\s*#\s*include\s*"([^"]+)"')
+_KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^;{]*?\)\s*)?(\w+)\s*\(')
+_ALIGNMENT = r"(?:__align__|alignas)\s*\(\s*(\d+)\s*\)"
+_STRUCT = re.compile(rf"\bstruct\s+(?:{_ALIGNMENT}\s*)?(\w+)\s*\{{([^{{}}]*)\}}\s*;")
+_FIELD = re.compile(r"(?:const\s+)?([\w ]+?)\s*(\*?)\s*(?:__restrict__\s*)?\b(\w+)\s*(?:\[\s*(\d+)\s*\])?")
+_SCALARS = {"int": "i4", "u32": "u4", "u64": "u8", "i64": "i8", "float": "f4"}
+
+_MIN_NVRTC = (12, 9)
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+
+
+# --- 1. the text -----------------------------------------------------------------------------------------------------
+
+
+def kernel_dir() -> Path:
+    """The folder of the CUDA sources: ``paged_attn/kernels`` in a wheel, ``../kernels`` in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "kernels"
+    return inside if inside.is_dir() else package.parent / "kernels"
+
+
+@cache
+def kernel_files() -> dict[str, Path]:
+    """Every kernel by the name of its function, with the ``.cu`` file that defines it."""
+    files: dict[str, Path] = {}
+    for path in sorted(kernel_dir().glob("*.cu")):
+        for name in _KERNEL.findall(_COMMENT.sub("", path.read_text(encoding="utf-8"))):
+            if files.setdefault(name, path) != path:
+                raise ValueError(
+                    f"kernel {name} is defined in {files[name].name} and in {path.name}; rename one of them"
+                )
+    return files
+
+
+@cache
+def load_source(name: str) -> str:
+    """The text of the file that defines kernel ``name`` (or of the file ``name``), with its quoted includes in place.
+
+    Each header comes once, where it is first included; ``#line`` directives keep a compiler's messages true. One text
+    holds everything because CuPy's disk cache does not look into headers. Raises ValueError for an unknown kernel.
+    """
+    if name.endswith((".cu", ".cuh")):
+        return _flatten(kernel_dir() / name, set())
+    if name not in kernel_files():
+        raise ValueError(f"there is no kernel {name!r} in {kernel_dir()}; pass one of {', '.join(kernel_files())}")
+    return _flatten(kernel_files()[name], set())
+
+
+def _flatten(path: Path, seen: set[Path]) -> str:
+    seen.add(path)
+    parts = [f'#line 1 "{path.name}"\n']
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if include := _INCLUDE.match(line):
+            header = path.parent / include[1]
+            if header not in seen:
+                parts.append(_flatten(header, seen))
+            parts.append(f'#line {number + 1} "{path.name}"\n')
+        else:
+            parts.append("\n" if line.strip() == "#pragma once" else f"{line}\n")
+    return "".join(parts)
+
+
+def define_options(defines: Mapping[str, Any]) -> tuple[str, ...]:
+    """``-DNAME=value`` by name; True and False are 1 and 0."""
+    values = {name: int(value) if isinstance(value, bool) else value for name, value in sorted(defines.items())}
+    return tuple(f"-D{name}={value}" for name, value in values.items())
+
+
+def options(arch: str | None, **defines: Any) -> tuple[str, ...]:
+    """NVRTC's options for a kernel, on a GPU and in the tests that only compile.
+
+    ``arch`` ("sm_90a") is for architectures that CuPy does not name by itself: it adds ``-arch=sm_90`` on an H100, and
+    NVRTC then compiles for sm_90a. CuPy adds ``-ftz=true`` and ``--device-as-default-execution-space``, too.
+    """
+    return ("-std=c++17", *((f"-arch={arch}",) if arch else ()), *define_options(defines))
+
+
+# --- 2. the struct of parameters -------------------------------------------------------------------------------------
+
+
+def params_name(source: str, kernel: str) -> str:
+    """The name of the struct that ``kernel`` takes, in ``void kernel(const __grid_constant__ KernelParams p)``."""
+    parameter = r"\(\s*const\s+__grid_constant__\s+(\w+)\s+\w+\s*\)"
+    declaration = re.search(rf"\b{kernel}\s*{parameter}", _COMMENT.sub("", source))
+    if declaration is None:
+        raise ValueError(f"the text has no kernel {kernel}(const __grid_constant__ <struct> p)")
+    return declaration[1]
+
+
+@cache
+def params_dtype(source: str, struct: str) -> np.dtype[np.void]:
+    """The dtype of ``struct`` in a kernel's flattened text, with the offsets that the CUDA compiler gives it.
+
+    A field is a pointer (u8), an int, u32, u64, i64, float, an earlier struct, or an array of one of these, with one
+    declarator a line. Raises ValueError for anything else, and for a struct that the text does not have.
+    """
+    known: dict[str, tuple[np.dtype[Any], int]] = {
+        kind: (np.dtype(code), np.dtype(code).itemsize) for kind, code in _SCALARS.items()
+    }
+    for given_alignment, name, body in _STRUCT.findall(_COMMENT.sub("", source)):
+        fields: dict[str, list[Any]] = {"names": [], "formats": [], "offsets": []}
+        end, alignment, fault = 0, int(given_alignment or 1), None
+        for declaration in filter(None, map(str.strip, body.split(";"))):
+            field = _FIELD.fullmatch(declaration)
+            if field is None or not (field[2] or field[1] in known):
+                fault = declaration
+                break
+            dtype, field_alignment = (np.dtype("u8"), 8) if field[2] else known[field[1]]
+            begin = -(-end // field_alignment) * field_alignment
+            end = begin + dtype.itemsize * int(field[4] or 1)
+            alignment = max(alignment, field_alignment)
+            fields["names"].append(field[3])
+            fields["formats"].append((dtype, int(field[4])) if field[4] else dtype)
+            fields["offsets"].append(begin)
+        if fault and name == struct:
+            types = ", ".join(_SCALARS)
+            raise ValueError(
+                f"struct {struct}: {fault!r} is not one field of type pointer, {types} or an earlier struct"
+            )
+        if not fault:  # a struct that lives on the device only may hold what it likes
+            itemsize = -(-end // alignment) * alignment
+            known[name] = np.dtype({**fields, "itemsize": itemsize}), alignment  # type: ignore[call-overload]
+    if struct not in known:
+        raise ValueError(f"the text has no struct {struct}")
+    return known[struct][0]
+
+
+def fill(params: Any, values: Mapping[str, Any]) -> None:
+    """Writes ``values`` into a structured array by the names of its fields.
+
+    An array gives its address and None a null pointer; a nested struct takes a dict, or a tuple in the order of its
+    fields. Raises ValueError for an unknown field.
+    """
+    for name, value in values.items():
+        kind = type(value)
+        if kind is int or kind is tuple or kind is float or kind is bool:  # most of them, and a launch waits for this
+            params[name] = value
+        elif kind is dict:
+            fill(params[name], value)
+        elif value is None:
+            params[name] = 0
+        elif kind is np.ndarray:
+            params[name] = value.ctypes.data
+        elif hasattr(value, "__cuda_array_interface__"):
+            params[name] = value.data.ptr
+        else:
+            params[name] = value
+
+
+def fast_divide(divisor: int) -> tuple[int, int, int]:
+    """``(divisor, multiplier, shift)``, the fields of ``FastDivide``: n // divisor for every 0 <= n < 2**31.
+
+    With 2**(bits - 1) < divisor < 2**bits the multiplier is the least integer above 2**(31 + bits) / divisor. It is
+    too large by less than 1, which adds less than n / 2**(31 + bits) < 1 / divisor to a quotient: never a whole step.
+    """
+    if not 1 <= divisor < 2**31:
+        raise ValueError(f"divisor is {divisor}, which is not in [1, 2**31)")
+    bits = (divisor - 1).bit_length()
+    if divisor == 1 << bits:
+        return divisor, 0, bits
+    return divisor, (1 << (31 + bits)) // divisor + 1, bits - 1
+
+
+# --- 3. the function and its launches --------------------------------------------------------------------------------
+
+
+class _LaunchConfig(ctypes.Structure):
+    """``CUlaunchConfig`` of cuda.h."""
+
+    _fields_ = (
+        ("grid_x", ctypes.c_uint),
+        ("grid_y", ctypes.c_uint),
+        ("grid_z", ctypes.c_uint),
+        ("block_x", ctypes.c_uint),
+        ("block_y", ctypes.c_uint),
+        ("block_z", ctypes.c_uint),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+@cache
+def _launch_function() -> Any:
+    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    return function
+
+
+class Launch:
+    """A launch that is prepared once and repeated: only ``params``, the grid and the stream change.
+
+    ``params`` is the launch's own structured array; what stands there when it is called is what the kernel gets.
+    """
+
+    def __init__(self, kernel: Kernel, block: int | tuple[int, ...], params: np.ndarray[Any, Any]) -> None:
+        if params.dtype != kernel.dtype or params.ndim or not params.flags.c_contiguous:
+            raise ValueError(f"params has dtype {params.dtype}; pass what the kernel's own params() gives")
+        self.kernel = kernel
+        self.params = params
+        self._config = _LaunchConfig(1, 1, 1, *_extent(block), kernel.shared_bytes)
+        self._arguments = (ctypes.c_void_p * 1)(params.ctypes.data)
+        self._launch = _launch_function()
+        # Plain addresses are the cheapest arguments that ctypes knows.
+        self._config_address = ctypes.addressof(self._config)
+        self._arguments_address = ctypes.addressof(self._arguments)
+
+    def __call__(self, stream: int, grid_x: int, grid_y: int = 1, grid_z: int = 1) -> None:
+        """Launches on ``stream`` (its address, ``cupy.cuda.Stream.ptr``). The kernel's device is the current one."""
+        config = self._config
+        config.stream = stream
+        config.grid_x = grid_x
+        config.grid_y = grid_y
+        config.grid_z = grid_z
+        error = self._launch(self._config_address, self.kernel.function_pointer, self._arguments_address, None)
+        if error:
+            self._recover(error)
+
+    def _recover(self, error: int) -> None:
+        from cupy.cuda import driver, runtime
+
+        if error == _INVALID_CONTEXT:  # a thread that has not used CUDA so far: CuPy would make the context current
+            runtime.setDevice(self.kernel.device_index)
+            error = self._launch(self._config_address, self.kernel.function_pointer, self._arguments_address, None)
+        if error:
+            raise driver.CUDADriverError(error)
+
+
+class Kernel:
+    """One compiled kernel on one device. Made by :func:`kernel`.
+
+    ``dtype`` is that of its parameters, ``function_pointer`` the driver's ``CUfunction``.
+    """
+
+    def __init__(self, name: str, device: str, shared_bytes: int, defines: Mapping[str, Any]) -> None:
+        import cupy
+
+        _check_nvrtc()
+        source = load_source(name)
+        self.name = name
+        self.device_index = int(device.removeprefix("cuda:"))
+        self.shared_bytes = shared_bytes
+        self.dtype = params_dtype(source, params_name(source, name))
+        with cupy.cuda.Device(self.device_index) as current:
+            arch = "sm_90a" if current.compute_capability == "90" else None
+            module = cupy.RawModule(code=source, options=options(arch, **defines))
+            self._function = module.get_function(name)  # keeps the module loaded
+            if shared_bytes > 48 * 1024:  # what a launch gets without asking
+                self._function.max_dynamic_shared_size_bytes = shared_bytes
+            self.function_pointer: int = self._function.kernel.ptr
+
+    def params(self, values: Mapping[str, Any] | None = None) -> np.ndarray[Any, Any]:
+        """A fresh structured array of the kernel's parameters, ``values`` filled in by name and the rest zero."""
+        params = np.zeros((), self.dtype)
+        fill(params, values or {})
+        return params
+
+    def launch(
+        self,
+        grid: int | tuple[int, ...],
+        block: int | tuple[int, ...],
+        params: np.ndarray[Any, Any],
+        stream: int | None = None,
+    ) -> None:
+        """Launches once, on CuPy's current stream unless the address of another is given."""
+        if stream is None:
+            import cupy
+
+            stream = cupy.cuda.get_current_stream(self.device_index).ptr
+        Launch(self, block, params)(stream, *_extent(grid))
+
+
+@cache
+def kernel(name: str, device: str, *, shared_bytes: int = 0, **defines: Any) -> Kernel:
+    """Kernel ``name`` compiled for ``device`` ("cuda:0") with the constants ``defines``; the same object every time.
+
+    ``shared_bytes`` is the dynamic shared memory of its launches. Raises ImportError where CuPy or an NVRTC of 12.9 or
+    later is missing, naming the extra that brings it.
+    """
+    return Kernel(name, device, shared_bytes, defines)
+
+
+def _extent(extent: int | tuple[int, ...]) -> tuple[int, ...]:
+    sizes = (extent,) if isinstance(extent, int) else extent
+    return (*sizes, *(1,) * (3 - len(sizes)))
+
+
+@cache
+def _check_nvrtc() -> None:
+    from cupy.cuda import nvrtc
+
+    try:
+        version = nvrtc.getVersion()
+    except RuntimeError as error:  # CuPy is there, but no libnvrtc
+        raise ImportError(f"CuPy finds no NVRTC, which compiles the kernels; {_extra_hint()}") from error
+    if version < _MIN_NVRTC:
+        found, needed = (".".join(map(str, numbers)) for numbers in (version, _MIN_NVRTC))
+        raise ImportError(f"the kernels need NVRTC {needed} or later and CuPy finds {found}; {_extra_hint()}")
+
+
+def _extra_hint() -> str:
+    return "install paged_attn[cuda12] (drivers for CUDA 12) or paged_attn[cuda13]"

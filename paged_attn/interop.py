@@ -1,0 +1,276 @@
+"""Arrays at the door: any array library's array becomes a NumPy or CuPy view of the same memory, and back again.
+
+Nothing here copies or moves data on the way in. NumPy and CuPy arrays pass through; everything else comes by DLPack.
+"""
+
+import ctypes
+import functools
+import sys
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+FLOAT_DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+}
+_BFLOAT16 = FLOAT_DTYPES["bfloat16"]
+
+_HOST_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost
+_CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# DLPack: reading one flag and relabelling one dtype. NumPy refuses the bfloat16 of a capsule, and CuPy does not look
+# at its READ_ONLY flag.
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _ManagedVersioned(ctypes.Structure):
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _DLTensor),
+    )
+
+
+_READ_ONLY = 1
+_CODE_UINT, _CODE_BFLOAT = 1, 4
+_is_capsule_named = ctypes.pythonapi.PyCapsule_IsValid
+_is_capsule_named.restype, _is_capsule_named.argtypes = ctypes.c_int, (ctypes.py_object, ctypes.c_char_p)
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+
+
+class _Bits:
+    """A DLPack producer that hands out another one's capsule with bfloat16 relabelled as uint16: no copy.
+
+    The capsule owns its description of the tensor until it is consumed, so that changing the label in it is safe.
+    """
+
+    def __init__(self, producer: Any) -> None:
+        self._producer = producer
+        self.was_bfloat16 = False
+        self.read_only = False
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._producer.__dlpack_device__()
+
+    def __dlpack__(self, **wishes: Any) -> Any:
+        try:
+            capsule = self._producer.__dlpack__(**wishes)
+        except TypeError:  # a producer of DLPack before 1.0 knows `stream` only
+            capsule = self._producer.__dlpack__(**{name: wishes[name] for name in wishes if name == "stream"})
+        if _is_capsule_named(capsule, b"dltensor_versioned"):
+            managed = _ManagedVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
+            tensor, self.read_only = managed.tensor, bool(managed.flags & _READ_ONLY)
+        else:  # an unversioned DLManagedTensor begins with its DLTensor
+            tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
+        if (tensor.code, tensor.bits) == (_CODE_BFLOAT, 16):
+            tensor.code, self.was_bfloat16 = _CODE_UINT, True
+        return capsule
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# In and out
+
+
+def native(x: Any, name: str, *, writable: bool = False) -> Any:
+    """A NumPy or CuPy array over the memory of `x`, without a copy.
+
+    Parameters
+    ----------
+    x: numpy.ndarray, cupy.ndarray, jax.Array, or any object with `__dlpack__`.
+    name: how messages call the argument.
+    writable: whether paged_attn is going to write into it.
+
+    Raises
+    ------
+    TypeError: `x` is no array (a list, say), is traced by jax.jit, or has a dtype that NumPy does not know.
+    ValueError: `writable`, and the array may not be written.
+    ImportError: a GPU array, and CuPy is not installed.
+    """
+    if not is_native(x):
+        return _from_dlpack(x, name, writable)
+    if writable and isinstance(x, np.ndarray) and not x.flags.writeable:
+        raise ValueError(f"{name} is a read-only NumPy array; pass {name}.copy(), or an array with flags.writeable")
+    return x
+
+
+def is_native(x: Any) -> bool:
+    """Whether `x` is a NumPy or CuPy array already."""
+    if isinstance(x, np.ndarray):
+        return True
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(x, cupy.ndarray)
+
+
+def _from_dlpack(x: Any, name: str, writable: bool) -> Any:
+    if not hasattr(x, "__dlpack__"):
+        raise TypeError(
+            f"{name} must be an array (NumPy, CuPy, JAX or another with __dlpack__), got {type(x).__name__}; "
+            f"pass np.asarray({name}, dtype=...) or its like"
+        )
+    if is_jax(x):
+        if _is_traced(x):
+            raise TypeError(
+                f"{name} is a JAX array that is being traced (jax.jit, vmap or grad): it has no memory to read; "
+                f"call paged_attn outside the transformation"
+            )
+        if writable:
+            raise ValueError(
+                f"{name} is a JAX array, which is immutable, and paged_attn writes into {name}; pass a NumPy array "
+                f"(on the CPU) or a CuPy array (on a GPU) and read it from JAX through jax.dlpack.from_dlpack"
+            )
+    device_type, device_id = x.__dlpack_device__()
+    bits = _Bits(x)
+    try:
+        if device_type in _HOST_DEVICES:
+            array = np.from_dlpack(bits)
+        elif device_type in _CUDA_DEVICES:
+            cupy = cupy_for(f"{name} lives on a GPU")
+            with cupy.cuda.Device(device_id):
+                array = cupy.from_dlpack(bits)
+        else:
+            raise TypeError(
+                f"{name} lives on a device of DLPack type {device_type}, and paged_attn knows the CPU and CUDA; "
+                f"move {name} to one of them"
+            )
+    except (BufferError, RuntimeError) as error:
+        raise TypeError(f"{name} cannot be taken by DLPack ({error}); pass a NumPy or CuPy array") from error
+    if writable and (bits.read_only or (isinstance(array, np.ndarray) and not array.flags.writeable)):
+        raise ValueError(
+            f"{name} ({type(x).__module__}.{type(x).__qualname__}) does not say by DLPack that it may be written; "
+            f"pass a NumPy or CuPy array"
+        )
+    return array.view(_BFLOAT16) if bits.was_bfloat16 else array
+
+
+def to_caller(result: Any, like: Any) -> Any:
+    """A NumPy or CuPy `result` as an array of the library of `like`: JAX if `like` is a JAX array, else unchanged."""
+    if not is_jax(like):
+        return result
+    import jax
+
+    if isinstance(result, np.ndarray):
+        (device,) = like.devices()
+        return jax.device_put(result, device)
+    return jax.dlpack.from_dlpack(result)
+
+
+def is_jax(x: Any) -> bool:
+    """Whether `x` is a jax.Array; JAX is not imported for the question."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.Array)
+
+
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, sys.modules["jax"].core.Tracer)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Devices and dtypes
+
+
+def device_of(array: Any) -> str:
+    """Where a NumPy or CuPy array lives: "cpu" or "cuda:<i>"."""
+    return "cpu" if isinstance(array, np.ndarray) else f"cuda:{array.device.id}"
+
+
+def namespace(array: Any) -> ModuleType:
+    """The module numpy or cupy, by the array."""
+    return np if isinstance(array, np.ndarray) else sys.modules["cupy"]
+
+
+def cupy_for(reason: str) -> ModuleType:
+    """The module cupy, or an ImportError that gives the reason and names the extras."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(
+            f"{reason}, and CuPy cannot be imported ({error}); install it with "
+            f"pip install 'paged_attn[cuda12]' (or 'paged_attn[cuda13]' for a CUDA 13 driver)"
+        ) from error
+    return cupy
+
+
+@functools.cache
+def cuda_available() -> bool:
+    """Whether CuPy is installed and sees a CUDA device."""
+    try:
+        import cupy
+    except ImportError:
+        return False
+    return bool(cupy.cuda.is_available())
+
+
+def resolve_device(device: Any) -> str:
+    """ "cpu" or "cuda:<i>" for what a caller may say.
+
+    None is the current CUDA device where CuPy sees one, else the CPU; besides "cpu", "cuda" (the current one),
+    "cuda:1", 1 and a cupy.cuda.Device are understood.
+    """
+    if device is None:
+        return f"cuda:{_current_device()}" if cuda_available() else "cpu"
+    if device == "cpu":
+        return "cpu"
+    index: int | None = None
+    if isinstance(device, str):
+        kind, _, number = device.partition(":")
+        known = kind == "cuda" and (device == "cuda" or number.isdecimal())
+        index = int(number) if known and number else None
+    elif isinstance(device, bool):
+        known = False
+    elif isinstance(device, int):
+        known, index = device >= 0, device
+    else:
+        index = getattr(device, "id", None)
+        known = isinstance(index, int)
+    if not known:
+        raise ValueError(
+            f"device must be 'cpu', 'cuda', 'cuda:<i>', an index or a cupy.cuda.Device, got {device!r}; "
+            f"pass None for the current CUDA device where there is one"
+        )
+    cupy = cupy_for(f"device={device!r} needs CuPy")
+    count = cupy.cuda.runtime.getDeviceCount() if cuda_available() else 0
+    if index is None and count:
+        index = _current_device()
+    if index is None or index >= count:
+        raise ValueError(f"device={device!r}, but CuPy sees {count} CUDA devices; pass 'cpu' or an index below {count}")
+    return f"cuda:{index}"
+
+
+def _current_device() -> int:
+    return sys.modules["cupy"].cuda.runtime.getDevice()
+
+
+def as_dtype(dtype: Any) -> np.dtype:
+    """The np.dtype of "float16", "bfloat16", "float32", "float64" or of any spelling of them (np, ml_dtypes, jnp)."""
+    try:
+        found = FLOAT_DTYPES.get(dtype) if isinstance(dtype, str) else np.dtype(dtype)
+    except TypeError:
+        found = None
+    if dtype is None or found is None or found not in FLOAT_DTYPES.values():  # (np.dtype(float) == None is True)
+        raise TypeError(f"dtype must be one of {', '.join(FLOAT_DTYPES)} (a name or a NumPy dtype), got {dtype!r}")
+    return found

@@ -1,0 +1,187 @@
+"""Which pages hold the tokens of each request: three int32 arrays, and where the pages stand in their sequences."""
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from . import backends, spec
+from .interop import device_of, native, resolve_device
+
+_INT32 = np.dtype(np.int32)
+
+
+class PageTable:
+    """The pages of a batch of requests. It holds the arrays that it is given, without a copy.
+
+    Parameters
+    ----------
+    indptr: int32 [batch_size + 1]. Request i has the pages indices[indptr[i] : indptr[i + 1]].
+    indices: int32 [at least indptr[-1]]. Page ids; what stands past indptr[-1] is never read.
+    last_page_len: int32 [batch_size]. Tokens in the last page, in [1, page_size] where there is a page.
+    page_size: tokens a page.
+    page_offset: None or int32 [batch_size]. Page j of request i holds the tokens of its sequence from position
+        (page_offset[i] + j * page_stride) * page_size on; None is 0, the plain table.
+    page_stride: 1, or n for a table that holds every n-th page of a sequence.
+    total_len: None or int32 [batch_size]. The length from which masks count; None is seq_lens.
+
+    Arrays are NumPy, CuPy, JAX or others with `__dlpack__`, all on one device. Their values are checked where they are
+    used: NumPy arrays before anything is launched, device arrays by the kernels.
+
+    Raises
+    ------
+    ValueError: ranks, lengths and strides.
+    TypeError: dtypes other than int32, and arrays on different devices.
+    """
+
+    __slots__ = (
+        "batch_size",
+        "device",
+        "indices",
+        "indptr",
+        "last_page_len",
+        "page_offset",
+        "page_size",
+        "page_stride",
+        "total_len",
+    )
+
+    def __init__(
+        self,
+        indptr: Any,
+        indices: Any,
+        last_page_len: Any,
+        *,
+        page_size: int,
+        page_offset: Any = None,
+        page_stride: int = 1,
+        total_len: Any = None,
+    ) -> None:
+        self.indptr = native(indptr, "indptr")
+        self.indices = native(indices, "indices")
+        self.last_page_len = native(last_page_len, "last_page_len")
+        self.page_offset = None if page_offset is None else native(page_offset, "page_offset")
+        self.total_len = None if total_len is None else native(total_len, "total_len")
+        spec.check_table_arrays(
+            self.indptr, self.indices, self.last_page_len, page_size, self.page_offset, page_stride, self.total_len
+        )
+        self.page_size, self.page_stride = int(page_size), int(page_stride)
+        self.batch_size: int = self.last_page_len.shape[0]
+        self.device = device_of(self.indptr)
+
+    @classmethod
+    def empty(cls, max_batch_size: int, max_pages: int, *, page_size: int, device: Any = None) -> "PageTable":
+        """A table of max_batch_size requests without a page, with room for max_pages: for `out=`.
+
+        device: None is the current CUDA device where CuPy sees one, else the CPU.
+        """
+        spec.as_int(max_batch_size, "max_batch_size", minimum=0)
+        spec.as_int(max_pages, "max_pages", minimum=0)
+        spec.as_int(page_size, "page_size", minimum=1)
+        return cls(*_zeros(resolve_device(device), max_batch_size + 1, max_pages, max_batch_size), page_size=page_size)
+
+    @classmethod
+    def from_block_table(cls, block_table: Any, seq_lens: Any, *, page_size: int) -> "PageTable":
+        """The table of the dense form: block_table int32 [batch, max_pages_per_seq], seq_lens int32 [batch].
+
+        Row i begins with the page ids of request i; what stands past its last page is not read.
+        """
+        spec.as_int(page_size, "page_size", minimum=1)
+        block_table, seq_lens = native(block_table, "block_table"), native(seq_lens, "seq_lens")
+        spec.check_block_table(block_table, seq_lens, page_size)
+        batch_size, max_pages_per_seq = block_table.shape
+        device = device_of(block_table)
+        arrays = _zeros(device, batch_size + 1, batch_size * max_pages_per_seq, batch_size)
+        table = cls(*arrays, page_size=page_size)
+        if batch_size:
+            backends.of(device).from_block_table(block_table, seq_lens, table.page_size, table)
+        return table
+
+    def to_block_table(self, max_pages_per_seq: int) -> Any:
+        """The dense form: int32 [batch_size, max_pages_per_seq], -1 where there is no page."""
+        spec.as_int(max_pages_per_seq, "max_pages_per_seq", minimum=0)
+        spec.check_table_values(self, None)
+        spec.check_block_width(self, max_pages_per_seq)
+        return self._backend.to_block_table(self, max_pages_per_seq)
+
+    @property
+    def seq_lens(self) -> Any:
+        """Tokens that the pages of each request hold, int32 [batch_size], made anew on the table's device."""
+        return self._backend.seq_lens(self)
+
+    def split(self, num_chunks: int, out: "PageTable | None" = None) -> "PageTable":
+        """Cut every sequence into num_chunks runs of pages: one table of num_chunks * batch_size rows.
+
+        Row c * batch_size + i is chunk c of request i, page-aligned and possibly empty, with its page_offset and
+        total_len, so that attention over it gives a partial result for merge_states. Nothing is read back.
+
+        out: the table that an earlier split of a batch of this size returned; written instead of a new one.
+        """
+        spec.as_int(num_chunks, "num_chunks", minimum=1)
+        spec.check_table_values(self, None)
+        rows = num_chunks * self.batch_size
+        if out is None:
+            indptr, indices, last_page_len, page_offset, total_len = _zeros(
+                self.device, rows + 1, self.indices.shape[0], rows, rows, rows
+            )
+            out = PageTable(
+                indptr,
+                indices,
+                last_page_len,
+                page_size=self.page_size,
+                page_offset=page_offset,
+                page_stride=self.page_stride,
+                total_len=total_len,
+            )
+        else:
+            spec.check_split_out(out, self, num_chunks)
+        if rows:
+            self._backend.split_table(self, num_chunks, out)
+        return out
+
+    def slots(self, batch_indices: Any, positions: Any) -> Any:
+        """Where tokens are stored: int64 [n], page * page_size + offset, as `append` takes them.
+
+        Parameters
+        ----------
+        batch_indices: int32 [n]. The request of each token.
+        positions: int32 [n]. Its position in the whole sequence; slot -1 where this table does not hold its page.
+        """
+        batch_indices, positions = native(batch_indices, "batch_indices"), native(positions, "positions")
+        spec.check_table_values(self, None)
+        spec.check_token_places(batch_indices, positions, self)
+        upload = self._backend.to_backend
+        return self._backend.table_slots(self, upload(batch_indices, self.device), upload(positions, self.device))
+
+    def validate(self, num_pages: int) -> "Validation":
+        """Check every value against a pool of num_pages pages: a host table at once, a device table by a kernel.
+
+        Nothing waits for the device, so that a CUDA graph can hold it; Validation.raise_if_bad does.
+        """
+        spec.as_int(num_pages, "num_pages", minimum=0)
+        return Validation(self._backend, self._backend.check_table(self, num_pages))
+
+    @property
+    def _backend(self) -> ModuleType:
+        return backends.of(self.device)
+
+    def __repr__(self) -> str:
+        return f"PageTable(batch_size={self.batch_size}, page_size={self.page_size}, device={self.device!r})"
+
+
+class Validation:
+    """What PageTable.validate found; in a CUDA graph, what it found at the last replay."""
+
+    __slots__ = ("_backend", "_word")
+
+    def __init__(self, backend: ModuleType, word: Any) -> None:
+        self._backend, self._word = backend, word
+
+    def raise_if_bad(self) -> None:
+        """PageTableError (field, index, value) if the table held a fault. Waits for the device."""
+        self._backend.raise_word(self._word)
+
+
+def _zeros(device: str, *lengths: int) -> tuple[Any, ...]:
+    backend = backends.of(device)
+    return tuple(backend.zeros((length,), _INT32, device) for length in lengths)

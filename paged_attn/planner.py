@@ -1,0 +1,78 @@
+"""The numbers that shape a launch: pure functions of a few integers, so that they can be tested without a GPU.
+
+Nothing here looks at sequence lengths. What depends on them is decided on the device, once a step (kernels/schedule.cu),
+so a captured graph replays with new lengths. The constants were measured on an H100.
+"""
+
+from dataclasses import dataclass
+
+# CTAs that read KV for a whole launch when requests are split: 64 SMs already saturate memory, more CTAs only add
+# partial states to merge (bs1_4k_g4: 8 splits a head 14.3 us, 16: 14.2, 33: 15.8, 66: 18.2).
+SPLIT_CTAS = 128
+# With this many (request, KV head) pairs a split costs more than it gives (64 pairs: 56.5 us whole, 57.4 us halved).
+UNSPLIT_PAIRS = 64
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """How the decode kernel is compiled and launched for one combination of q_len, group size and head_dim."""
+
+    columns: int  # query rows (token, head) that share one pass over a KV head, a multiple of 8
+    column_blocks: int  # passes needed for q_len * group_size rows
+    threads: int
+    shared_bytes: int
+
+
+def decode_shape(q_len: int, group_size: int, head_dim: int) -> DecodeShape:
+    """The kernel's tile for `q_len * group_size` query rows a KV head."""
+    rows = q_len * group_size
+    # Every 8 columns cost head_dim / 4 accumulator registers a thread; beyond this a kernel would spill.
+    most = 32 if head_dim <= 64 else 16 if head_dim <= 128 else 8
+    columns = min(most, _ceil_div(rows, 8) * 8)
+    warps = 4 if head_dim > 128 else 8
+    tile = 16 * head_dim * 2  # one K or V tile: 16 tokens
+    out = columns * (head_dim + 4) * 4
+    return DecodeShape(
+        columns=columns,
+        column_blocks=_ceil_div(rows, columns),
+        threads=warps * 32,
+        shared_bytes=warps * (max(2 * tile, out) + columns * 16) + 16,
+    )
+
+
+def decode_splits(batch_size: int, num_kv_heads: int, column_blocks: int, batch_invariant: bool) -> int:
+    """CTAs that share one (request, KV head).
+
+    A batch-invariant plan splits every request as if it were alone, so that its bits do not depend on its neighbours.
+    """
+    pairs = (1 if batch_invariant else batch_size) * num_kv_heads * column_blocks
+    return 1 if pairs >= UNSPLIT_PAIRS else SPLIT_CTAS // max(pairs, 1)
+
+
+def decode_workspace_ctas(max_batch_size: int, num_kv_heads: int, column_blocks: int, batch_invariant: bool) -> int:
+    """CTAs that may write a partial state in any launch of up to `max_batch_size` requests."""
+    if batch_invariant:
+        splits = decode_splits(1, num_kv_heads, column_blocks, True)
+        return max_batch_size * num_kv_heads * column_blocks * splits if splits > 1 else 0
+    return SPLIT_CTAS if num_kv_heads * column_blocks < UNSPLIT_PAIRS else 0
+
+
+@dataclass(frozen=True)
+class PrefillShape:
+    """How the portable prefill kernel is compiled and launched for one head_dim."""
+
+    tile_rows: int  # packed (token, head of the group) rows a CTA
+    threads: int
+    shared_bytes: int
+
+
+def prefill_shape(head_dim: int) -> PrefillShape:
+    """The kernel's tile: 32 rows a warp where their accumulators fit into registers, else 16."""
+    wide = head_dim > 128
+    tile_rows, block = (64, 32) if wide else (128, 64)
+    row = (head_dim // 8 + 1) * 16  # rows of Q, K and V in shared memory, padded by 16 bytes
+    return PrefillShape(tile_rows, 128, (tile_rows + 2 * block) * row + 4 * block * 4 + tile_rows * 16)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,409 @@
+"""The one list of attention cases, for the tests (CPU, SIMT shim, GPU) and for bench/, and how their inputs are made.
+
+Inputs are NumPy arrays and poisoned: NaN in the unused slots of last pages and in unused pages, impossible page ids
+behind the end of `indices`, pages in shuffled order. Nothing is built at import.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import paged_attn as pa
+
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)} | {
+    name: np.dtype(name) for name in ("float16", "float32", "float64")
+}
+NEEDLE_SCORE = 20.0
+UNUSED_PAGES = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. Decode where q_lens is None: every request has q_len queries. Lengths are tokens a table holds."""
+
+    name: str
+    kv_lens: tuple[int, ...]
+    q_len: int = 1
+    q_lens: tuple[int, ...] | None = None
+    num_qo_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    page_size: int = 16
+    layout: str = "NHD"
+    dtype: str = "float16"
+    causal: bool = True
+    window_left: int = -1
+    logits_soft_cap: float = 0.0
+    page_offsets: tuple[int, ...] | None = None
+    page_stride: int = 1
+    total_lens: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.kv_lens)
+
+    @property
+    def is_decode(self) -> bool:
+        return self.q_lens is None
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """Number of queries of each request."""
+        return (self.q_len,) * self.batch_size if self.q_lens is None else self.q_lens
+
+    @property
+    def sm_scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def positions(self, request: int) -> np.ndarray:
+        """Position in the whole sequence of each local token of a request."""
+        page, slot = np.divmod(np.arange(self.kv_lens[request]), self.page_size)
+        offset = self.page_offsets[request] if self.page_offsets else 0
+        return (offset + page * self.page_stride) * self.page_size + slot
+
+    def total_len(self, request: int) -> int:
+        return self.total_lens[request] if self.total_lens else self.kv_lens[request]
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """NumPy arrays of one case. k and v are the dense keys and values [kv_len, kv heads, dim] of each request."""
+
+    case: Case
+    q: np.ndarray
+    k: list[np.ndarray]
+    v: list[np.ndarray]
+    k_pages: np.ndarray
+    v_pages: np.ndarray
+    indptr: np.ndarray
+    indices: np.ndarray
+    last_page_len: np.ndarray
+    qo_indptr: np.ndarray
+    page_offset: np.ndarray | None = field(default=None)
+    total_len: np.ndarray | None = field(default=None)
+
+    def kv(self, to: Callable[[np.ndarray], Any] = np.asarray) -> pa.PagedKV:
+        """The tagged pool; `to` brings an array where it is wanted (cupy.asarray, say)."""
+        return pa.PagedKV(to(self.k_pages), to(self.v_pages), layout=self.case.layout)
+
+    def table(self, to: Callable[[np.ndarray], Any] = np.asarray) -> pa.PageTable:
+        return pa.PageTable(
+            to(self.indptr),
+            to(self.indices),
+            to(self.last_page_len),
+            page_size=self.case.page_size,
+            page_offset=None if self.page_offset is None else to(self.page_offset),
+            page_stride=self.case.page_stride,
+            total_len=None if self.total_len is None else to(self.total_len),
+        )
+
+    def options(self) -> dict[str, Any]:
+        """What plan() and the one-shot functions take by name."""
+        options = {"window_left": self.case.window_left, "logits_soft_cap": self.case.logits_soft_cap}
+        return options if self.case.is_decode else options | {"causal": self.case.causal}
+
+
+def build(case: Case, *, needle: int | None = None) -> Inputs:
+    """Inputs of a case, the same at every call.
+
+    With a needle, every query scores NEEDLE_SCORE on that local token of every request that has it, whose values are
+    all its own, so that an answer which misses the token (or sees it behind a mask) is wholly wrong.
+    """
+    random = np.random.default_rng(zlib.crc32(case.name.encode()))
+    dtype, heads, dim, page_size = DTYPES[case.dtype], case.num_kv_heads, case.head_dim, case.page_size
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape, np.float32).astype(dtype)
+
+    q = normal(sum(case.queries), case.num_qo_heads, dim)
+    k = [normal(kv_len, heads, dim) for kv_len in case.kv_lens]
+    v = [normal(kv_len, heads, dim) for kv_len in case.kv_lens]
+    if needle is not None:
+        q[..., 0] = 4
+        for keys, values in zip(k, v, strict=True):
+            if needle < len(keys):
+                keys[needle] = 0
+                keys[needle, :, 0] = NEEDLE_SCORE / (4 * case.sm_scale)
+                values[needle] = needle_values(case)
+
+    pages = [-(-kv_len // page_size) for kv_len in case.kv_lens]
+    indptr = np.concatenate([[0], np.cumsum(pages)]).astype(np.int32)
+    num_pages = int(indptr[-1]) + UNUSED_PAGES
+    page_ids = random.permutation(num_pages)[: indptr[-1]]
+    pools = []
+    for dense in (k, v):
+        pool = np.full((num_pages, page_size, heads, dim), np.nan, dtype)
+        for request, tokens in enumerate(dense):
+            for page in range(pages[request]):
+                piece = tokens[page * page_size : (page + 1) * page_size]
+                pool[page_ids[indptr[request] + page], : len(piece)] = piece
+        pools.append(pool if case.layout == "NHD" else np.ascontiguousarray(pool.swapaxes(1, 2)))
+    last_page_len = [kv_len - (n - 1) * page_size if n else 0 for kv_len, n in zip(case.kv_lens, pages, strict=True)]
+    impossible = [np.iinfo(np.int32).max, -1, num_pages]
+    return Inputs(
+        case=case,
+        q=q.reshape(case.batch_size, case.q_len, *q.shape[1:]) if case.is_decode and case.q_len > 1 else q,
+        k=k,
+        v=v,
+        k_pages=pools[0],
+        v_pages=pools[1],
+        indptr=indptr,
+        indices=np.concatenate([page_ids, impossible]).astype(np.int32),
+        last_page_len=np.array(last_page_len, np.int32),
+        qo_indptr=np.concatenate([[0], np.cumsum(case.queries)]).astype(np.int32),
+        page_offset=None if case.page_offsets is None else np.array(case.page_offsets, np.int32),
+        total_len=None if case.total_lens is None else np.array(case.total_lens, np.int32),
+    )
+
+
+def needle_values(case: Case) -> np.ndarray:
+    """The values of a needle, [head_dim]: unlike those of any other token."""
+    return 1 + np.arange(case.head_dim) % 7
+
+
+# -- closeness ---------------------------------------------------------------------------------------------------------
+
+OUT_TOLERANCE = {"float16": 2e-3, "bfloat16": 1e-2, "float32": 2e-5, "float64": 1e-12}
+LSE_TOLERANCE, LSE_TOLERANCE_SOFT_CAP = 1e-4, 1e-3
+
+
+def assert_close(
+    out: Any, expected: Any, lse: Any = None, expected_lse: Any = None, *, tolerance: float, lse_tolerance: float = 1e-4
+) -> None:
+    """Raise unless inf and NaN stand at the same places and every row (last axis) has ||err|| <= tolerance * ||row||.
+
+    Absolute tolerances would hide a skipped page in a long sequence. lse is compared by value, within lse_tolerance.
+    """
+    out, expected = np.asarray(out, np.float64), np.asarray(expected, np.float64)
+    assert out.shape == expected.shape, f"out has shape {out.shape}, expected {expected.shape}"
+    _assert_same_specials(out, expected, "out")
+    error = np.linalg.norm(_finite_difference(out, expected), axis=-1)
+    norm = np.linalg.norm(np.where(np.isfinite(expected), expected, 0), axis=-1)
+    wrong = error > tolerance * norm
+    if wrong.any():
+        row = np.unravel_index(np.argmax(np.where(wrong, error / np.maximum(norm, 1e-9), 0)), wrong.shape)
+        raise AssertionError(
+            f"{np.count_nonzero(wrong)} of {wrong.size} rows are off; worst is row {tuple(map(int, row))}: "
+            f"||err|| = {error[row]:.3g}, ||expected|| = {norm[row]:.3g}, tolerance {tolerance:.3g}"
+        )
+    if lse is None:
+        return
+    lse, expected_lse = np.asarray(lse, np.float64), np.asarray(expected_lse, np.float64)
+    assert lse.shape == expected_lse.shape, f"lse has shape {lse.shape}, expected {expected_lse.shape}"
+    _assert_same_specials(lse, expected_lse, "lse")
+    error = np.abs(_finite_difference(lse, expected_lse))
+    assert (error <= lse_tolerance).all(), f"lse is off by {error.max():.3g}, tolerance {lse_tolerance:.3g}"
+
+
+def _finite_difference(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """actual - expected, 0 where that is no number."""
+    return np.subtract(actual, expected, out=np.zeros_like(expected), where=np.isfinite(expected))
+
+
+def _assert_same_specials(actual: np.ndarray, expected: np.ndarray, name: str) -> None:
+    for kind, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
+        differ = np.argwhere(test(actual) != test(expected))
+        if len(differ):
+            place = tuple(map(int, differ[0]))
+            raise AssertionError(
+                f"{kind} of {name} differ at {len(differ)} places, first {place}: {actual[place]} for {expected[place]}"
+            )
+
+
+# -- the list for correctness ------------------------------------------------------------------------------------------
+
+LAYOUTS = ("NHD", "HND")
+PAGE_SIZES = (1, 3, 8, 16, 48, 64)
+GROUP_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32)
+HEAD_DIMS = (16, 32, 64, 80, 96, 112, 128, 256)
+
+
+def _ragged(page_size: int) -> tuple[int, ...]:
+    """Lengths around a page's borders (a full last page, one of a single token), with 0 and 1 among them."""
+    return (130, 0, 1, page_size, 2 * page_size + 1, 77)
+
+
+def _owned(total_len: int, rank: int, num_ranks: int, page_size: int) -> int:
+    """Tokens that a rank holds which owns pages rank, rank + num_ranks, ... of a sequence."""
+    pages = np.arange(rank, -(-total_len // page_size), num_ranks)
+    return int(np.minimum(page_size, total_len - pages * page_size).sum())
+
+
+def _strided(total_lens: tuple[int, ...], rank: int, num_ranks: int, page_size: int) -> dict[str, Any]:
+    return {
+        "kv_lens": tuple(_owned(total_len, rank, num_ranks, page_size) for total_len in total_lens),
+        "page_offsets": (rank,) * len(total_lens),
+        "page_stride": num_ranks,
+        "total_lens": total_lens,
+        "page_size": page_size,
+    }
+
+
+def _variants() -> Iterable[Case]:
+    """What decode and prefill have in common, as decode cases: each feature in turn, the others alternating."""
+    for i, page_size in enumerate(PAGE_SIZES):
+        for layout in LAYOUTS:
+            dtype = ("float16", "bfloat16")[(i + LAYOUTS.index(layout)) % 2]
+            yield Case(f"page{page_size}_{layout}", _ragged(page_size), page_size=page_size, layout=layout, dtype=dtype)
+    for i, group in enumerate(GROUP_SIZES):
+        yield Case(
+            f"group{group}", _ragged(16), num_qo_heads=2 * group, layout=LAYOUTS[i % 2],
+            dtype=("float16", "bfloat16")[i // 2 % 2],
+        )  # fmt: skip
+    for i, head_dim in enumerate(HEAD_DIMS):
+        yield Case(
+            f"dim{head_dim}", _ragged(16), head_dim=head_dim, layout=LAYOUTS[i // 2 % 2],
+            dtype=("float16", "bfloat16")[i % 2],
+        )  # fmt: skip
+    for layout in LAYOUTS:
+        yield Case(f"page_is_heads8_{layout}", _ragged(8), num_qo_heads=16, num_kv_heads=8, page_size=8, layout=layout)
+        yield Case(f"page_is_heads1_{layout}", (5, 0, 1), num_qo_heads=3, num_kv_heads=1, page_size=1, layout=layout)
+    for i, window in enumerate((0, 1, 15, 16, 100)):
+        yield Case(f"window{window}", _ragged(16), window_left=window, layout=LAYOUTS[i % 2])
+    yield Case("soft_cap", _ragged(16), logits_soft_cap=1.5)
+    yield Case("soft_cap_window", _ragged(8), logits_soft_cap=30.0, window_left=20, page_size=8, dtype="bfloat16")
+    yield Case("all_empty", (0, 0, 0))
+    yield Case("one_token", (1,), page_size=64)
+    yield Case("float32", _ragged(16), dtype="float32")
+    yield Case("float64", _ragged(3), dtype="float64", page_size=3, layout="HND")
+    yield Case("tail", **_chunk((130, 65, 16, 0), first_page=(2, 4, 0, 0)))
+    yield Case("middle", **_chunk((130, 65, 16, 1), first_page=(2, 1, 0, 0), held=(48, 16, 16, 1)))
+    for rank in range(3):
+        yield Case(f"stride3_rank{rank}", **_strided((200, 33, 1, 0, 48), rank, 3, 8), layout="HND", window_left=50)
+    yield Case("stride4_page1", **_strided((50, 3, 2), 2, 4, 1))
+
+
+def _chunk(
+    total_lens: tuple[int, ...], first_page: tuple[int, ...], held: tuple[int, ...] | None = None
+) -> dict[str, Any]:
+    """A chunk of each sequence from page first_page (of 16 tokens) on: all that follows, or `held` tokens."""
+    rest = tuple(total - 16 * first for total, first in zip(total_lens, first_page, strict=True))
+    return {"kv_lens": held or rest, "page_offsets": first_page, "total_lens": total_lens}
+
+
+def _decode_cases() -> Iterable[Case]:
+    yield from _variants()
+    for q_len, layout in ((2, "NHD"), (3, "HND"), (4, "NHD"), (8, "HND"), (17, "NHD")):  # longer than some sequences
+        yield Case(f"q_len{q_len}", _ragged(16), q_len=q_len, layout=layout)
+    yield Case("q_len4_group3", _ragged(8), q_len=4, num_qo_heads=9, num_kv_heads=3, page_size=8, dtype="bfloat16")
+    yield Case("q_len5_window7", _ragged(16), q_len=5, window_left=7)
+    yield Case("q_len3_stride", **_strided((200, 33, 1, 0, 48), 1, 3, 8), q_len=3)
+    yield Case("q_len4_middle", **_chunk((130, 65, 16), first_page=(2, 1, 0), held=(48, 48, 16)), q_len=4)
+    for length in (63, 64, 65, 511, 512, 513):  # borders of tiles and splits
+        yield Case(f"length{length}", (length, length - 1), layout=LAYOUTS[length % 2])
+    yield Case("long_ragged", (3001, 1, 2048, 700), head_dim=128)
+    yield Case("long_window", (3001, 1025), head_dim=128, window_left=300, layout="HND", dtype="bfloat16")
+    yield Case("long_group32_page1", (1500, 31), num_qo_heads=32, num_kv_heads=1, page_size=1)
+
+
+def _prefill_cases() -> Iterable[Case]:
+    for i, case in enumerate(_variants()):
+        # More queries than keys, as many, fewer, none, and one: which request gets which varies from case to case.
+        choices = [33, 1, 0, 5, 70, 18]
+        queries = tuple(choices[(i + request) % len(choices)] for request in range(case.batch_size))
+        yield replace(case, q_lens=queries)
+    for name in ("not_causal", "not_causal_window", "not_causal_stride"):
+        base = Case(name, (40, 0, 3, 100), q_lens=(40, 5, 9, 17), causal=False)
+        if name == "not_causal_window":
+            base = replace(base, window_left=12, layout="HND")
+        if name == "not_causal_stride":
+            base = replace(base, **_strided((200, 0, 3, 100), 1, 2, 16))
+        yield base
+    for length in (63, 64, 65, 127, 128, 129):  # borders of tiles: the whole sequence at once, and its tail alone
+        yield Case(f"length{length}", (length, length), q_lens=(length, length - 60), layout=LAYOUTS[length % 2])
+    yield Case("group5_tail", (300, 20), q_lens=(50, 20), num_qo_heads=10, dtype="bfloat16")
+    yield Case("group7_page3", (100, 64), q_lens=(19, 64), num_qo_heads=7, num_kv_heads=1, page_size=3, layout="HND")
+    yield Case("many_short", tuple(range(20)), q_lens=tuple(range(20)), page_size=8)
+    yield Case("long_window", (1200,), q_lens=(150,), window_left=200, head_dim=128)
+    yield Case("long_tail", (1500, 700), q_lens=(33, 100), head_dim=128, layout="HND", dtype="bfloat16")
+    yield Case("soft_cap_tail", (200, 90), q_lens=(64, 90), logits_soft_cap=2.0, head_dim=80)
+
+
+DECODE = tuple(replace(case, name=f"decode_{case.name}") for case in _decode_cases())
+PREFILL = tuple(replace(case, name=f"prefill_{case.name}") for case in _prefill_cases())
+
+
+# -- needles: one token that decides everything ------------------------------------------------------------------------
+
+_NEEDLE_KV_LENS = (75, 0, 1, 64, 65)
+NEEDLE_CASES = tuple(
+    replace(case, name=f"{case.name}_{layout}", layout=layout)
+    for layout in LAYOUTS
+    for case in (
+        Case("needle", _NEEDLE_KV_LENS),
+        Case("needle_page3", _NEEDLE_KV_LENS, page_size=3),
+        Case("needle_window", _NEEDLE_KV_LENS, window_left=33),
+        Case("needle_prefill", _NEEDLE_KV_LENS, q_lens=(75, 4, 3, 20, 65)),
+        Case("needle_prefill_window", _NEEDLE_KV_LENS, q_lens=(75, 4, 3, 20, 65), window_left=16),
+    )
+)
+
+
+def needle_places(case: Case) -> list[int]:
+    """First and last slot of every page, and both sides of every decode's window edge."""
+    longest = max(case.kv_lens)
+    borders = range(0, longest + 1, case.page_size)
+    edges = [kv_len - 1 - case.window_left for kv_len in case.kv_lens] if case.window_left >= 0 else []
+    places = {border + side for border in (*borders, *edges) for side in (-1, 0)} | {longest - 1}
+    return sorted(place for place in places if 0 <= place < longest)
+
+
+def assert_needle(case: Case, place: int, out: Any, lse: Any) -> None:
+    """Raise unless rows `out` and `lse` of build(case, needle=place) show the needle exactly where it is visible."""
+    out, lse = np.asarray(out, np.float64), np.asarray(lse, np.float64)
+    row = 0
+    for kv_len, num_queries in zip(case.kv_lens, case.queries, strict=True):
+        for own in range(kv_len - num_queries, kv_len):
+            beyond_window = case.window_left >= 0 and place < own - case.window_left
+            if place < kv_len and place <= own and not beyond_window:
+                assert_close(out[row], np.broadcast_to(needle_values(case), out[row].shape), tolerance=1e-2)
+                assert (np.abs(lse[row] - NEEDLE_SCORE) < 0.1).all(), f"row {row} does not see token {place}"
+            else:
+                assert (lse[row] < 0.75 * NEEDLE_SCORE).all(), f"row {row} sees token {place}, which is hidden"
+            row += 1
+
+
+# -- the lists for bench/ ----------------------------------------------------------------------------------------------
+
+
+def _bench_decode(name: str, kv_lens: tuple[int, ...], num_qo_heads: int, num_kv_heads: int) -> Case:
+    return Case(name, kv_lens, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim=128)
+
+
+def _bench_prefill(name: str, batch_size: int, q_len: int, kv_len: int) -> Case:
+    lengths = {"kv_lens": (kv_len,) * batch_size, "q_lens": (q_len,) * batch_size}
+    return Case(name, **lengths, num_qo_heads=32, num_kv_heads=8, head_dim=128)
+
+
+BENCH_DECODE = (
+    _bench_decode("bs1_4k_g4", (4096,), 32, 8),
+    _bench_decode("bs1_32k_g4", (32768,), 32, 8),
+    _bench_decode("bs64_4k_mqa16", (4096,) * 64, 16, 1),
+    _bench_decode("bs16_4k_g4", (4096,) * 16, 32, 8),
+    _bench_decode("bs64_2k_g4", (2048,) * 64, 32, 8),
+    _bench_decode("bs64_4k_g7", (4096,) * 64, 28, 4),
+    _bench_decode("bs256_512_g8", (512,) * 256, 64, 8),
+    _bench_decode("bs64_4k_g8", (4096,) * 64, 64, 8),
+    _bench_decode("bs64_4k_g5", (4096,) * 64, 40, 8),
+    _bench_decode("bs128_4k_g4", (4096,) * 128, 32, 8),
+    _bench_decode("bs32_4k_mha", (4096,) * 32, 32, 32),
+    _bench_decode("ragged64_g4", tuple(128 + 997 * i % 16000 for i in range(64)), 32, 8),
+)
+BENCH_PREFILL = (
+    _bench_prefill("1x8192", 1, 8192, 8192),
+    _bench_prefill("4x4096", 4, 4096, 4096),
+    _bench_prefill("16x1024", 16, 1024, 1024),
+    _bench_prefill("8x512_on_8192", 8, 512, 8192),  # 512 queries at the end of 8192 keys
+    _bench_prefill("1x16384", 1, 16384, 16384),
+    _bench_prefill("64x128_on_2048", 64, 128, 2048),
+)

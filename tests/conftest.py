@@ -1,0 +1,135 @@
+"""The rule of the gpu marker, and the evidence of a GPU run (tests/gpu/results.json).
+
+Tests in tests/gpu are marked gpu. A gpu test is skipped where CuPy sees no card; with PA_REQUIRE_GPU=1 a skipped one is
+a failure. A run that executed gpu tests writes its evidence; any other run says when the evidence is of another tree.
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paged_attn.interop import cuda_available
+
+ROOT = Path(__file__).parents[1]
+GPU_TESTS = ROOT / "tests" / "gpu"
+RESULTS = GPU_TESTS / "results.json"
+SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h"}
+PACKAGES = ("numpy", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc", "jax")
+
+OUTCOMES = pytest.StashKey[dict[str, Counter[str]]]()
+
+
+def gpu_is_required() -> bool:
+    return os.environ.get("PA_REQUIRE_GPU") == "1"
+
+
+def source_hash(root: Path = ROOT) -> str:
+    """One SHA-256 of the paths and texts of the sources in kernels/, paged_attn/ and tests/."""
+    digest = hashlib.sha256()
+    files = (path for folder in ("kernels", "paged_attn", "tests") for path in (root / folder).rglob("*"))
+    for path in sorted(path for path in files if path.suffix in SOURCES):
+        text = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(text)}\n".encode())
+        digest.update(text)
+    return digest.hexdigest()
+
+
+@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def xp(request: pytest.FixtureRequest) -> Any:
+    """The array module of each backend: numpy, and cupy on a machine that has a card."""
+    return pytest.importorskip(request.param) if request.param == "cupy" else np
+
+
+# -- the marker ------------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if GPU_TESTS in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+        if item.get_closest_marker("gpu") and not cuda_available():
+            item.add_marker(pytest.mark.skip(reason="CuPy is not installed or sees no CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if item.get_closest_marker("gpu"):
+        if report.skipped and gpu_is_required() and not hasattr(report, "wasxfail"):
+            report.outcome = "failed"
+            report.longrepr = f"a gpu test was skipped, and PA_REQUIRE_GPU=1: {report.longrepr}"
+        if report.when == "call" or not report.passed:
+            name = item.nodeid.partition("[")[0]
+            outcome = "error" if report.failed and report.when != "call" else report.outcome
+            item.config.stash.setdefault(OUTCOMES, {}).setdefault(name, Counter())[outcome] += 1
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.skipped and gpu_is_required() and GPU_TESTS in collector.path.parents:
+        report.outcome = "failed"
+        report.longrepr = f"a module of gpu tests was skipped, and PA_REQUIRE_GPU=1: {report.longrepr}"
+    return report
+
+
+# -- the evidence ----------------------------------------------------------------------------------------------------
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    outcomes = config.stash.get(OUTCOMES, {})
+    total = sum(outcomes.values(), Counter())
+    if total["passed"] + total["failed"]:
+        RESULTS.write_text(json.dumps(evidence(outcomes, total), indent=1) + "\n")
+        terminalreporter.write_line(f"GPU evidence written to {RESULTS.relative_to(ROOT)}")
+    elif warning := evidence_warning():
+        terminalreporter.write_line(f"warning: {warning}", yellow=True)
+
+
+def evidence(outcomes: dict[str, Counter[str]], total: Counter[str]) -> dict[str, Any]:
+    """What a run on this machine's card has shown."""
+    import cupy
+
+    card = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
+    versions = {"python": platform.python_version(), "driver": cupy.cuda.runtime.driverGetVersion()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "card": card["name"].decode(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "source_hash": source_hash(),
+        "skips_are_failures": gpu_is_required(),
+        "versions": versions,
+        "total": dict(total),
+        "tests": {name: dict(counts) for name, counts in sorted(outcomes.items())},
+    }
+
+
+def evidence_warning(results: Path = RESULTS) -> str | None:
+    """What is to be said about the committed evidence, if it is not of this tree."""
+    if not results.exists():
+        return f"there is no GPU evidence ({results.name}); run PA_REQUIRE_GPU=1 pytest -m gpu on a machine with a card"
+    recorded = json.loads(results.read_text())
+    if recorded["source_hash"] == source_hash():
+        return None
+    return (
+        f"the GPU evidence of {recorded['date']} is of another tree than this one; "
+        f"run PA_REQUIRE_GPU=1 pytest -m gpu on a machine with a card"
+    )

@@ -1,0 +1,99 @@
+"""The attention kernels against the reference backend, for every case of the list, poisoned, twice, bitwise."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import paged_attn as pa
+from tests import cases
+
+cupy = pytest.importorskip("cupy")
+
+TYPES_OF_THE_GPU = ("float16", "bfloat16")
+
+
+def on_gpu(array: np.ndarray) -> Any:
+    return cupy.asarray(array)
+
+
+def expected(inputs: cases.Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """The reference's answer to the same 16-bit inputs, computed and kept in float32."""
+    out = np.empty(inputs.q.shape, np.float32)
+    if inputs.case.is_decode:
+        return pa.decode(inputs.q, inputs.kv(), inputs.table(), out=out, return_lse=True, **inputs.options())
+    return pa.prefill(
+        inputs.q, inputs.qo_indptr, inputs.kv(), inputs.table(), out=out, return_lse=True, **inputs.options()
+    )
+
+
+def answer(inputs: cases.Inputs, **options: Any) -> tuple[Any, Any]:
+    options = inputs.options() | {"return_lse": True} | options
+    if inputs.case.is_decode:
+        return pa.decode(on_gpu(inputs.q), inputs.kv(on_gpu), inputs.table(on_gpu), **options)
+    return pa.prefill(
+        on_gpu(inputs.q), on_gpu(inputs.qo_indptr), inputs.kv(on_gpu), inputs.table(on_gpu), **options
+    )
+
+
+def assert_right(inputs: cases.Inputs, out: Any, lse: Any) -> None:
+    soft = inputs.case.logits_soft_cap > 0
+    cases.assert_close(
+        out.get(), expected(inputs)[0], lse.get(), expected(inputs)[1],
+        tolerance=cases.OUT_TOLERANCE[inputs.case.dtype],
+        lse_tolerance=cases.LSE_TOLERANCE_SOFT_CAP if soft else cases.LSE_TOLERANCE,
+    )  # fmt: skip
+
+
+ALL = [case for case in cases.DECODE + cases.PREFILL if case.dtype in TYPES_OF_THE_GPU]
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_kernels_agree_with_the_reference_and_with_themselves(case: cases.Case) -> None:
+    inputs = cases.build(case)
+    out, lse = answer(inputs)
+    assert_right(inputs, out, lse)
+    again, lse_again = answer(inputs)
+    assert (out.view(np.uint16) == again.view(np.uint16)).all() and (lse.view(np.uint32) == lse_again.view(np.uint32)).all()
+    pa.status()
+
+
+@pytest.mark.parametrize("case", [case for case in ALL if "group5" in case.name or "stride3" in case.name], ids=str)
+def test_float32_out_and_host_metadata(case: cases.Case) -> None:
+    inputs = cases.build(case)
+    out = cupy.full(inputs.q.shape, np.nan, np.float32)
+    q, kv = on_gpu(inputs.q), inputs.kv(on_gpu)
+    if case.is_decode:
+        result, lse = pa.decode(q, kv, inputs.table(), out=out, return_lse=True, **inputs.options())
+    else:
+        result, lse = pa.prefill(q, inputs.qo_indptr, kv, inputs.table(), out=out, return_lse=True, **inputs.options())
+    assert result is out
+    assert_right(inputs, out, lse)
+
+
+@pytest.mark.parametrize("dtype", TYPES_OF_THE_GPU)
+def test_float32_has_no_kernel_and_says_what_to_do(dtype: str) -> None:
+    inputs = cases.build(next(case for case in cases.DECODE if case.dtype == "float32"))
+    with pytest.raises(NotImplementedError, match=dtype):
+        pa.decode(on_gpu(inputs.q), inputs.kv(on_gpu), inputs.table(on_gpu))
+
+
+NEEDLES = [
+    cases.Case(f"needle_{kind}_{layout}", (700, 33), head_dim=128, layout=layout, **shape)
+    for layout in cases.LAYOUTS
+    for kind, shape in {
+        "decode": {},
+        "decode_window": {"window_left": 100},
+        "decode_4": {"q_len": 4},
+        "prefill": {"q_lens": (90, 33)},
+        "prefill_window": {"q_lens": (90, 33), "window_left": 100},
+    }.items()
+]
+
+
+@pytest.mark.parametrize("case", NEEDLES, ids=str)
+def test_a_needle_in_any_page_is_seen(case: cases.Case) -> None:
+    """First and last slot of every page, which are also both sides of every tile and split."""
+    for needle in sorted({*range(0, 700, 16), *range(15, 700, 16), 699, *range(597, 602)}):
+        inputs = cases.build(case, needle=needle)
+        assert_right(inputs, *answer(inputs))

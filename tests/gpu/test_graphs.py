@@ -1,0 +1,248 @@
+"""CUDA graphs, and the promises behind them: nothing waits for the device, nothing allocates, nothing moves."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+import paged_attn as pa
+from tests import cases
+
+cupy = pytest.importorskip("cupy")
+
+HEADS, KV_HEADS, DIM, PAGE = 8, 2, 64, 16
+MAX_BATCH, NUM_PAGES = 6, 96
+STEPS = 200
+
+
+@contextmanager
+def no_allocation() -> Iterator[None]:
+    def refuse(size: int) -> Any:
+        raise AssertionError(f"{size} bytes were allocated")
+
+    before = cupy.cuda.get_allocator()
+    cupy.cuda.set_allocator(refuse)
+    try:
+        yield
+    finally:
+        cupy.cuda.set_allocator(before)
+
+
+def captured(work: Callable[[], None]) -> Any:
+    """The graph of what `work` launches, captured in the strictest mode: a synchronisation anywhere is an error."""
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream, no_allocation():
+        stream.begin_capture(mode=cupy.cuda.runtime.streamCaptureModeGlobal)
+        try:
+            work()
+        finally:
+            graph = stream.end_capture()
+    return graph
+
+
+class Server:
+    """A toy server on a real cache: requests join, grow, finish; the host keeps every K and V for the check."""
+
+    def __init__(self, layout: str) -> None:
+        self.random = np.random.default_rng(7)
+        self.cache = pa.PagedKVCache(
+            NUM_PAGES, PAGE, KV_HEADS, DIM,
+            layout=layout, dtype="float16", device="cuda", max_batch_size=MAX_BATCH, max_pages=NUM_PAGES,
+        )  # fmt: skip
+        self.kv = self.cache.layers[0]
+        self.history: dict[int, list[np.ndarray]] = {}
+        # Rows past the batch have no page, so the table of all rows serves every step.
+        self.cache.page_table([])
+        self.table = pa.PageTable(
+            self.cache.indptr, self.cache.indices, self.cache.last_page_len, page_size=PAGE
+        )  # fmt: skip
+        self.q = cupy.zeros((MAX_BATCH, HEADS, DIM), np.float16)
+        self.k, self.v = (cupy.zeros((MAX_BATCH, KV_HEADS, DIM), np.float16) for _ in range(2))
+        self.slots = cupy.full(MAX_BATCH, -1, np.int64)
+        self.out = cupy.full((MAX_BATCH, HEADS, DIM), np.nan, np.float16)
+        self.lse = cupy.full((MAX_BATCH, HEADS), np.nan, np.float32)
+        self.plan = pa.BatchDecodeWithPagedKVCache(max_batch_size=MAX_BATCH, max_pages=NUM_PAGES)
+
+    def normal(self, *shape: int) -> np.ndarray:
+        return self.random.standard_normal(shape, np.float32).astype(np.float16)
+
+    def prepare(self, step: int) -> None:
+        """New lengths, K, V and q in the buffers that the graph reads."""
+        if step % 11 == 0 and len(self.history) < MAX_BATCH:
+            joined = self.cache.new_sequence()
+            length = int(self.random.integers(1, 120))
+            k, v = self.normal(length, KV_HEADS, DIM), self.normal(length, KV_HEADS, DIM)
+            self.cache.append([joined], [length], cupy.asarray(k), cupy.asarray(v))
+            self.history[joined] = [k, v]
+        if step % 17 == 16 and len(self.history) > 1:
+            finished = next(iter(self.history))
+            self.cache.free(finished)
+            del self.history[finished]
+        batch = len(self.history)
+        k, v, q = (self.normal(MAX_BATCH, heads, DIM) for heads in (KV_HEADS, KV_HEADS, HEADS))
+        self.slots.fill(-1)
+        self.slots[:batch] = self.cache.reserve(list(self.history), 1)
+        self.cache.page_table(list(self.history))
+        for row, sequence in enumerate(self.history):
+            old_k, old_v = self.history[sequence]
+            self.history[sequence] = [np.concatenate([old_k, k[row : row + 1]]), np.concatenate([old_v, v[row : row + 1]])]
+        self.k.set(k)
+        self.v.set(v)
+        self.q.set(q)
+        self.out.fill(np.nan)
+        self.lse.fill(np.nan)
+
+    def append(self) -> None:
+        pa.append(self.kv, self.slots, self.k, self.v)
+
+    def run(self) -> None:
+        self.plan.run(self.q, self.kv, out=self.out, lse=self.lse)
+
+    def replan(self) -> None:
+        self.plan.plan(self.kv, self.table, HEADS)
+
+    def check(self) -> None:
+        out, lse, q = self.out.get(), self.lse.get(), self.q.get()
+        batch = len(self.history)
+        for row, (k, v) in enumerate(self.history.values()):
+            right = np.empty((HEADS, DIM), np.float32)
+            _, right_lse = pa.single_decode(q[row], k, v, layout="NHD", out=right, return_lse=True)
+            cases.assert_close(out[row], right, lse[row], right_lse, tolerance=cases.OUT_TOLERANCE["float16"])
+        assert (out[batch:] == 0).all() and np.isneginf(lse[batch:]).all()
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("planned_in_the_graph", (True, False))
+def test_200_decode_steps_replay(layout: str, planned_in_the_graph: bool) -> None:
+    server = Server(layout)
+    server.prepare(0)
+    server.append()
+    server.replan()
+    server.run()
+    server.check()
+
+    def step() -> None:
+        server.append()
+        if planned_in_the_graph:
+            server.replan()
+        server.run()
+
+    graph = captured(step)
+    for i in range(1, STEPS):
+        server.prepare(i)
+        if not planned_in_the_graph:
+            server.replan()
+        cupy.cuda.get_current_stream().synchronize()
+        graph.launch()
+        server.check()
+    server.plan.status()
+    pa.status()
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_prefill_replays_with_other_lengths(layout: str) -> None:
+    """One graph of plan and run; then batches of other sizes, query counts and lengths in the same buffers."""
+    max_tokens, max_pages, max_batch = 300, 80, 5
+    plan = pa.BatchPrefillWithPagedKVCache(max_batch_size=max_batch, max_pages=max_pages, max_tokens=max_tokens)
+    table = pa.PageTable.empty(max_batch, max_pages, page_size=PAGE, device="cuda")
+    qo_indptr = cupy.zeros(max_batch + 1, np.int32)
+    shape = (max_pages, PAGE, KV_HEADS, DIM) if layout == "NHD" else (max_pages, KV_HEADS, PAGE, DIM)
+    k_pages, v_pages = cupy.full(shape, np.nan, np.float16), cupy.full(shape, np.nan, np.float16)
+    kv = pa.PagedKV(k_pages, v_pages, layout=layout)
+    q = cupy.zeros((max_tokens, HEADS, DIM), np.float16)
+    out, lse = cupy.empty_like(q), cupy.empty(q.shape[:2], np.float32)
+
+    def step() -> None:
+        plan.plan(kv, table, qo_indptr, HEADS)
+        plan.run(q, kv, out=out, lse=lse)
+
+    step()
+    graph = captured(step)
+    shapes = [((100, 0, 33), (100, 7, 5)), ((1,), (1,)), ((64, 17, 16, 128, 1), (60, 17, 16, 128, 40)), ((), ())]
+    for number, (kv_lens, q_lens) in enumerate(shapes):
+        inputs = cases.build(
+            cases.Case(f"replay{number}", kv_lens, q_lens=q_lens, num_qo_heads=HEADS, num_kv_heads=KV_HEADS, layout=layout)
+        )
+        batch, used = len(kv_lens), int(inputs.indptr[-1])
+        k_pages[: len(inputs.k_pages)] = cupy.asarray(inputs.k_pages)
+        v_pages[: len(inputs.v_pages)] = cupy.asarray(inputs.v_pages)
+        for target, source in ((table.indptr, inputs.indptr), (qo_indptr, inputs.qo_indptr)):
+            target.set(np.pad(source, (0, max_batch + 1 - source.size), "edge"))
+        table.indices[:used] = cupy.asarray(inputs.indices[:used])
+        table.last_page_len[:batch] = cupy.asarray(inputs.last_page_len)
+        q.fill(np.nan)
+        q[: len(inputs.q)] = cupy.asarray(inputs.q)
+        out.fill(np.nan)
+        lse.fill(np.nan)
+        cupy.cuda.get_current_stream().synchronize()
+        graph.launch()
+        rows = len(inputs.q)
+        if rows:
+            right = np.empty(inputs.q.shape, np.float32)
+            _, right_lse = pa.prefill(
+                inputs.q, inputs.qo_indptr, inputs.kv(), inputs.table(), out=right, return_lse=True
+            )
+            cases.assert_close(out[:rows].get(), right, lse[:rows].get(), right_lse, tolerance=2e-3)
+        assert (out[rows:].get() == 0).all() and np.isneginf(lse[rows:].get()).all()
+        plan.status()
+
+
+def test_nothing_waits_for_the_device_and_run_allocates_nothing() -> None:
+    """Behind a kernel that keeps the device busy, everything returns while that one still runs."""
+    server = Server("NHD")
+    server.prepare(0)
+    server.append()
+    server.replan()
+    server.run()
+    keys, values = cupy.asarray(server.normal(1, KV_HEADS, DIM)), cupy.asarray(server.normal(1, KV_HEADS, DIM))
+    sequences = list(server.history)
+    states = server.out.reshape(3, 2, HEADS, DIM)
+    logs = server.lse.reshape(3, 2, HEADS)
+    merged, merged_lse = cupy.empty((3, HEADS, DIM), np.float16), cupy.empty((3, HEADS), np.float32)
+    pa.merge_states(states, logs, out=merged, lse=merged_lse)
+    chunks = server.table.split(2)
+    # A first round, so that every kernel is compiled.
+    server.cache.page_table(sequences)
+    server.table.split(2, out=chunks)
+    server.table.validate(NUM_PAGES)
+    server.cache.append(sequences, 1, keys, values)
+
+    spin = cupy.RawKernel(
+        'extern "C" __global__ void spin(long long ns) { long long from, now; asm volatile("mov.u64 %0, %globaltimer;"'
+        ' : "=l"(from)); do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)); while (now - from < ns); }',
+        "spin",
+    )
+    spin((1,), (1,), (np.int64(1000),))
+    cupy.cuda.Device().synchronize()
+    spin((1,), (1,), (np.int64(300_000_000),))
+    busy = cupy.cuda.Event()
+    busy.record()
+    server.cache.append(sequences, 1, keys, values)
+    server.cache.page_table(sequences)
+    server.table.split(2, out=chunks)
+    server.table.validate(NUM_PAGES)
+    server.replan()
+    with no_allocation():
+        server.append()
+        server.run()
+        pa.merge_states(states, logs, out=merged, lse=merged_lse)
+    assert not busy.done, "a call waited for the device"
+    busy.synchronize()
+
+
+def test_what_cannot_be_captured_raises_before_anything_is_launched() -> None:
+    inputs = cases.build(cases.Case("capture", (40, 7), num_qo_heads=HEADS, num_kv_heads=KV_HEADS))
+    kv, q = inputs.kv(cupy.asarray), cupy.asarray(inputs.q)
+    device_table, host_table = inputs.table(cupy.asarray), inputs.table()
+
+    plan = pa.BatchDecodeWithPagedKVCache()
+    plan.plan(kv, device_table, HEADS)
+    with pytest.raises(ValueError, match="max_batch_size"):
+        captured(lambda: plan.plan(kv, device_table, HEADS))
+    fixed = pa.BatchDecodeWithPagedKVCache(max_batch_size=4, max_pages=64)
+    fixed.plan(kv, device_table, HEADS)
+    with pytest.raises(TypeError, match="capturing"):
+        captured(lambda: fixed.plan(kv, host_table, HEADS))
+    assert plan.run(q, kv).shape == q.shape

@@ -1,0 +1,156 @@
+"""The decode kernel, run on a CPU by the SIMT shim, against the reference backend."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import paged_attn as pa
+from paged_attn import compile as kernels
+from paged_attn import planner
+from tests.cases import DTYPES, LSE_TOLERANCE, LSE_TOLERANCE_SOFT_CAP, OUT_TOLERANCE, Case, Inputs, assert_close, build
+from tests.simt.driver import launch
+
+
+def run(
+    inputs: Inputs, *, num_splits: int = 1, spare_requests: int = 0, float32: bool = False, reverse: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(out, lse, arrivals) of one launch. A plan may have room for more requests than the batch has."""
+    case = inputs.case
+    group_size = case.num_qo_heads // case.num_kv_heads
+    shape = planner.decode_shape(case.q_len, group_size, case.head_dim)
+    batch, rows = case.batch_size, case.batch_size + spare_requests
+    requests = np.zeros(rows + 1, kernels.params_dtype(kernels.load_source("decode"), "Request"))
+    requests["first_page"][:batch] = inputs.indptr[:-1]
+    requests["num_pages"][:batch] = np.diff(inputs.indptr)
+    requests["kv_len"][:batch] = case.kv_lens
+    requests["total_len"][:batch] = [case.total_len(request) for request in range(batch)]
+    if inputs.page_offset is not None:
+        requests["page_offset"][:batch] = inputs.page_offset
+    requests["num_queries"] = case.q_len
+    requests["first_query"] = np.arange(rows + 1) * case.q_len
+
+    q = inputs.q.reshape(-1, case.num_qo_heads, case.head_dim)
+    q = np.pad(q, ((0, spare_requests * case.q_len), (0, 0), (0, 0)), constant_values=np.nan)
+    out = np.full(q.shape, np.nan, np.float32 if float32 else DTYPES[case.dtype])
+    lse = np.full(q.shape[:2], np.nan, np.float32)
+    ctas = rows * num_splits * shape.column_blocks * case.num_kv_heads
+    arrivals = np.zeros(rows * shape.column_blocks * case.num_kv_heads, np.uint32)
+    page, slot, head = (0, 1, 2) if case.layout == "NHD" else (0, 2, 1)
+    params: dict[str, Any] = {
+        "q": q,
+        "k": inputs.k_pages,
+        "v": inputs.v_pages,
+        "out": out,
+        "lse": lse,
+        "requests": requests,
+        "page_ids": inputs.indices,
+        "partial_out": np.full((ctas, shape.columns, case.head_dim), np.nan, np.float32),
+        "partial_state": np.full((ctas, shape.columns, 2), np.nan, np.float32),
+        "arrivals": arrivals,
+        "positions": {
+            "page_size": kernels.fast_divide(case.page_size),
+            "page_stride": case.page_stride,
+            "causal": True,
+            "window_left": case.window_left,
+        },
+        "k_strides": tuple(inputs.k_pages.strides[axis] // 16 for axis in (page, slot, head)),
+        "v_strides": tuple(inputs.v_pages.strides[axis] // 16 for axis in (page, slot, head)),
+        "q_row_stride": case.num_qo_heads * case.head_dim,
+        "q_head_stride": case.head_dim,
+        "out_row_stride": case.num_qo_heads * case.head_dim,
+        "out_head_stride": case.head_dim,
+        "num_qo_heads": case.num_qo_heads,
+        "num_kv_heads": case.num_kv_heads,
+        "group_size": group_size,
+        "q_len": case.q_len,
+        "num_splits": num_splits,
+        "column_blocks": shape.column_blocks,
+        "out_float32": float32,
+        "evict_first": num_splits > 1,
+        "sm_scale": case.sm_scale,
+        "logits_soft_cap": case.logits_soft_cap,
+    }
+    launch(
+        "decode",
+        grid=ctas,
+        block=shape.threads,
+        params=params,
+        shared_bytes=shape.shared_bytes,
+        reverse=reverse,
+        HEAD_DIM=case.head_dim,
+        COLUMNS=shape.columns,
+        BFLOAT16=case.dtype == "bfloat16",
+        SOFT_CAP=case.logits_soft_cap > 0,
+        SHARED_BYTES=shape.shared_bytes,
+    )
+    return out, lse, arrivals
+
+
+def check(inputs: Inputs, out: np.ndarray, lse: np.ndarray, arrivals: np.ndarray) -> None:
+    """Against the reference; rows past the batch are empty, and the counters are ready for the next launch."""
+    case, rows = inputs.case, inputs.case.batch_size * inputs.case.q_len
+    right = np.empty(inputs.q.shape, np.float32)
+    _, right_lse = pa.decode(inputs.q, inputs.kv(), inputs.table(), out=right, return_lse=True, **inputs.options())
+    lse_tolerance = LSE_TOLERANCE_SOFT_CAP if case.logits_soft_cap else LSE_TOLERANCE
+    assert_close(
+        out[:rows].reshape(right.shape), right, lse[:rows].reshape(right_lse.shape), right_lse,
+        tolerance=OUT_TOLERANCE[case.dtype], lse_tolerance=lse_tolerance,
+    )  # fmt: skip
+    assert (out[rows:] == 0).all()
+    assert np.isneginf(lse[rows:]).all()
+    assert not arrivals.any()
+
+
+RAGGED = (130, 0, 1, 16, 33, 77)
+CASES = [
+    Case("pages_of_1", RAGGED, page_size=1, num_qo_heads=4),
+    Case("pages_of_3", RAGGED, page_size=3, layout="HND", num_qo_heads=4),
+    Case("pages_of_48", RAGGED, page_size=48, dtype="bfloat16", num_qo_heads=4),
+    Case("page_is_heads", (70, 3), num_qo_heads=8, num_kv_heads=8, page_size=8, layout="HND"),
+    Case("group1", (50, 17), num_qo_heads=2, head_dim=32),
+    Case("group5", RAGGED, num_qo_heads=10),
+    Case("group7", RAGGED, num_qo_heads=7, num_kv_heads=1, layout="HND", dtype="bfloat16"),
+    Case("group12", RAGGED, num_qo_heads=24, head_dim=32),
+    Case("group16_dim128", (40, 0, 300), num_qo_heads=16, num_kv_heads=1, head_dim=128),
+    Case("group32", RAGGED, num_qo_heads=32, num_kv_heads=1, page_size=3),
+    Case("group40_in_two_blocks", (90, 20), num_qo_heads=40, num_kv_heads=1, head_dim=32),
+    *(
+        Case(f"dim{dim}", (100, 33, 0), num_qo_heads=4, head_dim=dim, dtype=("float16", "bfloat16")[i % 2])
+        for i, dim in enumerate((16, 48, 80, 96, 112, 128, 176, 256))
+    ),
+    Case("window0", RAGGED, window_left=0, num_qo_heads=4),
+    Case("window20", (200, 40, 5), window_left=20, page_size=3, layout="HND", num_qo_heads=4),
+    Case("soft_cap", RAGGED, logits_soft_cap=1.5, num_qo_heads=4),
+    Case("soft_cap_window", (150,), logits_soft_cap=30, window_left=40, dtype="bfloat16", num_qo_heads=4),
+    Case("q_len3", RAGGED, q_len=3, num_qo_heads=4),
+    Case("q_len5_window7", RAGGED, q_len=5, window_left=7, num_qo_heads=4),
+    Case("q_len4_group3", RAGGED, q_len=4, num_qo_heads=6, dtype="bfloat16", layout="HND"),
+    Case("q_len9_group8_in_blocks", (60, 4), q_len=9, num_qo_heads=8, num_kv_heads=1, head_dim=128),
+    Case("middle_chunk", (48, 64, 16), page_offsets=(2, 1, 0), total_lens=(130, 65, 16), q_len=2, num_qo_heads=4),
+    Case(
+        "every_third_page", (72, 16, 0, 1), page_size=8, page_offsets=(1,) * 4, page_stride=3,
+        total_lens=(200, 45, 3, 9), window_left=90, layout="HND", num_qo_heads=4,
+    ),  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("num_splits", (1, 3))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cases(case: Case, num_splits: int) -> None:
+    inputs = build(case)
+    check(inputs, *run(inputs, num_splits=num_splits))
+
+
+def test_more_splits_than_tiles_spare_requests_float32_and_reversed_threads() -> None:
+    inputs = build(Case("spare", (300, 0, 17), num_qo_heads=6, layout="HND"))
+    for num_splits in (1, 16):
+        for reverse in (False, True):
+            check(inputs, *run(inputs, num_splits=num_splits, spare_requests=2, float32=True, reverse=reverse))
+
+
+def test_needles_at_every_tile_and_split_border() -> None:
+    case = Case("needle", (140,), num_qo_heads=4, head_dim=32)
+    for needle in sorted({*range(0, 140, 16), *range(15, 140, 16), 139}):
+        inputs = build(case, needle=needle)
+        check(inputs, *run(inputs, num_splits=3))

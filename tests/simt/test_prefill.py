@@ -1,0 +1,313 @@
+"""The prefill kernel, run on a CPU by the SIMT shim, against a float64 loop over dense keys and values."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paged_attn import compile as kernels
+from paged_attn import planner
+from tests.cases import DTYPES, LSE_TOLERANCE, LSE_TOLERANCE_SOFT_CAP, OUT_TOLERANCE, Case, Inputs, assert_close, build
+from tests.simt.driver import launch
+
+
+def expected(inputs: Inputs, sm_scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(out, lse) in float64, one query head at a time."""
+    case = inputs.case
+    q = inputs.q.astype(np.float64)
+    out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    for request, queries in enumerate(case.queries):
+        positions, total_len, first = case.positions(request), case.total_len(request), inputs.qo_indptr[request]
+        own = total_len - queries + np.arange(queries)[:, None]
+        seen = positions <= own if case.causal else np.broadcast_to(positions < total_len, (queries, len(positions)))
+        if case.window_left >= 0:
+            seen = seen & (positions >= own - case.window_left)
+        for head in range(case.num_qo_heads):
+            kv_head = head // (case.num_qo_heads // case.num_kv_heads)
+            k, v = (dense[request][:, kv_head].astype(np.float64) for dense in (inputs.k, inputs.v))
+            scores = q[first : first + queries, head] @ k.T * (case.sm_scale if sm_scale is None else sm_scale)
+            if case.logits_soft_cap:
+                scores = case.logits_soft_cap * np.tanh(scores / case.logits_soft_cap)
+            weights = np.where(seen, np.exp(scores), 0)
+            total = weights.sum(axis=1)
+            some = total > 0
+            out[first : first + queries, head][some] = (weights[some] @ v) / total[some, None]
+            lse[first : first + queries, head][some] = np.log(total[some])
+    return out, lse
+
+
+@dataclass
+class Run:
+    """One launch: what the host would prepare, open to changes before `go`."""
+
+    params: dict[str, Any]
+    out: np.ndarray
+    lse: np.ndarray
+    case: Case
+    requests: np.ndarray
+
+    def go(self, *, reverse: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        case = self.case
+        shape = planner.prefill_shape(case.head_dim)
+        launch(
+            "prefill",
+            grid=self.params["num_tiles"] * case.num_kv_heads,
+            block=shape.threads,
+            params=self.params,
+            shared_bytes=shape.shared_bytes,
+            reverse=reverse,
+            HEAD_DIM=case.head_dim,
+            BFLOAT16=case.dtype == "bfloat16",
+            SOFT_CAP=case.logits_soft_cap != 0,
+            TILE_ROWS=shape.tile_rows,
+            SHARED_BYTES=shape.shared_bytes,
+        )
+        return self.out, self.lse
+
+
+def prepare(
+    inputs: Inputs,
+    *,
+    spare_requests: int = 0,
+    spare_rows: int = 0,
+    float32: bool = False,
+    q: np.ndarray | None = None,
+    out: np.ndarray | None = None,
+    k_pages: np.ndarray | None = None,
+    v_pages: np.ndarray | None = None,
+) -> Run:
+    """The launch of a case. A plan may have room for more requests, and q more rows, than the batch has."""
+    case = inputs.case
+    group_size = case.num_qo_heads // case.num_kv_heads
+    pages = np.diff(inputs.indptr)
+    batch, capacity = case.batch_size, case.batch_size + spare_requests
+    tile_rows = planner.prefill_shape(case.head_dim).tile_rows
+    tiles = np.concatenate([[0], np.cumsum([-(-n * group_size // tile_rows) for n in case.queries])])
+    requests = np.zeros(capacity + 1, kernels.params_dtype(kernels.load_source("prefill"), "Request"))
+    requests["first_page"][:batch] = inputs.indptr[:-1]
+    requests["num_pages"][:batch] = pages
+    requests["kv_len"][:batch] = case.kv_lens
+    requests["total_len"][:batch] = [case.total_len(request) for request in range(batch)]
+    if inputs.page_offset is not None:
+        requests["page_offset"][:batch] = inputs.page_offset
+    requests["num_queries"][:batch] = case.queries
+    requests["first_query"] = np.pad(inputs.qo_indptr, (0, spare_requests), "edge")
+    requests["first_tile"] = np.pad(tiles, (0, spare_requests), "edge")
+
+    q = np.pad(inputs.q, ((0, spare_rows), (0, 0), (0, 0)), constant_values=np.nan) if q is None else q
+    if out is None:
+        out = np.full(q.shape, np.nan, np.float32 if float32 else DTYPES[case.dtype])
+    lse = np.full(q.shape[:2], np.nan, np.float32)
+    k_pages = inputs.k_pages if k_pages is None else k_pages
+    v_pages = inputs.v_pages if v_pages is None else v_pages
+    page, slot, head = (0, 1, 2) if case.layout == "NHD" else (0, 2, 1)
+    params = {
+        "q": q,
+        "k": k_pages,
+        "v": v_pages,
+        "out": out,
+        "lse": lse,
+        "requests": requests,
+        "page_ids": inputs.indices,
+        "positions": {
+            "page_size": kernels.fast_divide(case.page_size),
+            "page_stride": case.page_stride,
+            "causal": case.causal,
+            "window_left": case.window_left,
+        },
+        "k_strides": tuple(k_pages.strides[axis] // 16 for axis in (page, slot, head)),
+        "v_strides": tuple(v_pages.strides[axis] // 16 for axis in (page, slot, head)),
+        "q_row_stride": q.strides[0] // q.itemsize,
+        "q_head_stride": q.strides[1] // q.itemsize,
+        "out_row_stride": out.strides[0] // out.itemsize,
+        "out_head_stride": out.strides[1] // out.itemsize,
+        "num_requests": capacity,
+        "q_rows": len(q),
+        "num_qo_heads": case.num_qo_heads,
+        "num_kv_heads": case.num_kv_heads,
+        "group_size": group_size,
+        "num_tiles": len(q) * group_size // tile_rows + capacity + 1,
+        "out_float32": float32,
+        "sm_scale": case.sm_scale,
+        "logits_soft_cap": case.logits_soft_cap,
+    }
+    return Run(params, out, lse, case, requests)
+
+
+def check(inputs: Inputs, out: np.ndarray, lse: np.ndarray, sm_scale: float | None = None) -> None:
+    """out and lse against the float64 loop; rows behind the planned ones are empty."""
+    rows, case = len(inputs.q), inputs.case
+    right_out, right_lse = expected(inputs, sm_scale)
+    lse_tolerance = LSE_TOLERANCE_SOFT_CAP if case.logits_soft_cap else LSE_TOLERANCE
+    assert_close(
+        out[:rows], right_out, lse[:rows], right_lse, tolerance=OUT_TOLERANCE[case.dtype], lse_tolerance=lse_tolerance
+    )
+    assert (out[rows:] == 0).all()
+    assert np.isneginf(lse[rows:]).all()
+
+
+CASES = [
+    Case("pages_of_one", (70, 5), q_lens=(40, 7), page_size=1),
+    Case("pages_of_three", (100, 64), q_lens=(19, 64), num_qo_heads=7, num_kv_heads=1, page_size=3, layout="HND"),
+    Case("pages_of_16", (130, 16), q_lens=(130, 16), num_qo_heads=4, layout="HND"),
+    Case("pages_of_48", (150, 1), q_lens=(33, 1), num_qo_heads=4, page_size=48, dtype="bfloat16"),
+    Case("group1", (140,), q_lens=(140,), num_qo_heads=2, head_dim=32),
+    Case("group5", (64, 65), q_lens=(30, 5), num_qo_heads=10, head_dim=32, dtype="bfloat16"),
+    Case("group7", (90,), q_lens=(40,), num_qo_heads=7, num_kv_heads=1, layout="HND"),
+    Case("group12", (77, 20), q_lens=(25, 20), num_qo_heads=24, head_dim=32, page_size=8),
+    Case("group160", (40,), q_lens=(3,), num_qo_heads=160, num_kv_heads=1, head_dim=16),
+    *(
+        Case(
+            f"dim{head_dim}",
+            (100, 33),
+            q_lens=(21, 33),
+            num_qo_heads=4,
+            head_dim=head_dim,
+            dtype=("float16", "bfloat16")[i % 2],
+            layout=("NHD", "HND")[i // 2 % 2],
+        )
+        for i, head_dim in enumerate((16, 32, 48, 80, 96, 112, 128, 144, 256))
+    ),
+    Case("more_queries_than_keys", (20, 3, 0), q_lens=(70, 9, 5), num_qo_heads=4),
+    Case("empty_rows_and_requests", (0, 50, 0, 1, 17), q_lens=(3, 0, 0, 1, 17), num_qo_heads=4),
+    Case("not_causal", (100, 3), q_lens=(40, 9), num_qo_heads=4, causal=False),
+    Case("not_causal_window", (100, 30), q_lens=(40, 50), num_qo_heads=4, causal=False, window_left=12),
+    Case("window0", (150,), q_lens=(150,), num_qo_heads=4, window_left=0),
+    Case("window20", (200, 40), q_lens=(90, 40), num_qo_heads=4, window_left=20, page_size=3, layout="HND"),
+    Case("window70_dim256", (200,), q_lens=(90,), num_qo_heads=2, num_kv_heads=1, window_left=70, head_dim=256),
+    Case("soft_cap", (100, 10), q_lens=(50, 30), num_qo_heads=4, logits_soft_cap=1.5),
+    Case("soft_cap_window", (150,), q_lens=(60,), num_qo_heads=4, logits_soft_cap=30, window_left=40, dtype="bfloat16"),
+    Case("soft_cap_dim128", (100,), q_lens=(50,), num_qo_heads=4, head_dim=128, logits_soft_cap=5),
+    Case(
+        "middle_chunk",
+        (48, 64, 16),
+        q_lens=(60, 30, 20),
+        num_qo_heads=4,
+        page_offsets=(2, 1, 0),
+        total_lens=(130, 65, 16),
+    ),
+    Case(
+        "every_third_page",
+        (72, 16, 0, 1),
+        q_lens=(100, 33, 1, 9),
+        num_qo_heads=4,
+        page_size=8,
+        page_offsets=(1, 1, 1, 1),
+        page_stride=3,
+        total_lens=(200, 45, 3, 9),
+        window_left=90,
+        layout="HND",
+    ),
+    Case("many_requests", tuple(i % 7 for i in range(70)), q_lens=tuple(i % 3 for i in range(70)), num_qo_heads=2),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_float64_loop(case: Case) -> None:
+    inputs = build(case)
+    check(inputs, *prepare(inputs).go())
+
+
+BASE = Case("base", (90, 0, 33), q_lens=(50, 2, 20), num_qo_heads=4)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_float32_out(head_dim: int) -> None:
+    inputs = build(replace(BASE, head_dim=head_dim))
+    out, lse = prepare(inputs, float32=True).go()
+    assert out.dtype == np.float32
+    check(inputs, out, lse)
+
+
+def test_bits_do_not_depend_on_the_order_of_threads_or_the_batch() -> None:
+    inputs = build(BASE)
+    out, lse = prepare(inputs).go()
+    reversed_out, reversed_lse = prepare(inputs).go(reverse=True)
+    assert out.tobytes() == reversed_out.tobytes() and lse.tobytes() == reversed_lse.tobytes()
+
+    run = prepare(inputs)
+    run.requests[0] = run.requests[2]  # the last request alone, in rows that stay where they are
+    run.requests["first_tile"][:4] = 0, 1, 1, 1
+    run.requests["first_query"][1:] = len(inputs.q)
+    alone, _ = run.go()
+    assert alone[52:72].tobytes() == out[52:72].tobytes()
+
+
+def test_scores_that_grow_and_shrink_from_block_to_block() -> None:
+    """The running maximum has to move several times, by more than fp16 could hold, and to stand still."""
+    inputs = build(Case("steps", (250,), q_lens=(40,), num_qo_heads=2, num_kv_heads=1))
+    for start, factor in ((0, 1), (64, 6), (128, 0.1), (192, 10)):
+        inputs.k[0][start : start + 64] *= factor
+    for page in range(16):
+        tokens = inputs.k[0][page * 16 : page * 16 + 16]
+        inputs.k_pages[inputs.indices[page], : len(tokens)] = tokens
+    run = prepare(inputs)
+    run.params["sm_scale"] = 0.3
+    check(inputs, *run.go(), sm_scale=0.3)
+
+
+@pytest.mark.parametrize("needle", [0, 15, 16, 63, 64, 127, 128, 129])
+def test_no_token_is_skipped(needle: int) -> None:
+    inputs = build(Case("needle", (130, 70), q_lens=(66, 5), num_qo_heads=4, layout="HND"), needle=needle)
+    check(inputs, *prepare(inputs).go())
+
+
+def test_pages_outside_every_window_are_not_read() -> None:
+    inputs = build(Case("window", (300,), q_lens=(20,), num_qo_heads=4, window_left=30))
+    first_seen = 300 - 20 - 30
+    for page in inputs.indices[: first_seen // 16]:
+        inputs.k_pages[page] = inputs.v_pages[page] = np.nan
+    # A page id that is read at all is turned into an address: these would leave the pool by far.
+    inputs.indices[: first_seen // 16] = -(2**30)
+    check(inputs, *prepare(inputs).go())
+
+
+def test_rows_behind_the_plan_are_empty() -> None:
+    inputs = build(BASE)
+    check(inputs, *prepare(inputs, spare_requests=40, spare_rows=150).go())
+
+
+def test_every_row_is_empty_where_nothing_is_planned() -> None:
+    inputs = build(Case("nothing", (), q_lens=(), num_qo_heads=4))
+    check(inputs, *prepare(inputs, spare_requests=3, spare_rows=70).go())
+
+
+def test_lse_may_be_left_out() -> None:
+    inputs = build(BASE)
+    run = prepare(inputs)
+    run.params["lse"] = 0
+    out, lse = run.go()
+    assert np.isnan(lse).all()
+    check(inputs, out, prepare(inputs).go()[1])
+
+
+def test_strided_q_out_and_combined_pools() -> None:
+    inputs = build(BASE)
+    case = inputs.case
+    packed = np.full((len(inputs.q), case.num_qo_heads + 4, case.head_dim + 8), np.nan, np.float16)
+    q = packed[:, 2:6, :64]
+    q[:] = inputs.q
+    holder = np.full((len(inputs.q), case.num_qo_heads + 1, case.head_dim + 16), 7, np.float16)
+    pool = np.stack([inputs.k_pages, inputs.v_pages], axis=1)
+    v_pages = np.full((*inputs.v_pages.shape[:-1], 128), np.nan, np.float16)[..., :64]
+    v_pages[:] = inputs.v_pages
+    run = prepare(inputs, q=q, out=holder[:, 1:, :64], k_pages=pool[:, 0], v_pages=v_pages)
+    check(inputs, *run.go())
+    assert (holder[:, 0] == 7).all() and (holder[:, 1:, 64:] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("first_query", "num_queries"), [(10, 200), (-5, 20), (71, 2**30), (2**31 - 1, 60), (1000, 60), (0, 0)]
+)
+def test_rows_outside_q_are_never_written(first_query: int, num_queries: int) -> None:
+    inputs = build(Case("rows", (90,), q_lens=(72,), num_qo_heads=4))
+    guarded_out = np.full((3 * 72, 4, 64), 7, np.float16)
+    guarded_lse = np.full((3 * 72, 4), 7, np.float32)
+    run = prepare(inputs, out=guarded_out[72:144])
+    run.params["lse"] = guarded_lse[72:144]
+    run.requests["first_query"][0], run.requests["num_queries"][0] = first_query, num_queries
+    run.requests["first_tile"][1] = 1000
+    run.go()
+    for guarded in (guarded_out, guarded_lse):
+        assert (guarded[:72] == 7).all() and (guarded[144:] == 7).all()

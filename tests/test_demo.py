@@ -1,0 +1,250 @@
+"""The demo: its run from the command line, and the engine's decisions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import paged_attn as pa
+from paged_attn.__main__ import main
+from paged_attn.demo import view
+from paged_attn.demo.engine import Engine, Request, State
+from paged_attn.demo.models import LanguageModel, load_glassllm
+
+ROOT = Path(__file__).parents[1]
+STORY = "Alice was sitting on the bank by her sister, and she was very tired of having nothing to do. The Queen"
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return load_glassllm(np, "float32")
+
+
+def make_engine(model: LanguageModel, *, num_pages: int, page_size: int = 4, stop_id: int | None = None) -> Engine:
+    config = model.llama.config
+    cache = pa.PagedKVCache(
+        num_pages,
+        page_size,
+        config.num_kv_heads,
+        config.head_dim,
+        layout="HND",
+        dtype="float32",
+        num_layers=len(model.llama.layers),
+        device="cpu",
+    )
+    return Engine(model.llama, cache, stop_id=stop_id)
+
+
+def submit(engine: Engine, model: LanguageModel, *prompts: str, max_new_tokens: int = 12, every: int = 0) -> None:
+    for number, prompt in enumerate(prompts):
+        engine.submit(Request(number, model.encode(prompt), max_new_tokens, arrival=number * every))
+
+
+def serve(engine: Engine) -> list[list[int]]:
+    while engine.busy:
+        engine.step()
+    return [request.new_tokens for request in engine.requests]
+
+
+def demo(*options: str, backend: str = "numpy") -> str:
+    """What `python -m paged_attn demo` prints where there is no terminal."""
+    command = [sys.executable, "-m", "paged_attn", "demo", "--backend", backend, *options]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def answers(output: str) -> list[str]:
+    """The texts behind the summary's 'request N prompt' lines."""
+    texts = re.split(r"^request \d+ ", output, flags=re.MULTILINE)[1:]
+    texts[-1] = re.split(r"\n\n\d+ requests, ", texts[-1])[0]
+    return [text.split("\n", 1)[1].strip() for text in texts]
+
+
+# The command
+
+
+def test_the_default_run_joins_forks_preempts_and_frees():
+    output = demo()
+    assert "\x1b" not in output  # plain lines
+    assert output.startswith("glassllm on NumPy, float32: 4 layers, 4 query and 2 KV heads of 32; pool of")
+    events = re.findall(r"^step +(\d+)  request (\d) (.*)$", output, re.MULTILINE)
+    steps = [int(step) for step, _, _ in events]
+    assert steps == sorted(steps)
+    for request in "01234":
+        mine = [text for _, number, text in events if number == request]
+        assert mine[0].startswith("joins") and mine[-1].startswith("done after 40 tokens, frees")
+    assert any(re.search(r"joins, \d\d tokens forked from request 0, prefill of \d+$", text) for _, _, text in events)
+    preempted = [(int(s), n) for s, n, text in events if text.startswith("preempted, pool full (")]
+    came_back = [(int(s), n) for s, n, text in events if text.startswith("comes back")]
+    assert preempted and len(preempted) == len(came_back)
+    assert all(back > out and n == m for (out, n), (back, m) in zip(preempted, came_back, strict=True))
+    assert len(answers(output)) == 5 and all(len(text) > 40 for text in answers(output))
+    assert re.search(r"^5 requests, 200 new tokens in \d+ steps, \d+ tokens/s on NumPy$", output, re.MULTILINE)
+    assert f"preemptions: {len(preempted)}\n" in output
+    peak, num_pages, free = map(int, re.search(r"pages: peak (\d+) of (\d+), (\d+) free at the end", output).groups())
+    assert num_pages - 5 < peak <= num_pages == free
+
+
+@pytest.mark.gpu
+def test_the_default_run_on_a_gpu_says_so_and_takes_the_same_turns():
+    output = demo(backend="auto")
+    assert re.match(r"glassllm on NVIDIA .*, float16: ", output)
+    turns = re.findall(r"^step .*$", output, re.MULTILINE)
+    assert turns == re.findall(r"^step .*$", demo(), re.MULTILINE)  # 40 tokens each, whatever they are
+    assert len(answers(output)) == 5 and all(len(text) > 40 for text in answers(output))
+
+
+def test_options_do_what_they_say():
+    base = ("--prompt", "The Queen", "--prompt", "The Cat", "--max-new-tokens", "9")
+    output = demo(*base, "--page-size", "3", "--num-pages", "30", "--layout", "HND")
+    assert "pool of 30 pages of 3 tokens, layout HND" in output
+    assert output.count("done after 9 tokens") == 2
+    assert "2 requests, 18 new tokens" in output
+    assert "preemptions: 0\n" in output
+    assert answers(output) == answers(demo(*base, "--page-size", "16", "--num-pages", "2"))
+
+
+def test_the_texts_do_not_depend_on_the_pool():
+    assert answers(demo()) == answers(demo("--num-pages", "400", "--page-size", "1", "--layout", "HND"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-pages", "3"], r"request 0 may grow to \d+ tokens, which is \d+ pages of 4, but the pool has 3; raise"),
+        (["--max-new-tokens", "128"], r"request 0 may grow to \d+ tokens .*, but the model's context holds 128; "),
+        (["--prompt", ""], "the prompt of request 0 has no token; give at least one"),
+    ],
+)
+def test_what_cannot_be_served_is_said_and_exits_with_2(options, message, capsys):
+    assert main(["demo", "--backend", "numpy", *options]) == 2
+    error = capsys.readouterr().err
+    assert re.match(message, error) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--page-size=0", "--layout=NDH", "--model=gpt", "--num-pages=x"])
+def test_options_that_mean_nothing_exit_with_2(option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", option])
+    assert stopped.value.code == 2
+    assert option.partition("=")[0] in capsys.readouterr().err
+
+
+def test_cuda_where_there_is_none_is_an_error_and_auto_says_what_it_took(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cupy", None)  # import cupy raises ImportError
+    assert main(["demo", "--backend", "cuda"]) == 2
+    assert "paged_attn[demo-cuda12]" in capsys.readouterr().err
+    assert main(["demo", "--prompt", "The Queen", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("glassllm on NumPy (CuPy is not installed), float32")
+
+
+# The engine
+
+
+def test_a_preempted_request_is_recomputed_to_the_same_text(model):
+    roomy, tight = make_engine(model, num_pages=200), make_engine(model, num_pages=24)
+    for engine in roomy, tight:
+        submit(engine, model, STORY, "The Cat", STORY + " and the King", "A Rabbit", max_new_tokens=20, every=1)
+    assert serve(roomy) == serve(tight)
+    assert roomy.stats.preemptions == 0 < tight.stats.preemptions
+    assert tight.cache.num_free_pages == 24
+    assert tight.stats.peak_pages <= 24
+    assert sum(request.num_preemptions for request in tight.requests) == tight.stats.preemptions
+    assert tight.requests[0].num_preemptions == 0  # the oldest is never the victim
+
+
+def test_the_youngest_is_preempted_keeps_its_text_and_returns_first(model):
+    engine = make_engine(model, num_pages=12)
+    submit(engine, model, "The Queen", "The Cat", "The King", max_new_tokens=30)
+    while not engine.stats.preemptions:
+        engine.step()
+    victim = next(request for request in engine.requests if request.state == State.PREEMPTED)
+    assert victim is engine.requests[2] and engine.waiting[0] is victim
+    kept = list(victim.new_tokens)
+    assert kept
+    assert engine.num_pages_of(victim) == 0
+    serve(engine)
+    assert victim.new_tokens[: len(kept)] == kept and len(victim.new_tokens) == 30
+    assert any(event.request is victim and event.text.startswith("comes back") for event in engine.events)
+
+
+def test_requests_join_while_others_decode_in_one_batch(model):
+    engine = make_engine(model, num_pages=100)
+    submit(engine, model, "The Queen", "The Cat grinned", every=3)
+    for _ in range(4):
+        engine.step()
+    first, second = engine.requests
+    assert (first.state, second.state) == (State.DECODE, State.PREFILL)
+    assert (len(first.new_tokens), len(second.new_tokens)) == (4, 1)
+    engine.step()
+    assert (first.state, second.state) == (State.DECODE, State.DECODE)
+
+
+def test_the_longest_running_prefix_is_forked_and_shares_its_whole_pages(model):
+    engine = make_engine(model, num_pages=100)
+    submit(engine, model, "The Queen", STORY, STORY + " and the King", every=1)
+    for _ in range(2):
+        engine.step()
+    assert engine.cache.num_shared_pages == 0
+    engine.step()
+    shared = len(model.encode(STORY))
+    text = next(event.text for event in engine.events if event.request.number == 2)
+    assert text.startswith(f"joins, {shared} tokens forked from request 1, prefill of ")
+    assert engine.cache.num_shared_pages == shared // 4  # the page that is partly filled was copied on write
+    assert engine.stats.forked_tokens >= shared
+    assert engine.stats.computed_tokens == sum(engine.cache.seq_len(r.seq) for r in engine.running) - (
+        engine.stats.forked_tokens
+    )
+
+
+def test_an_identical_prompt_computes_its_last_token_only(model):
+    engine = make_engine(model, num_pages=100)
+    submit(engine, model, STORY, STORY, every=1)
+    engine.step()
+    before = engine.stats.computed_tokens
+    engine.step()
+    assert engine.stats.computed_tokens - before == 2
+    first, second = serve(engine)
+    assert first == second
+
+
+def test_a_stop_token_ends_a_request_and_frees_its_pages(model):
+    free_running = make_engine(model, num_pages=40)
+    submit(free_running, model, STORY)
+    (answer,) = serve(free_running)
+    stop_id = answer[5]
+    engine = make_engine(model, num_pages=40, stop_id=stop_id)
+    submit(engine, model, STORY)
+    assert serve(engine) == [answer[: answer.index(stop_id) + 1]]
+    assert engine.cache.num_free_pages == 40
+
+
+# The view
+
+
+def test_the_live_view_shows_requests_pool_and_speed(model, monkeypatch):
+    monkeypatch.setattr(view, "SECONDS_PER_FRAME", 0.0)
+    engine = make_engine(model, num_pages=40)
+    submit(engine, model, STORY, STORY + " and the King", every=2)
+    for _ in range(3):
+        engine.step()
+    console = Console(force_terminal=True, width=120, record=True, color_system=None)
+    console.print(view.picture(engine, model.decode))
+    picture = console.export_text()
+    prompt = len(model.encode(STORY))
+    pages = engine.num_pages_of(engine.requests[0])
+    assert re.search(rf"^ *0 +decode +{prompt}\+3 +{pages} ", picture, re.MULTILINE)
+    assert re.search(r"^ *1 +prefill +\d+\+1 ", picture, re.MULTILINE)
+    used, shared, free = map(int, re.search(r"used (\d+), shared (\d+), free (\d+)", picture).groups())
+    assert used + free == 40 and 0 < shared < used
+    assert re.search(r"step 3 +\d+ tokens/s", picture)
+    view.serve(engine, model.decode, console)
+    assert not engine.busy and "done" in console.export_text()
