@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit("bench needs an NVIDIA GPU, and CuPy sees none")
 
     stopwatch, environment = Stopwatch(), record.environment()
-    table = Table("case", *COLUMNS[options.bench], title=f"{options.bench}, {environment['card']}, {describe(options)}")
+    table = Table(title=f"{options.bench}, {environment['card']}, {describe(options)}")
+    for name in ("case", *COLUMNS[options.bench]):
+        table.add_column(name, no_wrap=name == "case")
     wrong = False
     for case in select(CASES[options.bench], options):
         try:

@@ -38,5 +38,5 @@ __device__ __forceinline__ void fold(RowState& state, float max, float sum, cons
 }
 
 __device__ __forceinline__ float log_sum_exp(float max, float sum) {
-    return sum > 0.f ? (max + log2_fast(sum)) * LN_2 : -INF;
+    return sum == 0.f ? -INF : (max + log2_fast(sum)) * LN_2;
 }

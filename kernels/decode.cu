@@ -93,7 +93,7 @@ struct DecodeParams {
 
 // Four columns of one row's result, written where q stood.
 __device__ __forceinline__ void write_row(const DecodeParams& p, int row, int head, int dim, const RowState& state) {
-    const float scale = state.sum > 0.f ? 1.f / state.sum : 0.f;
+    const float scale = state.sum == 0.f ? 0.f : 1.f / state.sum;
     const i64 at = row * p.out_row_stride + head * p.out_head_stride + dim;
     float4 out = state.out;
     out.x *= scale;

@@ -24,8 +24,8 @@
 //          from the sentinel on serve the rows of q behind the planned ones, as a request that has no key.
 //   warp   TILE_ROWS / WARPS rows and all tokens: no exchange between warps, and every fragment of K and V that a warp
 //          reads from shared memory serves all of its M_TILES row tiles.
-//   shared memory: Q, one block of K, one block of V, rows padded by 16 bytes, so that the 8 rows of an ldmatrix fall
-//          into different banks; where the tokens of two blocks stand in the pools; what each row sees.
+//   shared memory: Q, one block of K, one block of V (shared_rows.cuh); where the tokens of two blocks stand in the
+//          pools; what each row sees.
 //          V of block j loads while block j does its scores, K of block j + 1 while block j does P V; page ids are
 //          read two blocks ahead. At the end a warp's part of Q holds its output on the way to memory.
 //   Nothing is added by atomics: the same bits on every run.
@@ -34,6 +34,7 @@
 #include "load_global.cuh"
 #include "mma.cuh"
 #include "page_table.cuh"
+#include "shared_rows.cuh"
 
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM >= 16 && HEAD_DIM <= 256, "HEAD_DIM must be a multiple of 16 up to 256");
 static_assert(SOFT_CAP == 0 || SOFT_CAP == 1, "SOFT_CAP must be 0 or 1");
@@ -51,10 +52,10 @@ constexpr int CHUNKS = HEAD_DIM / 8;             // 16-byte pieces of a row
 constexpr int ROW_LANES = CHUNKS <= 2 ? 2 : CHUNKS <= 4 ? 4 : CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;
 constexpr int LOAD_ROWS = THREADS / ROW_LANES;  // rows that the CTA moves at a time, a chunk a thread
 static_assert(BLOCK % LOAD_ROWS == 0 && TILE_ROWS % LOAD_ROWS == 0, "every thread moves the same number of rows");
-constexpr int ROW_BYTES = (CHUNKS + 1) * 16;
-constexpr int K_OFFSET = TILE_ROWS * ROW_BYTES;  // Q stands at 0
-constexpr int V_OFFSET = K_OFFSET + BLOCK * ROW_BYTES;
-constexpr int TOKENS_OFFSET = V_OFFSET + BLOCK * ROW_BYTES;  // [2] TokenOffsets
+typedef SharedRows<CHUNKS> Rows;  // of Q, K and V
+constexpr int K_OFFSET = TILE_ROWS * Rows::BYTES;  // Q stands at 0
+constexpr int V_OFFSET = K_OFFSET + BLOCK * Rows::BYTES;
+constexpr int TOKENS_OFFSET = V_OFFSET + BLOCK * Rows::BYTES;  // [2] TokenOffsets
 constexpr int ROWS_OFFSET = TOKENS_OFFSET + 4 * BLOCK * 4;   // [TILE_ROWS] Row
 static_assert(SHARED_BYTES == ROWS_OFFSET + TILE_ROWS * 16, "SHARED_BYTES must be what planner.py says");
 static_assert(SHARED_BYTES <= 99 * 1024, "the smallest shared memory of a CTA from sm_80 on");
@@ -164,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
             for (int i = 0; i < COUNT; ++i) from[i] = offsets[first + i];
 #pragma unroll
             for (int i = 0; i < COUNT; ++i)
-                copy_async_16(shared + to + (first + i) * ROW_BYTES + chunk * 16,
+                copy_async_16(shared + to + Rows::at(first + i, chunk),
                               reinterpret_cast<const void*>(base + u64(from[i]) * 16), true);
         }
         commit_copies();
@@ -180,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
             for (int i = load_row; i < TILE_ROWS; i += LOAD_ROWS) {
                 const Row row = rows[i];
                 const i64 from = row.query < 0 ? 0 : row.query * p.q_row_stride + row.head * p.q_head_stride;
-                copy_async_16(shared + i * ROW_BYTES + chunk * 16, p.q + from + chunk * 8, row.query >= 0);
+                copy_async_16(shared + Rows::at(i, chunk), p.q + from + chunk * 8, row.query >= 0);
             }
         }
         __syncthreads();
@@ -197,10 +198,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
         for (int n = 0; n < K_STEPS * 2; ++n) out[m][n][0] = out[m][n][1] = out[m][n][2] = out[m][n][3] = 0.f;
     }
     // ldmatrix: lane l gives the address of row l % 8 of matrix l / 8. For V the matrices are read transposed.
-    const shared_address q_matrix = shared + (warp * WARP_ROWS + (lane & 15)) * ROW_BYTES + (lane >> 4) * 16;
-    const shared_address k_matrix =
-        shared + K_OFFSET + ((lane & 7) + (lane >> 4) * 8) * ROW_BYTES + ((lane >> 3) & 1) * 16;
-    const shared_address v_matrix = shared + V_OFFSET + (lane & 15) * ROW_BYTES + (lane >> 4) * 16;
+    const shared_address q_matrix = shared + Rows::at(warp * WARP_ROWS + (lane & 15), lane >> 4);
+    const shared_address k_matrix = shared + K_OFFSET + Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+    const shared_address v_matrix = shared + V_OFFSET + Rows::at(lane & 15, lane >> 4);
 #if SOFT_CAP
     const float scale = 1.f, to_cap = p.sm_scale / p.logits_soft_cap, from_cap = p.logits_soft_cap * LOG2_E;
 #else
@@ -233,11 +233,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
         for (int step = 0; step < K_STEPS; ++step) {
             u32 a[M_TILES][4];
 #pragma unroll
-            for (int m = 0; m < M_TILES; ++m) load_matrix_x4(a[m], q_matrix + m * 16 * ROW_BYTES + step * 32);
+            for (int m = 0; m < M_TILES; ++m) load_matrix_x4(a[m], Rows::advance(q_matrix, step) + m * 16 * Rows::BYTES);
 #pragma unroll
             for (int n = 0; n < BLOCK_STEPS; ++n) {
                 u32 b[4];
-                load_matrix_x4(b, k_matrix + n * 16 * ROW_BYTES + step * 32);
+                load_matrix_x4(b, Rows::advance(k_matrix, step) + n * 16 * Rows::BYTES);
 #pragma unroll
                 for (int m = 0; m < M_TILES; ++m) {
                     mma_m16n8k16(score[m][2 * n], a[m], b[0], b[1]);
@@ -328,7 +328,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
 #pragma unroll
             for (int n = 0; n < K_STEPS; ++n) {
                 u32 b[4];
-                load_matrix_x4_transposed(b, v_matrix + step * 16 * ROW_BYTES + n * 32);
+                load_matrix_x4_transposed(b, Rows::advance(v_matrix, n) + step * 16 * Rows::BYTES);
 #pragma unroll
                 for (int m = 0; m < M_TILES; ++m) {
                     mma_m16n8k16(out[m][2 * n], a[m], b[0], b[1]);
@@ -356,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
             for (int n = 0; n < K_STEPS * 2; ++n) {
                 const float low = out[m][n][half * 2] * weight, high = out[m][n][half * 2 + 1] * weight;
                 if (!p.out_float32)
-                    *reinterpret_cast<u32*>(shared_memory + r * ROW_BYTES + n * 16 + pair * 4) = pack2(low, high);
+                    *reinterpret_cast<u32*>(shared_memory + Rows::at(r, n) + pair * 4) = pack2(low, high);
                 else if (row.query >= 0)
                     *reinterpret_cast<float2*>(static_cast<float*>(p.out) + at + n * 8) = make_float2(low, high);
             }
@@ -371,6 +371,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
         if (column < CHUNKS && row.query >= 0)
             *reinterpret_cast<uint4*>(static_cast<u16*>(p.out) + row.query * p.out_row_stride +
                                       row.head * p.out_head_stride + column * 8) =
-                *reinterpret_cast<const uint4*>(shared_memory + r * ROW_BYTES + column * 16);
+                *reinterpret_cast<const uint4*>(shared_memory + Rows::at(r, column));
     }
 }

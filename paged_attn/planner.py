@@ -70,7 +70,7 @@ def prefill_shape(head_dim: int) -> PrefillShape:
     """The kernel's tile: 32 rows a warp where their accumulators fit into registers, else 16."""
     wide = head_dim > 128
     tile_rows, block = (64, 32) if wide else (128, 64)
-    row = (head_dim // 8 + 1) * 16  # rows of Q, K and V in shared memory, padded by 16 bytes
+    row = 2 * head_dim  # bytes of a row of Q, K or V in shared memory
     return PrefillShape(tile_rows, 128, (tile_rows + 2 * block) * row + 4 * block * 4 + tile_rows * 16)
 
 

@@ -26,6 +26,7 @@ AXES = {
     "HND": "[num_pages, num_kv_heads, page_size, head_dim]",
 }
 ALIGNMENT = 16  # bytes: what the kernels load at once
+MAX_POOL_SPAN = 2**32 * ALIGNMENT  # the kernels count a pool's bytes in 32 bits of that unit
 _INT32, _INT64, _FLOAT32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
 _INT_MAX = 2**31 - 1
 
@@ -271,8 +272,14 @@ def check_pool(k_pages: Any, v_pages: Any, layout: str) -> None:
         )
     _check_dtype(v_pages, "v_pages", k_pages.dtype, "as k_pages is")
     _check_device(v_pages, "v_pages", device_of(k_pages), "k_pages")
-    _check_strides(k_pages, "k_pages")
-    _check_strides(v_pages, "v_pages")
+    for array, name in ((k_pages, "k_pages"), (v_pages, "v_pages")):
+        _check_strides(array, name)
+        span = sum((extent - 1) * stride for extent, stride in zip(array.shape, array.strides, strict=True))
+        if span >= MAX_POOL_SPAN and not isinstance(array, np.ndarray):
+            raise NotImplementedError(
+                f"{name} spans {span} bytes from its first to its last element, and the kernels address "
+                f"{MAX_POOL_SPAN} (64 GiB); split the pool, or store each layer by itself"
+            )
 
 
 def check_combined(kv_pages: Any, layout: str) -> None:
@@ -558,13 +565,18 @@ def attention_spec(
         layout=str(kv.layout),
         device=kv.device,
         causal=bool(causal),
-        sm_scale=1.0 / math.sqrt(kv.head_dim)
-        if sm_scale is None
-        else as_float(sm_scale, "sm_scale", rule="pass None for 1/sqrt(head_dim)"),
+        sm_scale=1.0 / math.sqrt(kv.head_dim) if sm_scale is None else _as_scale(sm_scale),
         window_left=as_int(window_left, "window_left", minimum=-1),
         logits_soft_cap=as_float(logits_soft_cap, "logits_soft_cap", minimum=0.0, rule="pass 0.0 to switch it off"),
         q_len=None if q_len is None else as_int(q_len, "q_len", minimum=1),
     )
+
+
+def _as_scale(sm_scale: Any) -> float:
+    scale = as_float(sm_scale, "sm_scale", rule="pass None for 1/sqrt(head_dim)")
+    if scale <= 0:  # a kernel's running maximum would be a minimum
+        raise ValueError(f"sm_scale is {scale:g}, and it must be positive; negate q, or pass None for 1/sqrt(head_dim)")
+    return scale
 
 
 def check_heads(kv: "PagedKV", num_qo_heads: int, shown: str) -> None:

@@ -678,6 +678,7 @@ bad("decode: window", attend(window_left=-2), ValueError, "window_left is -2", "
 bad("decode: float window", attend(window_left=1.5), TypeError, "window_left", "1.5 (float)", "int(window_left)")
 bad("decode: soft cap", attend(logits_soft_cap=-1.0), ValueError, "logits_soft_cap is -1", "at least 0", "pass 0.0")
 bad("decode: soft cap nan", attend(logits_soft_cap=np.nan), ValueError, "logits_soft_cap is nan", "finite", "pass 0.0")
+bad("decode: no scale", attend(sm_scale=0.0), ValueError, "sm_scale is 0", "positive", "pass None")
 bad("decode: infinite scale", attend(sm_scale=np.inf), ValueError, "sm_scale is inf", "finite", "pass None")
 bad(
     "decode: scale of text", attend(sm_scale="1"), TypeError, "sm_scale must be a float", "'1' (str)", "float(sm_scale)"

@@ -22,6 +22,10 @@ def kv_of(token, layer, is_v):
     return ((seed + element) % 2039).astype(np.float16)
 
 
+class Page:
+    page_id = None  # once seen in a table
+
+
 class Sequence:
     def __init__(self, tokens=(), pages=()):
         self.tokens, self.pages = list(tokens), list(pages)
@@ -121,10 +125,10 @@ class CacheMachine(RuleBasedStateMachine):
         assert wanted <= free
         self.next_token += len(tokens)
         for seq in copying:
-            self.model[seq].pages[-1] = object()
+            self.model[seq].pages[-1] = Page()
         for (seq, count), new_pages in zip(batch, added, strict=True):
             self.model[seq].tokens += tokens[:count]
-            self.model[seq].pages += [object() for _ in range(new_pages)]
+            self.model[seq].pages += [Page() for _ in range(new_pages)]
             del tokens[:count]
 
     def append_to_cache(self, seqs, counts, tokens):
@@ -159,13 +163,14 @@ class CacheMachine(RuleBasedStateMachine):
         table.validate(NUM_PAGES).raise_if_bad()
         indptr, indices = to_host(table.indptr), to_host(table.indices)
         assert to_host(table.seq_lens).tolist() == [len(self.model[seq].tokens) for seq in seqs]
-        id_of = {}
         for seq, begin, end in zip(seqs, indptr, indptr[1:], strict=False):
             ids = indices[begin:end].tolist()
             for page, page_id in zip(self.model[seq].pages, ids, strict=True):
-                assert id_of.setdefault(page, page_id) == page_id
+                assert page.page_id in (None, page_id), "a page keeps its id while anybody holds it"
+                page.page_id = page_id
             self.read_tokens(self.model[seq].tokens, ids)
-        assert len(set(id_of.values())) == len(id_of), "two pages of the model are one page of the cache"
+        ids = [page.page_id for page in self.held() if page.page_id is not None]
+        assert len(set(ids)) == len(ids), "two pages of the model are one page of the cache"
 
     def read_tokens(self, tokens, ids):
         for layer, kv in enumerate(self.cache.layers):

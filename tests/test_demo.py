@@ -74,7 +74,9 @@ def answers(output: str) -> list[str]:
 def test_the_default_run_joins_forks_preempts_and_frees():
     output = demo()
     assert "\x1b" not in output  # plain lines
-    assert output.startswith("glassllm on NumPy, float32: 4 layers, 4 query and 2 KV heads of 32; pool of")
+    assert output.startswith(
+        "glassllm on NumPy, float32: 4 layers, 4 query and 2 KV heads of 32\npool of 60 pages of 4"
+    )
     events = re.findall(r"^step +(\d+)  request (\d) (.*)$", output, re.MULTILINE)
     steps = [int(step) for step, _, _ in events]
     assert steps == sorted(steps)
@@ -159,6 +161,9 @@ def test_a_preempted_request_is_recomputed_to_the_same_text(model):
     assert tight.stats.peak_pages <= 24
     assert sum(request.num_preemptions for request in tight.requests) == tight.stats.preemptions
     assert tight.requests[0].num_preemptions == 0  # the oldest is never the victim
+    joined = {(event.step, event.request.number) for event in tight.events if "prefill" in event.text}
+    preempted = {(event.step, event.request.number) for event in tight.events if "preempted" in event.text}
+    assert not joined & preempted  # nobody is let in only to be put out in the same step
 
 
 def test_the_youngest_is_preempted_keeps_its_text_and_returns_first(model):
@@ -241,8 +246,8 @@ def test_the_live_view_shows_requests_pool_and_speed(model, monkeypatch):
     picture = console.export_text()
     prompt = len(model.encode(STORY))
     pages = engine.num_pages_of(engine.requests[0])
-    assert re.search(rf"^ *0 +decode +{prompt}\+3 +{pages} ", picture, re.MULTILINE)
-    assert re.search(r"^ *1 +prefill +\d+\+1 ", picture, re.MULTILINE)
+    assert re.search(rf"^0 +decode +{prompt}\+3 +{pages} ", picture, re.MULTILINE)
+    assert re.search(r"^1 +prefill +\d+\+1 ", picture, re.MULTILINE)
     used, shared, free = map(int, re.search(r"used (\d+), shared (\d+), free (\d+)", picture).groups())
     assert used + free == 40 and 0 < shared < used
     assert re.search(r"step 3 +\d+ tokens/s", picture)

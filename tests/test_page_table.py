@@ -1,6 +1,8 @@
 """PageTable: lengths, positions, splits, slots and block tables, against a model in plain Python."""
 
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,6 +221,13 @@ def test_positions_that_do_not_fit_are_found() -> None:
     table = ragged(np, page_offset=[0, 0, 0, 2**29, 0, 0])
     with pytest.raises(pa.PageTableError, match=rf"request 3 ends at position {(2**29) * 4 + 4}.*below 2\*\*31"):
         table.validate(NUM_PAGES).raise_if_bad()
+
+
+def test_fault_codes_are_those_of_the_kernels() -> None:
+    header = Path(__file__).parents[1] / "kernels" / "page_table.cuh"
+    enum = re.search(r"enum FaultField \{(.*?)\}", header.read_text(), re.DOTALL)
+    assert enum is not None
+    assert re.findall(r"FAULT_(\w+),", enum[1]) == [field.upper() for field in FAULT_FIELDS]
 
 
 def test_fault_codes_have_messages() -> None:

@@ -120,7 +120,9 @@ def test_the_demo_serves_it(package_folder, monkeypatch, capsys):
     monkeypatch.syspath_prepend(package_folder)
     assert main(["demo", "--model", "smollm2", "--backend", "numpy"]) == 0
     output = capsys.readouterr().out
-    assert output.startswith("smollm2 on NumPy, float32: 30 layers, 9 query and 3 KV heads of 64; pool of")
+    assert output.startswith(
+        "smollm2 on NumPy, float32: 30 layers, 9 query and 3 KV heads of 64\npool of 10 pages of 16"
+    )
     assert "forked from request" in output and "preempted, pool full" in output and "comes back" in output
     assert "The capital of France is Paris." in output
 

@@ -82,7 +82,7 @@ def demo(options: argparse.Namespace, console: Console) -> None:
     pool = cache.layers[0]
     console.print(
         f"{options.model} on {backend}, {pool.dtype}: {len(cache.layers)} layers, {config.num_qo_heads} query and "
-        f"{config.num_kv_heads} KV heads of {config.head_dim}; "
+        f"{config.num_kv_heads} KV heads of {config.head_dim}\n"
         f"pool of {pool.num_pages} pages of {pool.page_size} tokens, layout {pool.layout}",
         soft_wrap=True,
     )

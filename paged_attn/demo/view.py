@@ -44,7 +44,7 @@ def serve(engine: Engine, decode: Callable[[list[int]], str], console: Console) 
 def picture(engine: Engine, decode: Callable[[list[int]], str]) -> Group:
     """One frame: the requests, the pool, what happened last."""
     requests = Table(box=None, pad_edge=False)
-    requests.add_column("request", justify="right")
+    requests.add_column("request")
     requests.add_column("state", min_width=len(State.PREEMPTED))
     requests.add_column("tokens", justify="right")
     requests.add_column("pages", justify="right")
@@ -55,7 +55,7 @@ def picture(engine: Engine, decode: Callable[[list[int]], str]) -> Group:
             Text(request.state, STATE_STYLES[request.state]),
             f"{len(request.prompt)}+{len(request.new_tokens)}",
             str(engine.num_pages_of(request)),
-            Text(repr(decode(request.new_tokens))[1:-1][-TEXT_WIDTH:]),
+            Text(" ".join(decode(request.new_tokens).split())[-TEXT_WIDTH:]),
         )
     used, shared, free = engine.num_used_pages, engine.cache.num_shared_pages, engine.cache.num_free_pages
     filled = round(POOL_WIDTH * used / engine.cache.num_pages)

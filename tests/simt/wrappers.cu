@@ -69,7 +69,7 @@ extern "C" __global__ void number_wrappers(const __grid_constant__ NumberParams 
     if (i >= p.count) return;
     p.widened[i] = to_float(p.bits[i]);
     p.narrowed[i] = from_float(p.x[i]);
-    p.packed[i] = pack2(p.x[i], -p.x[i]);
+    p.packed[i] = pack2(p.x[i], __int_as_float(__float_as_int(p.x[i]) ^ 0x80000000));  // minus would flush subnormals
     p.exp2[i] = exp2_fast(p.x[i]);
     p.log2[i] = log2_fast(p.x[i]);
     p.tanh[i] = tanh_fast(p.x[i]);
