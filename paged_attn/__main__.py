@@ -1,4 +1,4 @@
-"""``python -m paged_attn demo``."""
+"""``python -m paged_attn demo`` and ``python -m paged_attn doctor``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from paged_attn import doctor
 from paged_attn.demo import cli
 
 
@@ -21,6 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     cli.add_options(demo)
     demo.set_defaults(run=cli.run)
+    checkup = commands.add_parser(
+        "doctor",
+        help="say whether the GPU path works here, and what to install",
+        description="Look at CuPy, CUDA, the card, NVRTC and JAX, compile the kernels for the card, and check each "
+        "against NumPy. The exit status is 0 where the GPU path is usable, else 1.",
+    )
+    checkup.set_defaults(run=doctor.run)
     options = parser.parse_args(arguments)
     return options.run(options)
 

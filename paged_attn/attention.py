@@ -235,7 +235,12 @@ def _as_rows(array: Any, ndim: int) -> Any:
 
 
 def _run_once(step: _Step, q: Any, kv: PagedKV, out: Any, lse: Any, return_lse: bool) -> Any:
-    return _run(step.spec, step.rows, lambda: step.update(step.new_plan(one_shot=True)), q, kv, out, lse, return_lse)
+    rows = q.shape[0] if step.qo_indptr is not None else None  # a device qo_indptr must not point behind q
+
+    def planned() -> Any:
+        return step.update(step.new_plan(one_shot=True, max_tokens=rows))
+
+    return _run(step.spec, step.rows, planned, q, kv, out, lse, return_lse)
 
 
 class _BatchAttention:

@@ -20,6 +20,7 @@ from .page_table import PageTable
 # A sequence id is (generation << ROW_BITS) | row: a row that is used again gives another id, so a freed id stays freed.
 ROW_BITS = 32
 ROW_MASK = (1 << ROW_BITS) - 1
+NOTHING = np.zeros(0, np.int64)
 NOT_LIVE = (
     "which is no sequence of this cache: it was freed, or it came from elsewhere; "
     "pass an id that new_sequence() or fork() returned and free() has not ended"
@@ -146,6 +147,9 @@ class PagedKVCache:
     A sequence is the int that `new_sequence` or `fork` returned. A batch of them, `seqs`, is a list of such ints or an
     integer array [batch], without repetition. One that was freed, or is none of this cache, is a ValueError.
     All work for the device goes on its current stream.
+
+    ValueError, TypeError: extents, layouts and dtypes that cannot be. NotImplementedError: a dtype or head_dim that
+    `supports("append", ...)` denies on that device.
     """
 
     def __init__(
@@ -176,11 +180,14 @@ class PagedKVCache:
             max_batch_size = spec.as_int(max_batch_size, "max_batch_size", minimum=1)
         if max_pages is not None:
             max_pages = spec.as_int(max_pages, "max_pages", minimum=1)
-        layout = Layout(layout)
+        layout, dtype = Layout(layout), interop.as_dtype(dtype)
         self._device = interop.resolve_device(device)
         self._backend = backends.of(self._device)
+        support = attention.supports("append", device=self._device, dtype=dtype, head_dim=head_dim)
+        if not support:
+            raise NotImplementedError(support.reason)
         page = (page_size, num_kv_heads, head_dim) if layout is Layout.NHD else (num_kv_heads, page_size, head_dim)
-        self._storage = self._backend.zeros((num_layers, num_pages, 2, *page), interop.as_dtype(dtype), self._device)
+        self._storage = self._backend.zeros((num_layers, num_pages, 2, *page), dtype, self._device)
         self._layers = tuple(PagedKV.combined(self._storage[i], layout=layout) for i in range(num_layers))
         self._num_pages, self._page_size = num_pages, page_size
 
@@ -351,6 +358,7 @@ class PagedKVCache:
         )
 
     def _reserve(self, rows: np.ndarray, counts: np.ndarray) -> Any:
+        self._backend.to_backend(NOTHING, self._device)  # raises in a graph's capture, before anything has changed
         length = self._length[rows]
         added = self._pages_for(length + counts) - self._lists.count[rows]
         num_added = int(added.sum())

@@ -24,7 +24,7 @@ _STRUCT = re.compile(rf"\bstruct\s+(?:{_ALIGNMENT}\s*)?(\w+)\s*\{{([^{{}}]*)\}}\
 _FIELD = re.compile(r"(?:const\s+)?([\w ]+?)\s*(\*?)\s*(?:__restrict__\s*)?\b(\w+)\s*(?:\[\s*(\d+)\s*\])?")
 _SCALARS = {"int": "i4", "u32": "u4", "u64": "u8", "i64": "i8", "float": "f4"}
 
-_MIN_NVRTC = (12, 9)
+MIN_NVRTC = (12, 9)
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
@@ -313,8 +313,8 @@ def _check_nvrtc() -> None:
         version = nvrtc.getVersion()
     except RuntimeError as error:  # CuPy is there, but no libnvrtc
         raise ImportError(f"CuPy finds no NVRTC, which compiles the kernels; {_extra_hint()}") from error
-    if version < _MIN_NVRTC:
-        found, needed = (".".join(map(str, numbers)) for numbers in (version, _MIN_NVRTC))
+    if version < MIN_NVRTC:
+        found, needed = (".".join(map(str, numbers)) for numbers in (version, MIN_NVRTC))
         raise ImportError(f"the kernels need NVRTC {needed} or later and CuPy finds {found}; {_extra_hint()}")
 
 

@@ -1,7 +1,7 @@
 """The numbers that shape a launch: pure functions of a few integers, so that they can be tested without a GPU.
 
-Nothing here looks at sequence lengths. What depends on them is decided on the device, once a step (kernels/schedule.cu),
-so a captured graph replays with new lengths. The constants were measured on an H100.
+Nothing here looks at sequence lengths. What depends on them is decided on the device, once a step
+(kernels/schedule.cu), so a captured graph replays with new lengths. The constants were measured on an H100.
 """
 
 from dataclasses import dataclass

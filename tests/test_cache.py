@@ -121,6 +121,13 @@ def test_layout_and_dtype_have_no_default():
         pa.PagedKVCache(4, 2, 1, 16, layout="NHD")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 64), ("float16", 24)])
+def test_a_pool_that_no_kernel_could_write_is_refused_at_once(dtype, head_dim):
+    with pytest.raises(NotImplementedError, match="append on a GPU takes"):
+        pa.PagedKVCache(4, 2, 1, head_dim, layout="NHD", dtype=dtype, device="cuda")
+
+
 # -- reserve and write -----------------------------------------------------------------------------------------------
 
 

@@ -206,6 +206,9 @@ def test_every_token_stays_readable_and_no_page_leaks(device, layout, page_size,
     run_state_machine_as_test(
         lambda: CacheMachine(device, layout, page_size, num_layers),
         settings=settings(
-            max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+            max_examples=40 if device == "cpu" else 15,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow],
         ),
     )

@@ -1,7 +1,12 @@
 """The way from kernels/*.cu to a function: text, struct, options; and every kernel through NVRTC, without a GPU."""
 
 import ctypes
+import itertools
+import multiprocessing
+import os
 import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,118 +14,98 @@ import numpy as np
 import pytest
 
 from paged_attn import compile as kernels
-from paged_attn import planner
-
-# What CuPy adds to the options of every kernel, beside the architecture.
-CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
-ARCHITECTURES = ("sm_80", "sm_90a")
-
-
-def decode(q_len: int, group_size: int, head_dim: int, registers: int) -> tuple[dict[str, Any], int]:
-    shape = planner.decode_shape(q_len, group_size, head_dim)
-    return {"HEAD_DIM": head_dim, "COLUMNS": shape.columns, "SHARED_BYTES": shape.shared_bytes}, registers
-
-
-def prefill(head_dim: int, registers: int) -> tuple[dict[str, Any], int]:
-    shape = planner.prefill_shape(head_dim)
-    return {"HEAD_DIM": head_dim, "TILE_ROWS": shape.tile_rows, "SHARED_BYTES": shape.shared_bytes}, registers
+from tests.nvrtc import (
+    ARCHITECTURES,
+    HEAD_DIMS,
+    REGISTERS,
+    Build,
+    compile_build,
+    compile_text,
+    faults,
+    matrix,
+    register_limit,
+)
 
 
-def merge(head_dim: int, vector: int, v_float32: int, out_float32: int) -> tuple[dict[str, Any], int]:
-    return {"HEAD_DIM": head_dim, "VEC": vector, "V_FLOAT32": v_float32, "OUT_FLOAT32": out_float32}, 128
+@pytest.fixture(scope="session")
+def logs(request: pytest.FixtureRequest) -> Iterator[dict[Build, Future[str]]]:
+    """ptxas's report of every build that a selected test asks for, under way in one process a core."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    builds = [call.params["build"] for call in calls if call and isinstance(call.params.get("build"), Build)]
+    pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+    yield {build: pool.submit(compile_build, build) for build in builds}
+    pool.shutdown(cancel_futures=True)
 
 
-# Every kernel: the constants it is compiled with, and the most registers a thread may take (255: the hardware's limit).
-VARIANTS: dict[str, list[tuple[dict[str, Any], int]]] = {
-    "append": [({"HEAD_DIM": head_dim}, 40) for head_dim in (16, 80, 128, 256)],
-    "block_table_pages": [({}, 40)],
-    "block_table_rows": [({}, 64)],
-    "build_table": [({}, 40)],
-    "check_table": [({}, 40)],
-    "copy_pages": [({}, 40)],
-    "decode": [
-        decode(1, 4, 128, 128),
-        decode(1, 16, 128, 255),
-        decode(1, 32, 64, 255),
-        decode(1, 1, 16, 128),
-        decode(1, 4, 96, 128),
-        decode(1, 4, 256, 255),
+@pytest.mark.parametrize("build", matrix(), ids=str)
+def test_kernels_compile_within_their_limits(build: Build, logs: dict[Build, Future[str]]) -> None:
+    log = logs[build].result()
+    found = [fault for name in build.kernels for fault in faults(log, name, register_limit(name, build.constants))]
+    assert not found, "\n".join(found)
+
+
+def test_the_matrix_has_every_kernel() -> None:
+    """Each for every card (one named *_hopper for sm_90a), in every head_dim, format and feature that it knows."""
+    assert sorted(REGISTERS) == sorted(kernels.kernel_files()), (
+        "bring REGISTERS of tests/nvrtc.py in line with kernels/"
+    )
+    builds = matrix()
+    for file in {path.stem for path in kernels.kernel_files().values()}:
+        text = (kernels.kernel_dir() / f"{file}.cu").read_text(encoding="utf-8")
+        axes = {"HEAD_DIM": HEAD_DIMS, "SOFT_CAP": (0, 1), "BFLOAT16": (0, 1)}
+        known = [name for name in axes if name in text or (name == "BFLOAT16" and "mma.cuh" in text)]
+        for arch in ("sm_90a",) if file.endswith("_hopper") else ARCHITECTURES:
+            sets = [build.constants for build in builds if (build.file, build.arch) == (file, arch)]
+            met = {tuple(constants[name] for name in known) for constants in sets}
+            missing = set(itertools.product(*(axes[name] for name in known))) - met
+            assert not missing, f"bring variants() of tests/nvrtc.py in line with {file}.cu: {known} = {missing}"
+    assert {build.arch for build in builds if build.file.endswith("_hopper")} <= {"sm_90a"}
+
+
+PROBE = """
+struct Params { float* out; int n; };
+extern "C" __global__ void __launch_bounds__(%d) probe(const __grid_constant__ Params p) { %s }
+"""
+# Accumulators that are read while a wgmma writes them: ptxas has to wait for each.
+WGMMA = """
+    float c[4] = {};
+    for (int i = 0; i < p.n; ++i) {
+        asm volatile("wgmma.fence.sync.aligned;");
+        asm volatile("{ .reg .pred go; setp.ne.b32 go, %6, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, %4, %5, go, 1, 1, 0, 0; }"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "l"(0ll), "l"(0ll), "r"(1));
+        asm volatile("wgmma.commit_group.sync.aligned;");
+        c[0] *= 2.f;
+        asm volatile("wgmma.wait_group.sync.aligned 0;");
+    }
+    for (int i = 0; i < 4; ++i) p.out[threadIdx.x * 4 + i] = c[i];
+"""
+
+
+def sums(count: int) -> str:
+    """A body that keeps `count` numbers alive at once."""
+    loads = "".join(f"const float x{i} = p.out[threadIdx.x + {i} * p.n];" for i in range(count))
+    return loads + "".join(f"p.out[threadIdx.x * p.n + {i}] = x{i} * x{count - 1 - i};" for i in range(count))
+
+
+@pytest.mark.parametrize(
+    ("threads", "body", "message"),
+    [
+        (256, "p.out[threadIdx.x] = p.n;", None),
+        (1024, sums(150), r"probe: .* [1-9]\d* bytes spill stores"),
+        (
+            256,
+            "float x[64]; for (int i = 0; i < 64; ++i) x[i] = p.out[i]; p.out[0] = x[p.n];",
+            r"probe: 256 bytes stack",
+        ),
+        (128, sums(150), r"probe uses \d+ registers, more than its limit of 64"),
+        (128, WGMMA, r"C751[0-2].*serialized"),
     ],
-    "merge_state": [merge(128, 8, 0, 0), merge(128, 4, 1, 0), merge(128, 4, 1, 1), merge(80, 1, 0, 0)],
-    "merge_states": [merge(128, 8, 0, 0), merge(128, 4, 1, 0), merge(128, 4, 1, 1), merge(80, 1, 0, 0)],
-    "plan_requests": [({}, 64)],
-    "prefill": [prefill(128, 255), prefill(64, 255), prefill(80, 255), prefill(16, 255), prefill(256, 255)],
-    "seq_lens": [({}, 40)],
-    "split_pages": [({}, 40)],
-    "split_rows": [({}, 64)],
-    "table_slots": [({}, 40)],
-    "to_block_table": [({}, 40)],
-    "update_page_lists": [({}, 40)],
-}
-# The kernels that compute with 16-bit numbers, and those that know a soft cap. Both kinds of both are met once.
-SIXTEEN_BIT = ("decode", "merge_state", "merge_states", "prefill")
-SOFT_CAP = ("decode", "prefill")
-
-
-def nvrtc_log(source: str, options: tuple[str, ...]) -> str:
-    """Compiles with NVRTC; ptxas's report. Fails with the compiler's messages."""
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-
-    def check(result: tuple[Any, ...]) -> Any:
-        assert result[0] == nvrtc.nvrtcResult.NVRTC_SUCCESS, result
-        return result[1] if len(result) > 1 else None
-
-    program = check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
-    arguments = [option.encode() for option in options]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
-    log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program))
-    check(nvrtc.nvrtcGetProgramLog(program, log))
-    check(nvrtc.nvrtcDestroyProgram(program))
-    text = log.decode().strip("\0 ")
-    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, text
-    return text
-
-
-def variants() -> list[Any]:
-    rows = []
-    for name, table in VARIANTS.items():
-        for constants, registers in table:
-            for flag in (0, 1) if name in SIXTEEN_BIT else (None,):
-                kind = {} if flag is None else {"BFLOAT16": flag}
-                if name in SOFT_CAP:
-                    kind["SOFT_CAP"] = flag
-                label = ",".join(f"{key}={value}" for key, value in (constants | kind).items() if key != "SHARED_BYTES")
-                for arch in ARCHITECTURES:
-                    rows.append(pytest.param(name, arch, constants | kind, registers, id=f"{name}-{label}-{arch}"))
-    return rows
-
-
-def offset_assertions(name: str) -> str:
-    """What the compiler itself must think of the kernel's struct."""
-    source = kernels.load_source(name)
-    struct = kernels.params_name(source, name)
-    dtype = kernels.params_dtype(source, struct)
-    assert dtype.fields is not None
-    checks = [f"sizeof({struct}) == {dtype.itemsize}"]
-    for field, (field_dtype, offset, *_) in dtype.fields.items():
-        checks.append(f"__INTADDR__(&(({struct}*)0)->{field}) == {offset}")  # NVRTC's own offsetof
-        checks.append(f"sizeof((({struct}*)0)->{field}) == {field_dtype.itemsize}")
-    return "".join(f'static_assert({check}, "params_dtype");\n' for check in checks)
-
-
-def test_every_kernel_has_its_variants_and_limits() -> None:
-    assert sorted(VARIANTS) == sorted(kernels.kernel_files()), "bring VARIANTS in line with kernels/*.cu"
-
-
-@pytest.mark.parametrize(("name", "arch", "defines", "registers"), variants())
-def test_kernel_compiles_without_spills(name: str, arch: str, defines: dict[str, Any], registers: int) -> None:
-    source = kernels.load_source(name) + offset_assertions(name)
-    log = nvrtc_log(source, (*kernels.options(arch, **defines), *CUPY_OPTIONS, "--ptxas-options=-v"))
-    report = re.search(rf"entry function '{name}' for '{arch}'(.*?)Used (\d+) registers", log, re.DOTALL)
-    assert report, log
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report[1], report[0]
-    assert int(report[2]) <= registers, f"{name} uses {report[2]} registers, more than its limit of {registers}"
-    assert "warning" not in log, log
+    ids=["right", "spill", "stack frame", "registers", "serialised wgmma"],
+)
+def test_what_ptxas_must_not_say(threads: int, body: str, message: str | None) -> None:
+    found = faults(compile_text(PROBE.replace("%d", str(threads)).replace("%s", body), "sm_90a", {}), "probe", 64)
+    assert re.search(message, "\n".join(found)) if message else not found, found
 
 
 def test_options() -> None:

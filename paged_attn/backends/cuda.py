@@ -1,7 +1,7 @@
 """The CUDA backend: CuPy arrays, and the kernels of kernels/ on CuPy's current stream.
 
-Nothing here waits for the device, and nothing looks at what device arrays hold: metadata is cleaned by kernels, and what
-was wrong with it stands in a status word until somebody asks (Plan.raise_status, raise_device_status).
+Nothing here waits for the device, and nothing looks at what device arrays hold: metadata is cleaned by kernels, and
+what was wrong with it stands in a status word until somebody asks (Plan.raise_status, raise_device_status).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ INT_LARGEST = 2**31 - 1
 _BFLOAT16 = FLOAT_DTYPES["bfloat16"]
 
 
-# -- memory and devices --------------------------------------------------------------------------------------------------
+# -- memory and devices ----------------------------------------------------------------------------------------------
 
 
 def empty(shape: tuple[int, ...], dtype: Any, device: str) -> Any:
@@ -89,7 +89,7 @@ def _index(device: str) -> int:
 
 
 class _Staging:
-    """Pinned buffers for uploads. One is used again when the copy out of it is known to be over, else another is made."""
+    """Pinned buffers for uploads. One is used again once the copy out of it is known to be over; else one more is made."""
 
     def __init__(self) -> None:
         self._buffers: deque[tuple[Any, Any]] = deque()  # (pinned memory, event behind the last copy out of it)
@@ -121,7 +121,7 @@ def _staging(device: str) -> _Staging:
     return _Staging()
 
 
-# -- status words --------------------------------------------------------------------------------------------------------
+# -- status words ----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -145,11 +145,16 @@ def raise_device_status(device: str) -> None:
     raise_word(_device_status(device), clear=True)
 
 
-# -- launching -----------------------------------------------------------------------------------------------------------
+# -- launching -------------------------------------------------------------------------------------------------------
 
 
 def _launch(
-    name: str, device: str, grid: int | tuple[int, ...], block: int | tuple[int, ...], params: dict[str, Any], **constants: Any
+    name: str,
+    device: str,
+    grid: int | tuple[int, ...],
+    block: int | tuple[int, ...],
+    params: dict[str, Any],
+    **constants: Any,
 ) -> None:
     """Launch kernel `name` with the fields of its struct; an array gives its address, None is a null pointer."""
     kernel = compile.kernel(name, device, **constants)
@@ -174,7 +179,7 @@ def _table_fields(table: PageTable) -> dict[str, Any]:
     }
 
 
-# -- tables --------------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------------------------
 
 
 def seq_lens(table: PageTable) -> Any:
@@ -272,7 +277,7 @@ def check_table(table: PageTable, num_pages: int) -> Any:
     return word
 
 
-# -- the cache -----------------------------------------------------------------------------------------------------------
+# -- the cache -------------------------------------------------------------------------------------------------------
 
 
 def update_table(
@@ -350,11 +355,11 @@ def _units(strides: tuple[int, int, int]) -> tuple[int, int, int]:
     return page // 8, slot // 8, head // 8
 
 
-# -- merging -------------------------------------------------------------------------------------------------------------
+# -- merging ---------------------------------------------------------------------------------------------------------
 
 
 def merge_states(v: Any, s: Any, out: Any, lse: Any, base: float) -> None:
-    rows, num_states, heads, head_dim = v.shape
+    rows, num_states, heads, _ = v.shape
     if not rows * heads:
         return
     _merge("merge_states", (v,), rows, heads, out, {
@@ -400,7 +405,7 @@ def _stride(array: Any, axis: int) -> int:
     return array.strides[axis] // array.dtype.itemsize
 
 
-# -- attention -----------------------------------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------------------------
 
 
 class Plan:
@@ -518,7 +523,10 @@ class Plan:
         params["k_strides"], params["v_strides"] = _units(kv.k_strides), _units(kv.v_strides)
         params["q_row_stride"], params["q_head_stride"] = q.strides[0] // itemsize, q.strides[1] // itemsize
         out_itemsize = out.dtype.itemsize
-        params["out_row_stride"], params["out_head_stride"] = out.strides[0] // out_itemsize, out.strides[1] // out_itemsize
+        params["out_row_stride"], params["out_head_stride"] = (
+            out.strides[0] // out_itemsize,
+            out.strides[1] // out_itemsize,
+        )
         params["out_float32"] = out_itemsize == 4
         if spec.q_len is None:
             tiles = rows * spec.group_size // shape.tile_rows + self._num_requests + 1

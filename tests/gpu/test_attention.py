@@ -1,48 +1,15 @@
 """The attention kernels against the reference backend, for every case of the list, poisoned, twice, bitwise."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 
 import paged_attn as pa
 from tests import cases
+from tests.gpu.answers import answer, assert_right, on_gpu
 
 cupy = pytest.importorskip("cupy")
 
 TYPES_OF_THE_GPU = ("float16", "bfloat16")
-
-
-def on_gpu(array: np.ndarray) -> Any:
-    return cupy.asarray(array)
-
-
-def expected(inputs: cases.Inputs) -> tuple[np.ndarray, np.ndarray]:
-    """The reference's answer to the same 16-bit inputs, computed and kept in float32."""
-    out = np.empty(inputs.q.shape, np.float32)
-    if inputs.case.is_decode:
-        return pa.decode(inputs.q, inputs.kv(), inputs.table(), out=out, return_lse=True, **inputs.options())
-    return pa.prefill(
-        inputs.q, inputs.qo_indptr, inputs.kv(), inputs.table(), out=out, return_lse=True, **inputs.options()
-    )
-
-
-def answer(inputs: cases.Inputs, **options: Any) -> tuple[Any, Any]:
-    options = inputs.options() | {"return_lse": True} | options
-    if inputs.case.is_decode:
-        return pa.decode(on_gpu(inputs.q), inputs.kv(on_gpu), inputs.table(on_gpu), **options)
-    return pa.prefill(
-        on_gpu(inputs.q), on_gpu(inputs.qo_indptr), inputs.kv(on_gpu), inputs.table(on_gpu), **options
-    )
-
-
-def assert_right(inputs: cases.Inputs, out: Any, lse: Any) -> None:
-    soft = inputs.case.logits_soft_cap > 0
-    cases.assert_close(
-        out.get(), expected(inputs)[0], lse.get(), expected(inputs)[1],
-        tolerance=cases.OUT_TOLERANCE[inputs.case.dtype],
-        lse_tolerance=cases.LSE_TOLERANCE_SOFT_CAP if soft else cases.LSE_TOLERANCE,
-    )  # fmt: skip
 
 
 ALL = [case for case in cases.DECODE + cases.PREFILL if case.dtype in TYPES_OF_THE_GPU]
@@ -54,7 +21,9 @@ def test_kernels_agree_with_the_reference_and_with_themselves(case: cases.Case) 
     out, lse = answer(inputs)
     assert_right(inputs, out, lse)
     again, lse_again = answer(inputs)
-    assert (out.view(np.uint16) == again.view(np.uint16)).all() and (lse.view(np.uint32) == lse_again.view(np.uint32)).all()
+    assert (out.view(np.uint16) == again.view(np.uint16)).all() and (
+        lse.view(np.uint32) == lse_again.view(np.uint32)
+    ).all()
     pa.status()
 
 

@@ -1,45 +1,17 @@
 """CUDA graphs, and the promises behind them: nothing waits for the device, nothing allocates, nothing moves."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import numpy as np
 import pytest
 
 import paged_attn as pa
 from tests import cases
+from tests.gpu.capture import captured, no_allocation
 
 cupy = pytest.importorskip("cupy")
 
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 64, 16
 MAX_BATCH, NUM_PAGES = 6, 96
 STEPS = 200
-
-
-@contextmanager
-def no_allocation() -> Iterator[None]:
-    def refuse(size: int) -> Any:
-        raise AssertionError(f"{size} bytes were allocated")
-
-    before = cupy.cuda.get_allocator()
-    cupy.cuda.set_allocator(refuse)
-    try:
-        yield
-    finally:
-        cupy.cuda.set_allocator(before)
-
-
-def captured(work: Callable[[], None]) -> Any:
-    """The graph of what `work` launches, captured in the strictest mode: a synchronisation anywhere is an error."""
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream, no_allocation():
-        stream.begin_capture(mode=cupy.cuda.runtime.streamCaptureModeGlobal)
-        try:
-            work()
-        finally:
-            graph = stream.end_capture()
-    return graph
 
 
 class Server:
@@ -87,7 +59,10 @@ class Server:
         self.cache.page_table(list(self.history))
         for row, sequence in enumerate(self.history):
             old_k, old_v = self.history[sequence]
-            self.history[sequence] = [np.concatenate([old_k, k[row : row + 1]]), np.concatenate([old_v, v[row : row + 1]])]
+            self.history[sequence] = [
+                np.concatenate([old_k, k[row : row + 1]]),
+                np.concatenate([old_v, v[row : row + 1]]),
+            ]
         self.k.set(k)
         self.v.set(v)
         self.q.set(q)
@@ -163,7 +138,9 @@ def test_prefill_replays_with_other_lengths(layout: str) -> None:
     shapes = [((100, 0, 33), (100, 7, 5)), ((1,), (1,)), ((64, 17, 16, 128, 1), (60, 17, 16, 128, 40)), ((), ())]
     for number, (kv_lens, q_lens) in enumerate(shapes):
         inputs = cases.build(
-            cases.Case(f"replay{number}", kv_lens, q_lens=q_lens, num_qo_heads=HEADS, num_kv_heads=KV_HEADS, layout=layout)
+            cases.Case(
+                f"replay{number}", kv_lens, q_lens=q_lens, num_qo_heads=HEADS, num_kv_heads=KV_HEADS, layout=layout
+            )
         )
         batch, used = len(kv_lens), int(inputs.indptr[-1])
         k_pages[: len(inputs.k_pages)] = cupy.asarray(inputs.k_pages)

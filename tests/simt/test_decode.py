@@ -129,9 +129,16 @@ CASES = [
     Case("q_len9_group8_in_blocks", (60, 4), q_len=9, num_qo_heads=8, num_kv_heads=1, head_dim=128),
     Case("middle_chunk", (48, 64, 16), page_offsets=(2, 1, 0), total_lens=(130, 65, 16), q_len=2, num_qo_heads=4),
     Case(
-        "every_third_page", (72, 16, 0, 1), page_size=8, page_offsets=(1,) * 4, page_stride=3,
-        total_lens=(200, 45, 3, 9), window_left=90, layout="HND", num_qo_heads=4,
-    ),  # fmt: skip
+        "every_third_page",
+        (72, 16, 0, 1),
+        page_size=8,
+        page_offsets=(1,) * 4,
+        page_stride=3,
+        total_lens=(200, 45, 3, 9),
+        window_left=90,
+        layout="HND",
+        num_qo_heads=4,
+    ),
 ]
 
 

@@ -1,0 +1,297 @@
+// hopper: what sm_90a has beside the rest of CUDA: copies by the tensor memory accelerator (TMA), barriers that count
+// bytes, matrix products of four warps that read shared memory by themselves (wgmma), registers that change hands.
+//
+// All of it is asynchronous, and each kind of wait is for one thing only:
+//   mbarrier        something in shared memory is ready, or may be overwritten
+//   wgmma_wait      products are done: their accumulators may be read, their A registers and their B may be overwritten
+//   named barrier   threads of one CTA have come to a place
+#pragma once
+#include "convert.cuh"
+#include "load_global.cuh"
+
+// -- mbarriers: 8 bytes in shared memory -------------------------------------------------------------------------------
+//
+// A barrier goes from phase to phase: it waits for `arrivals` arrivals and for all bytes that were announced, then the
+// next phase begins. Phases are numbered 0, 1, 2, ...; barrier_wait(b, n) returns once phase n is over, and may be
+// called while phase n or n + 1 runs, no earlier and no later: only the parity of n is looked at. Waiting for phase -1
+// of a new barrier returns at once.
+
+#ifndef __CUDACC__
+struct HostBarrier {
+    unsigned char arrivals, pending, phase, unused;
+    int bytes;
+    void turn() {
+        simt::num_polls = 0;
+        if (pending == 0 && bytes == 0) ++phase, pending = arrivals;
+    }
+};
+#endif
+
+__device__ __forceinline__ void barrier_init(shared_address barrier, u32 arrivals) {
+#ifdef __CUDACC__
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+#else
+    *simt::shared_at<HostBarrier>(barrier) = {(unsigned char)arrivals, (unsigned char)arrivals, 0, 0, 0};
+#endif
+}
+
+// Makes new barriers known to TMA; __syncthreads makes them known to the threads.
+__device__ __forceinline__ void barrier_init_done() {
+#ifdef __CUDACC__
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void barrier_arrive(shared_address barrier) {
+#ifdef __CUDACC__
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+#else
+    HostBarrier* here = simt::shared_at<HostBarrier>(barrier);
+    --here->pending;
+    here->turn();
+#endif
+}
+
+// Announces bytes that TMA will write, then arrives.
+__device__ __forceinline__ void barrier_arrive_expect(shared_address barrier, u32 bytes) {
+#ifdef __CUDACC__
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#else
+    HostBarrier* here = simt::shared_at<HostBarrier>(barrier);
+    here->bytes += bytes;
+    --here->pending;
+    here->turn();
+#endif
+}
+
+// Arrives when all copy_async_16 that this thread has issued are done.
+__device__ __forceinline__ void barrier_arrive_after_copies(shared_address barrier) {
+#ifdef __CUDACC__
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+#else
+    barrier_arrive(barrier);
+#endif
+}
+
+__device__ __forceinline__ void barrier_wait(shared_address barrier, u32 phase) {
+#ifdef __CUDACC__
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "WAIT_%=:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra WAIT_%=;\n"
+        "}" ::"r"(barrier),
+        "r"(phase & 1)
+        : "memory");
+#else
+    while ((simt::shared_at<HostBarrier>(barrier)->phase & 1) == (phase & 1)) simt::poll("barrier_wait");
+#endif
+}
+
+// -- named barriers and registers --------------------------------------------------------------------------------------
+
+// Waits until `threads` threads, whole warps, have come here or passed named_barrier_arrive. Barrier 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
+#ifdef __CUDACC__
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+#else
+    simt::barrier("named_barrier", barrier, threads);
+#endif
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
+#ifdef __CUDACC__
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+#else
+    simt::barrier("named_barrier", barrier, threads, 0, false);
+#endif
+}
+
+// A warpgroup gives registers back, or waits until it has this many a thread. The sum over the CTA must not exceed what
+// it was launched with, else the one that asks for more waits for ever.
+template <int count>
+__device__ __forceinline__ void shrink_registers() {
+#ifdef __CUDACC__
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+#endif
+}
+
+template <int count>
+__device__ __forceinline__ void grow_registers() {
+#ifdef __CUDACC__
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+#endif
+}
+
+// -- TMA ---------------------------------------------------------------------------------------------------------------
+
+// A CUtensorMap, made by the host (paged_attn/tensor_map.py).
+struct __align__(64) TensorMap {
+    u64 words[16];
+};
+
+#ifndef __CUDACC__
+// What tensor_map.py's stand-in for a CPU puts into the words.
+struct HostTensorMap {
+    const unsigned char* data;
+    u64 strides[4];  // bytes, of the dimensions behind the first
+    u64 dims[5];
+    u64 box[5];
+};
+#endif
+
+// Copies the box at index `last` of the map's fifth dimension (0 in the others) to shared memory, in the order of the
+// box and swizzled: chunk c of 16 bytes of line r of 128 bytes stands at chunk c ^ (r % 8). Completes its bytes on
+// `barrier`. A box outside the tensor is filled with zeros.
+__device__ __forceinline__ void copy_box_5d(shared_address target, const TensorMap* map, int last,
+                                            shared_address barrier) {
+#ifdef __CUDACC__
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %3, %3, %3, %4}], [%2];" ::"r"(target),
+        "l"(map), "r"(barrier), "r"(0), "r"(last)
+        : "memory");
+#else
+    const HostTensorMap& from = *reinterpret_cast<const HostTensorMap*>(map->words);
+    u32 line = 0;
+    for (u64 d = 0; d < from.box[3]; ++d)
+        for (u64 c = 0; c < from.box[2]; ++c)
+            for (u64 b = 0; b < from.box[1]; ++b, ++line)
+                for (u32 chunk = 0; chunk < 8; ++chunk) {
+                    const shared_address to = target + line * 128;
+                    const unsigned char* source = from.data + b * from.strides[0] + c * from.strides[1] +
+                                                  d * from.strides[2] + last * from.strides[3] + chunk * 16;
+                    const bool inside = last >= 0 && u64(last) < from.dims[4];
+                    *simt::shared_at<uint4>(to + ((chunk ^ (to >> 7 & 7)) << 4)) =
+                        inside ? *simt::aligned<uint4>(source) : uint4{0, 0, 0, 0};
+                }
+    HostBarrier* here = simt::shared_at<HostBarrier>(barrier);
+    here->bytes -= line * 128;
+    here->turn();
+#endif
+}
+
+// What this thread wrote to shared memory is seen by TMA and wgmma that it, or whoever it meets next, issues.
+__device__ __forceinline__ void fence_shared_for_async() {
+#ifdef __CUDACC__
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// -- wgmma -------------------------------------------------------------------------------------------------------------
+//
+// d[64 x N] += A[64 x 16] B[16 x N], by the four warps of a warpgroup together. A is in registers: warp w has rows 16 w
+// .. 16 w + 15, as the A fragment of mma.cuh. d[4 i .. 4 i + 3] is a C fragment (mma.cuh) of columns 8 i .. 8 i + 7. B
+// is in shared memory, 128-byte lines swizzled as TMA does it, and a descriptor says where:
+//   TRANSPOSED 0   B[k][n] stands at  n / 8 * group_bytes + n % 8 * 128 + 2 k                                 (K: n is a token)
+//   TRANSPOSED 1   B[k][n] stands at  k / 8 * group_bytes + k % 8 * 128 + n / 64 * half_bytes + 2 (n % 64)    (V: k is a token)
+
+// All numbers are multiples of 16 bytes; address without its swizzle, line 0 of 8 at a multiple of 1024.
+__device__ __forceinline__ u64 matrix_descriptor(shared_address address, u32 half_bytes, u32 group_bytes) {
+    const u64 swizzle_128_bytes = 1ull << 62;
+    return u64((address >> 4) & 0x3fff) | u64(half_bytes >> 4) << 16 | u64(group_bytes >> 4) << 32 | swizzle_128_bytes;
+}
+
+// Before a burst of products: registers that they read or write are as the program has them.
+__device__ __forceinline__ void wgmma_fence() {
+#ifdef __CUDACC__
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Ends a burst.
+__device__ __forceinline__ void wgmma_commit() {
+#ifdef __CUDACC__
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Waits until at most `pending` of the last bursts are under way.
+template <int pending>
+__device__ __forceinline__ void wgmma_wait() {
+#ifdef __CUDACC__
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// Accumulators are touched neither earlier nor later than here: the compiler does not know that products are under way.
+template <int count>
+__device__ __forceinline__ void hold(float (&d)[count]) {
+#ifdef __CUDACC__
+#pragma unroll
+    for (int i = 0; i < count; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#endif
+}
+
+// Everything that x >= 0 depends on is computed here, and not behind the next wait, where ptxas would like to put it. (A
+// store that never happens; ptxas cannot know.)
+__device__ __forceinline__ void compute_before_wait(float x, shared_address somewhere) {
+#ifdef __CUDACC__
+    asm volatile(
+        "{ .reg .pred never; setp.lt.f32 never, %0, 0f00000000; @never st.shared.f32 [%1], %0; }" ::"f"(x), "r"(somewhere)
+        : "memory");
+#endif
+}
+
+#define WGMMA_8(d, i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define WGMMA_32(d, i) WGMMA_8(d, i), WGMMA_8(d, i + 8), WGMMA_8(d, i + 16), WGMMA_8(d, i + 24)
+#define WGMMA_REGISTERS_0_31                                                                        \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+    "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_REGISTERS_32_63                                                                          \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+    "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#if BFLOAT16
+#define WGMMA_TYPES ".f32.bf16.bf16 "
+#else
+#define WGMMA_TYPES ".f32.f16.f16 "
+#endif
+
+#ifndef __CUDACC__
+template <int TRANSPOSED, int count>
+void wgmma_on_host(float (&d)[count], u32 a0, u32 a1, u32 a2, u32 a3, u64 descriptor, bool accumulate) {
+    const uint4* const lanes = simt::gather("wgmma", uint4{a0, a1, a2, a3});
+    const u32 address = u32(descriptor & 0x3fff) << 4, half = u32(descriptor >> 16 & 0x3fff) << 4;
+    const u32 group = u32(descriptor >> 32 & 0x3fff) << 4;
+    for (int i = 0; i < count; ++i) {
+        const int lane = simt::lane(), n = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        float sum = accumulate ? d[i] : 0.f;
+        for (int k = 0; k < 16; ++k) {
+            const u32 pair = (&lanes[lane / 4 * 4 + k % 8 / 2].x)[i % 4 / 2 + k / 8 * 2];
+            const u32 at = TRANSPOSED ? address + k / 8 * group + k % 8 * 128 + n / 64 * half + n % 64 * 2
+                                      : address + n / 8 * group + n % 8 * 128 + k * 2;
+            sum += to_float(u16(k % 2 ? pair >> 16 : pair)) * to_float(*simt::shared_at<u16>(at ^ (at >> 7 & 7) << 4));
+        }
+        d[i] = sum;
+    }
+}
+#endif
+
+// N = 64. Not accumulate: d = A B.
+template <int TRANSPOSED>
+__device__ __forceinline__ void wgmma(float (&d)[32], u32 a0, u32 a1, u32 a2, u32 a3, u64 descriptor, bool accumulate) {
+#ifdef __CUDACC__
+    asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPES
+                 "{" WGMMA_REGISTERS_0_31 "}, {%32, %33, %34, %35}, %36, accumulate, 1, 1, %38; }"
+                 : WGMMA_32(d, 0)
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(descriptor), "r"(int(accumulate)), "n"(TRANSPOSED));
+#else
+    wgmma_on_host<TRANSPOSED>(d, a0, a1, a2, a3, descriptor, accumulate);
+#endif
+}
+
+// N = 128.
+template <int TRANSPOSED>
+__device__ __forceinline__ void wgmma(float (&d)[64], u32 a0, u32 a1, u32 a2, u32 a3, u64 descriptor, bool accumulate) {
+#ifdef __CUDACC__
+    asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPES
+                 "{" WGMMA_REGISTERS_0_31 ", " WGMMA_REGISTERS_32_63
+                 "}, {%64, %65, %66, %67}, %68, accumulate, 1, 1, %70; }"
+                 : WGMMA_32(d, 0), WGMMA_32(d, 32)
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(descriptor), "r"(int(accumulate)), "n"(TRANSPOSED));
+#else
+    wgmma_on_host<TRANSPOSED>(d, a0, a1, a2, a3, descriptor, accumulate);
+#endif
+}

@@ -1,0 +1,641 @@
+// prefill_hopper: what prefill.cu computes, at the speed of Hopper's tensor cores (sm_90a).
+//
+//   out[row, head] = sum_x softmax_x(score(row, head, x)) * V[x]        x = the tokens that the row may see
+//   score          = sm_scale * q[row, head] . K[x]                     (SOFT_CAP: c * tanh(score / c))
+//   lse[row, head] = ln(sum_x exp(score))
+//
+// in    q         [q_rows, num_qo_heads, HEAD_DIM]    rows first_query .. first_query + num_queries are a request's
+//       k, v      pools of pages, by tensor maps      page_size is a multiple of 8 (paged_attn/tensor_map.py)
+//       requests  [num_requests + 1] Request          the longest first, as plan_tiles orders them (tiles.cu). The last
+//                                                     one is a sentinel without keys: first_tile counts the tiles of
+//                                                     all requests, first_query their rows
+//       page_ids  [max_pages] int                     clean: every id is inside the pool
+// out   out       like q, fp16/bf16 or float32        0 for a row that sees no key
+//       lse       [q_rows, num_qo_heads] float        natural log, -inf for a row that sees no key; or null
+// both  claims    [1] u32                             0 between launches: tiles claimed beyond the first of each CTA
+//
+// The query heads of one KV head and the tokens of a request are packed into one axis of rows: packed row r is token
+// r / group_size, head r % group_size of the group. A tile is 128 packed rows of a request and a KV head; its tokens
+// are taken in blocks of 128, from the last one down, so that blocks with masked tokens come first. A tile that no
+// token is seen from has one block, all of it masked.
+//
+// One CTA an SM works through many tiles. Its 12 warps are specialists who never meet at one place after the start:
+//
+//   warp 0    deals tiles: claims one, describes it in `tiles`, gathers its rows of q
+//   warp 1    orders K from the pool, block after block, a TMA operation a page (a box); warp 2 orders V; warp 3 rests
+//   warps 4-7 and 8-11, two warpgroups of 64 rows each, compute. They get most of the registers: Q, S, P and O live there.
+//
+//        claims ---> warp 0 ==== tiles[4] ====> warps 1, 2        ==== >  data, <----  "may be overwritten"
+//                      | cp.async                 | TMA            (each pair is a pair of mbarriers full, empty)
+//                      v                          v
+//                   Q (32 KB)          K (3 x 32 KB)  V (3 x 32 KB)
+//                      |                          |
+//                      v                          v
+//                  registers       S = Q K^T -> P = 2^(S - max) -> O += P V -> out
+//
+// K and V are two rings of three blocks, which run through the tiles without a break: both are being filled for the
+// next tile while this one ends. Of a warpgroup's own work, in time (wgmma above, the rest below):
+//
+//   | Q K(n)     P(n+1) V(n+1)    | Q K(n-1)    P(n) V(n)       |  ...  | P(0) V(0)     Q' K'(last)    |
+//   | softmax(n+1) ...            | softmax(n)  ...             |       | O / sum          softmax ... |
+//
+// While one burst runs, the softmax of the block before is done; the two warpgroups take turns at the tensor cores
+// (named barriers ORDER + 0, 1), so that one computes exponentials while the other multiplies. The last product of a
+// tile runs together with the first of the next, and what a tile gives is stored during the next one's first softmax.
+//
+// In shared memory 8 tokens of a block are HEAD_DIM / 64 halves of 8 lines of 128 bytes, swizzled: a tensor map of five
+// dimensions (64 numbers, 8 tokens, halves, groups of 8 tokens, pages and heads) makes it so in one operation a page.
+// wgmma reads K as it stands and V transposed, with the descriptors of hopper.cuh. Tokens of a last page that the
+// request does not have may be NaN: S is masked by selection, V is overwritten with zeros before it is used.
+#include "attention_state.cuh"
+#include "convert.cuh"
+#include "hopper.cuh"
+#include "load_global.cuh"
+#include "mma.cuh"
+#include "page_table.cuh"
+#include "shared_rows.cuh"
+
+static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "HEAD_DIM must be 64 or 128");
+static_assert(SOFT_CAP == 0 || SOFT_CAP == 1, "SOFT_CAP must be 0 or 1");
+
+constexpr int TILE_ROWS = 128;
+constexpr int BLOCK = 128;  // tokens
+constexpr int STAGES = 3;   // blocks of K, and of V, in shared memory
+constexpr int THREADS = 384;
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+static_assert(128 * PRODUCER_REGISTERS + 256 * CONSUMER_REGISTERS <= 168 * THREADS, "168 a thread at launch");
+constexpr int CONSUMER_WARPS = 8;
+
+constexpr int CHUNKS = HEAD_DIM / 8;                    // 16-byte pieces of a row
+constexpr int GROUP_BYTES = 8 * HEAD_DIM * 2;           // 8 tokens of K or V
+constexpr int HALF_BYTES = 1024;                        // 64 of their HEAD_DIM columns
+constexpr int BLOCK_BYTES = BLOCK / 8 * GROUP_BYTES;
+constexpr int K_STEPS = HEAD_DIM / 16;                  // k-steps of Q K^T
+constexpr int V_STEPS = BLOCK / 16;                     // k-steps of P V
+typedef SharedRows<CHUNKS> Rows;                        // of Q
+constexpr int K_OFFSET = TILE_ROWS * Rows::BYTES;       // Q stands at 0
+constexpr int V_OFFSET = K_OFFSET + STAGES * BLOCK_BYTES;
+constexpr int TILES_OFFSET = V_OFFSET + STAGES * BLOCK_BYTES;  // [TILE_SLOTS] Tile
+constexpr int TILE_SLOTS = 4;
+constexpr int BARRIERS_OFFSET = TILES_OFFSET + TILE_SLOTS * 64;
+constexpr int TILE_FULL = BARRIERS_OFFSET;              // [TILE_SLOTS]
+constexpr int TILE_WANTED = TILE_FULL + TILE_SLOTS * 8;
+constexpr int Q_FULL = TILE_WANTED + 8, Q_EMPTY = Q_FULL + 8;
+constexpr int K_FULL = Q_EMPTY + 8, K_EMPTY = K_FULL + STAGES * 8;
+constexpr int V_FULL = K_EMPTY + STAGES * 8, V_EMPTY = V_FULL + STAGES * 8;
+static_assert(SHARED_BYTES >= V_EMPTY + STAGES * 8, "SHARED_BYTES must be what planner.py says");
+static_assert(SHARED_BYTES <= 227 * 1024, "the shared memory of a CTA");
+
+constexpr int ORDER = 1, WARPGROUP = 3;  // named barriers, two of each
+constexpr int SECTION_BYTES = 6 << 20;   // of K and V: tiles that run together share what stays in L2
+constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr float NO_KEY = -0x1.fffffep127f;  // max of a row before its first key: -INF - NO_KEY is -INF, as it has to be
+constexpr float RESCALE_STEP = 8.f;         // P stays below 2^8: far from overflow in fp16, and the rescale is rare
+
+// A pool as TMA sees it. Box (page, row, head) has index page * page_step + row / 8 * rows_step + head * head_step.
+struct PoolMap {
+    TensorMap map;
+    int page_step;
+    int rows_step;
+    int head_step;
+    int outside;  // an index behind the last box: reads as zeros
+};
+
+struct PrefillHopperParams {
+    PoolMap k;
+    PoolMap v;
+    const u16* q;
+    void* out;
+    float* lse;
+    const Request* requests;
+    const int* page_ids;
+    u32* claims;
+    Positions positions;
+    FastDivide group_size;
+    i64 q_row_stride;  // strides of q and out in elements
+    i64 q_head_stride;
+    i64 out_row_stride;
+    i64 out_head_stride;
+    int num_requests;  // capacity: requests beside the sentinel
+    int q_rows;
+    int num_qo_heads;
+    int num_kv_heads;
+    int num_tiles;   // upper bound of the tiles of one KV head, times num_kv_heads < 2^31
+    int box_tokens;  // tokens of a box: the largest power of two that divides page_size, at most BLOCK
+    int out_float32;
+    float sm_scale;
+    float logits_soft_cap;
+};
+
+struct __align__(16) Tile {
+    Request request;
+    int kv_head;
+    int first_row;    // packed rows [first_row, first_row + TILE_ROWS) of the request ...
+    int num_rows;     // ... which has this many of them in q
+    int begin;        // tokens [begin, end) are seen by some row
+    int end;
+    int first_block;  // blocks first_block .. first_block + num_blocks - 1 hold them
+    int num_blocks;   // 0: no tile any more
+};
+static_assert(sizeof(Tile) == 64, "as BARRIERS_OFFSET has it");
+
+// Where a ring stands: its slot, and how often that one has been used before.
+struct Ring {
+    u32 slot;
+    u32 turn;
+    __device__ __forceinline__ void advance() {
+        if (++slot == STAGES) slot = 0, ++turn;
+    }
+};
+
+// The smallest and the largest token of a tile's row; rows behind the last one see what that one sees.
+__device__ __forceinline__ int token_of(const Tile& tile, int row, const FastDivide& group_size) {
+    const int packed = tile.first_row + row, last = tile.num_rows - 1;
+    return divide(packed < last ? packed : last > 0 ? last : 0, group_size);
+}
+
+// -- warp 0 ------------------------------------------------------------------------------------------------------------
+
+// Piece of work number `work` of `num_work`, the same in all lanes. A request's tiles come longest first, for a few KV
+// heads at a time, as many as L2 keeps; heads vary fastest.
+__device__ __forceinline__ Tile find_tile(const PrefillHopperParams& p, int work, int num_work) {
+    Tile tile = {};
+    if (work >= num_work) return tile;
+    // The request: the last one whose first_tile is not behind this tile. The warp probes 32 at a time.
+    const int lane = threadIdx.x & 31, position = u32(work) / u32(p.num_kv_heads);
+    int index = 0;
+    for (int span = p.num_requests + 1; span > 1;) {
+        const int step = (span + 31) / 32, probe = lane * step;
+        const bool reached = probe < span && p.requests[index + probe].first_tile <= position;
+        const int count = __popc(__ballot_sync(~0u, reached)), skipped = count > 1 ? (count - 1) * step : 0;
+        index += skipped;
+        span = span - skipped < step ? span - skipped : step;
+    }
+    tile.request = p.requests[index];
+    Request& request = tile.request;
+    const int group_size = int(p.group_size.divisor);
+    const int rows_left = p.q_rows > request.first_query ? p.q_rows - request.first_query : 0;
+    if (index == p.num_requests) request.num_queries = rows_left;
+    tile.num_rows = (request.num_queries < rows_left ? request.num_queries : rows_left) * group_size;
+
+    const u32 num_tiles = u32(tile.num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    const u32 offset = u32(work) - u32(request.first_tile) * u32(p.num_kv_heads);
+    tile.num_blocks = 1;
+    if (offset >= num_tiles * u32(p.num_kv_heads)) {  // rows that q does not have: a wrong qo_indptr
+        tile.num_rows = 0;
+        return tile;
+    }
+    constexpr int SECTION_TOKENS = SECTION_BYTES / (4 * HEAD_DIM);
+    u32 heads = request.kv_len > 0 ? SECTION_TOKENS / u32(request.kv_len) : p.num_kv_heads;
+    heads = heads < 1 ? 1 : heads < u32(p.num_kv_heads) ? heads : p.num_kv_heads;
+    const u32 section = offset / (heads * num_tiles), within = offset - section * heads * num_tiles;
+    const u32 heads_left = p.num_kv_heads - section * heads, here = heads < heads_left ? heads : heads_left;
+    tile.kv_head = int(section * heads + within % here);
+    tile.first_row = int(num_tiles - 1 - within / here) * TILE_ROWS;
+
+    // Limits grow with the token: the first row has the smallest, the last one the largest.
+    tile.begin = kv_limits(token_of(tile, 0, p.group_size), request, p.positions).begin;
+    tile.end = kv_limits(token_of(tile, TILE_ROWS - 1, p.group_size), request, p.positions).end;
+    if (tile.begin < tile.end) {
+        tile.first_block = tile.begin / BLOCK;
+        tile.num_blocks = (tile.end + BLOCK - 1) / BLOCK - tile.first_block;
+    }
+    return tile;
+}
+
+__device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* tiles, shared_address shared) {
+    const int lane = threadIdx.x & 31, chunk = lane % CHUNKS;
+    const Request total = p.requests[p.num_requests];
+    // Tiles of the rows that q has behind the planned ones, and never more than such a q can have.
+    const i64 rows_behind = p.q_rows > total.first_query ? p.q_rows - total.first_query : 0;
+    const i64 num_tiles = total.first_tile + (rows_behind * p.group_size.divisor + TILE_ROWS - 1) / TILE_ROWS;
+    const int num_work = int(num_tiles < p.num_tiles ? num_tiles : p.num_tiles) * p.num_kv_heads;
+
+    int work = blockIdx.x;
+    for (u32 number = 0;; ++number) {
+        // Slot `number` is free: Q of tile number - 2 has been taken (it was waited for before Q of number - 1 was
+        // gathered), hence everybody is through with tile number - 4, whose slot this is.
+        const Tile tile = find_tile(p, work, num_work);
+        if (lane == 0) {
+            tiles[number % TILE_SLOTS] = tile;
+            barrier_arrive(shared + TILE_FULL + number % TILE_SLOTS * 8);
+        }
+        if (tile.num_blocks == 0) return;
+
+        barrier_wait(shared + Q_EMPTY, number - 1);
+#pragma unroll 4
+        for (int row = lane / CHUNKS; row < TILE_ROWS; row += 32 / CHUNKS) {
+            const int packed = tile.first_row + row < tile.num_rows ? tile.first_row + row : tile.num_rows - 1;
+            const int token = divide(packed < 0 ? 0 : packed, p.group_size);
+            const int head = tile.kv_head * p.group_size.divisor + packed - token * p.group_size.divisor;
+            const i64 from = (tile.request.first_query + token) * p.q_row_stride + head * p.q_head_stride + chunk * 8;
+            copy_async_16(shared + Rows::at(row, chunk), p.q + (packed < 0 ? 0 : from), packed >= 0);
+        }
+        barrier_arrive_after_copies(shared + Q_FULL);
+
+        // The next tile is claimed late, when K of this one is nearly all ordered: then the long tiles at the head of
+        // the list go to whoever is free. Every tile makes one claim, so the counter ends where it began.
+        barrier_wait(shared + TILE_WANTED, number);
+        u32 claim = 0;
+        if (lane == 0) claim = atomic_inc_acq_rel(p.claims, num_work - 1);
+        work = int(gridDim.x + __shfl_sync(~0u, claim, 0));
+    }
+}
+
+// -- warps 1 and 2 -----------------------------------------------------------------------------------------------------
+
+// Keeps the ring at `ring_offset` filled with blocks of one pool. Lane i orders box i of a block; boxes of which no token
+// is seen read as zeros.
+__device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const PoolMap& pool, const Tile* tiles,
+                                             shared_address shared, int ring_offset, int full, int empty, bool asks) {
+    const int lane = threadIdx.x & 31;
+    const bool orders = lane * p.box_tokens < BLOCK;
+    Ring ring = {};
+    for (u32 number = 0;; ++number) {
+        barrier_wait(shared + TILE_FULL + number % TILE_SLOTS * 8, number / TILE_SLOTS);
+        const Tile tile = tiles[number % TILE_SLOTS];
+        if (tile.num_blocks == 0) return;
+
+        // The page of the lane's box in the block that comes next is read while this one waits for its slot.
+        int token = (tile.first_block + tile.num_blocks - 1) * BLOCK + lane * p.box_tokens;
+        auto page_of = [&](int token) -> int {
+            if (!orders || token >= tile.end || token + p.box_tokens <= tile.begin) return -1;
+            return __ldg(p.page_ids + tile.request.first_page + divide(token, p.positions.page_size));
+        };
+        int next_page = page_of(token);
+        for (int left = tile.num_blocks; left > 0; --left, token -= BLOCK) {
+            const int page = next_page, row = token % int(p.positions.page_size.divisor);
+            if (left > 1) next_page = page_of(token - BLOCK);
+            barrier_wait(shared + empty + ring.slot * 8, ring.turn - 1);
+            if (lane == 0) barrier_arrive_expect(shared + full + ring.slot * 8, BLOCK_BYTES);
+            __syncwarp();
+            if (orders) {
+                const int index = page * pool.page_step + row / 8 * pool.rows_step + tile.kv_head * pool.head_step;
+                copy_box_5d(shared + ring_offset + ring.slot * BLOCK_BYTES + lane * p.box_tokens / 8 * GROUP_BYTES,
+                            &pool.map, page < 0 ? pool.outside : index, shared + full + ring.slot * 8);
+            }
+            __syncwarp();
+            ring.advance();
+            if (asks && lane == 0 && left == (tile.num_blocks > 1 ? 2 : 1)) barrier_arrive(shared + TILE_WANTED);
+        }
+    }
+}
+
+// -- warps 4 to 11 -----------------------------------------------------------------------------------------------------
+// A thread has two rows of its tile, 0 and 1: S[4 i + 2 r], S[4 i + 2 r + 1] are columns 8 i + 2 pair, + 1 of row r.
+
+__device__ __forceinline__ void load_q(u32 (&q)[K_STEPS * 4], shared_address q_matrix) {
+#pragma unroll
+    for (int step = 0; step < K_STEPS; ++step) {
+        u32 fragment[4];
+        load_matrix_x4(fragment, Rows::advance(q_matrix, step));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) q[step * 4 + i] = fragment[i];
+    }
+}
+
+// S = Q K^T
+__device__ __forceinline__ void multiply_q_k(float (&s)[BLOCK / 2], const u32 (&q)[K_STEPS * 4], u64 k) {
+#pragma unroll
+    for (int step = 0; step < K_STEPS; ++step)
+        wgmma<0>(s, q[4 * step], q[4 * step + 1], q[4 * step + 2], q[4 * step + 3],
+                 k + (step / 4 * HALF_BYTES + step % 4 * 32) / 16, step > 0);
+}
+
+// O += P V
+__device__ __forceinline__ void multiply_p_v(float (&o)[HEAD_DIM / 2], const u32 (&weights)[V_STEPS * 4], u64 v) {
+#pragma unroll
+    for (int step = 0; step < V_STEPS; ++step)
+        wgmma<1>(o, weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3],
+                 v + step * 2 * GROUP_BYTES / 16, true);
+}
+
+// Bits 2 i, 2 i + 1 for columns 8 i, 8 i + 1 below `limit`.
+__device__ __forceinline__ u32 columns_below(int limit) {
+    const int columns = limit < 0 ? 0 : limit / 8 * 2 + (limit % 8 < 2 ? limit % 8 : 2);
+    return columns >= 32 ? ~0u : (1u << columns) - 1;
+}
+
+// Tokens outside of what the two rows see become -INF, whatever they were. `first` is the thread's first column.
+__device__ __forceinline__ void mask_scores(float (&s)[BLOCK / 2], const KvLimits (&seen)[2], int first) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        const u32 visible = columns_below(seen[row].end - first) & ~columns_below(seen[row].begin - first);
+#pragma unroll
+        for (int i = 0; i < BLOCK / 8; ++i) {
+            float& low = s[4 * i + 2 * row];
+            float& high = s[4 * i + 2 * row + 1];
+            low = visible >> (2 * i) & 1 ? low : -INF;
+            high = visible >> (2 * i + 1) & 1 ? high : -INF;
+        }
+    }
+}
+
+// The running maximum (base 2) and sum of a thread's rows; the sum is over the thread's own columns.
+struct Softmax {
+    float max[2];
+    float sum[2];
+};
+
+// S becomes 2^(S - max). The maximum moves only when a score passes it by more than RESCALE_STEP: then, and only then,
+// the lanes of a row agree on a new one. Returns whether it did, and how much smaller old results become by it.
+__device__ __forceinline__ bool exponentials(float (&s)[BLOCK / 2], Softmax& softmax, float (&keep)[2], float scale) {
+    float top[2];
+    bool passed = false;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        top[row] = s[2 * row];
+#pragma unroll
+        for (int i = 0; i < BLOCK / 8; ++i) top[row] = fmaxf(top[row], fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]));
+        top[row] *= scale;
+        passed |= top[row] > softmax.max[row] + RESCALE_STEP;
+    }
+    passed = __any_sync(~0u, passed);
+    if (passed) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            top[row] = fmaxf(top[row], __shfl_xor_sync(~0u, top[row], 1));
+            top[row] = fmaxf(top[row], __shfl_xor_sync(~0u, top[row], 2));
+            top[row] = fmaxf(top[row], softmax.max[row]);
+            keep[row] = exp2_fast(softmax.max[row] - top[row]);
+            softmax.max[row] = top[row];
+            softmax.sum[row] *= keep[row];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < BLOCK / 2; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -softmax.max[i / 2 % 2]));
+#pragma unroll
+    for (int i = 0; i < BLOCK / 2; ++i) softmax.sum[i / 2 % 2] += s[i];
+    return passed;
+}
+
+// The accumulators of S are the A fragments of P, by rounding alone.
+__device__ __forceinline__ void round_weights(u32 (&weights)[V_STEPS * 4], const float (&s)[BLOCK / 2]) {
+#pragma unroll
+    for (int i = 0; i < V_STEPS * 4; ++i) weights[i] = pack2(s[2 * i], s[2 * i + 1]);
+}
+
+// 16-bit results of a tile on their way to memory: 4 neighbouring columns of every 16, of the thread's two rows.
+struct Results {
+    u32 columns[HEAD_DIM / 4];
+    u16* target[2];  // null: the row stands nowhere
+
+    // A quarter of the stores.
+    template <int quarter>
+    __device__ __forceinline__ void store() const {
+        constexpr int COUNT = HEAD_DIM / 64;
+#pragma unroll
+        for (int i = quarter * COUNT; i < (quarter + 1) * COUNT; ++i)
+#pragma unroll
+            for (int row = 0; row < 2; ++row)
+                if (target[row])
+                    *reinterpret_cast<uint2*>(target[row] + i * 16) =
+                        make_uint2(columns[4 * i + 2 * row], columns[4 * i + 2 * row + 1]);
+    }
+};
+
+// O / sum, and the log-sum-exp. 16-bit results are kept for later, float32 is written at once.
+__device__ __forceinline__ void finish(const PrefillHopperParams& p, const Tile& tile, int first_row,
+                                       const float (&o)[HEAD_DIM / 2], const Softmax& softmax, Results& results) {
+    const int pair = threadIdx.x & 3;
+    float weight[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        float total = softmax.sum[row];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        weight[row] = total == 0.f ? 0.f : __fdividef(1.f, total);
+        const int packed = tile.first_row + first_row + row * 8, token = divide(packed, p.group_size);
+        const i64 query = tile.request.first_query + token;
+        const int head = tile.kv_head * p.group_size.divisor + packed - token * p.group_size.divisor;
+        const bool stands = packed < tile.num_rows;
+        if (p.lse && pair == 0 && stands)
+            p.lse[query * p.num_qo_heads + head] = log_sum_exp(softmax.max[row], total);
+        const i64 at = query * p.out_row_stride + head * p.out_head_stride;
+        results.target[row] = nullptr;
+        if (!stands) continue;
+        if (!p.out_float32) {
+            results.target[row] = static_cast<u16*>(p.out) + at + (pair & 1) * 8 + (pair & 2) * 2;
+            continue;
+        }
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 8; ++i)
+            *reinterpret_cast<float2*>(static_cast<float*>(p.out) + at + i * 8 + pair * 2) =
+                make_float2(o[4 * i + 2 * row] * weight[row], o[4 * i + 2 * row + 1] * weight[row]);
+    }
+    // Of two fragments side by side an even lane takes the first, an odd lane the second: 8 bytes each instead of 4.
+    const bool odd = pair & 1;
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 16; ++i)
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            const u32 first = pack2(o[8 * i + 2 * row] * weight[row], o[8 * i + 2 * row + 1] * weight[row]);
+            const u32 second = pack2(o[8 * i + 4 + 2 * row] * weight[row], o[8 * i + 5 + 2 * row] * weight[row]);
+            const u32 other = __shfl_xor_sync(~0u, odd ? first : second, 1);
+            results.columns[4 * i + 2 * row] = odd ? other : first;
+            results.columns[4 * i + 2 * row + 1] = odd ? second : other;
+        }
+}
+
+// Zeros for the tokens from `used` on in a block of V, as far as a box has brought anything. By one warpgroup.
+__device__ __forceinline__ void clear_unused_tokens(unsigned char* block, int used, int box_tokens, int thread) {
+    const int end = (used + box_tokens - 1) / box_tokens * box_tokens;
+    for (int i = used * CHUNKS + thread; i < end * CHUNKS; i += 128) {
+        const int token = i / CHUNKS, chunk = i % CHUNKS;  // whole lines: their swizzle does not matter
+        *reinterpret_cast<uint4*>(block + token / 8 * GROUP_BYTES + chunk / 8 * HALF_BYTES + token % 8 * 128 +
+                                  chunk % 8 * 16) = uint4{0, 0, 0, 0};
+    }
+    fence_shared_for_async();
+}
+
+__device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const Tile* tiles, shared_address shared,
+                                             unsigned char* shared_memory, int warpgroup) {
+    const int thread = threadIdx.x & 127, lane = thread & 31, pair = lane & 3;
+    const int first_row = warpgroup * 64 + thread / 32 * 16 + lane / 4;  // the thread's rows: this one and first_row + 8
+    const shared_address q_matrix = shared + Rows::at(first_row - lane / 4 + (lane & 15), lane >> 4);
+    const u64 k_matrix = matrix_descriptor(shared + K_OFFSET, 0, GROUP_BYTES);
+    const u64 v_matrix = matrix_descriptor(shared + V_OFFSET, HALF_BYTES, GROUP_BYTES);
+#if SOFT_CAP
+    const float scale = 1.f, to_cap = p.sm_scale / p.logits_soft_cap, from_cap = p.logits_soft_cap * LOG2_E;
+#else
+    const float scale = p.sm_scale * LOG2_E;
+#endif
+    float s[BLOCK / 2], o[HEAD_DIM / 2], keep[2];
+    u32 q[K_STEPS * 4], weights[V_STEPS * 4];
+    Softmax softmax;
+    Results results;
+    results.target[0] = results.target[1] = nullptr;
+    Ring k_ring = {}, v_ring = {};
+    auto release = [&](int empty, const Ring& ring) {
+        if (lane == 0) barrier_arrive(shared + empty + ring.slot * 8);
+    };
+    auto take_q = [&](u32 number) {
+        barrier_wait(shared + Q_FULL, number);
+        load_q(q, q_matrix);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared + Q_EMPTY);
+    };
+
+    // 1. The first scores of the first tile.
+    if (warpgroup == 1) named_barrier_arrive(ORDER + 0, 256);  // warpgroup 0 begins
+    barrier_wait(shared + TILE_FULL, 0);
+    if (tiles[0].num_blocks == 0) return;
+    take_q(0);
+    barrier_wait(shared + K_FULL, 0);
+    hold(s);
+    wgmma_fence();
+    multiply_q_k(s, q, k_matrix);
+    wgmma_commit();
+    wgmma_wait<0>();
+    hold(s);
+    release(K_EMPTY, k_ring);
+    k_ring.advance();
+
+    for (u32 number = 0;; ++number) {
+        const Tile& tile = tiles[number % TILE_SLOTS];
+
+        // 2. What the thread's rows see. Only blocks at an edge of what some row of the warp sees need a mask.
+        KvLimits seen[2];
+#pragma unroll
+        for (int row = 0; row < 2; ++row)
+            seen[row] = kv_limits(token_of(tile, first_row + row * 8, p.group_size), tile.request, p.positions);
+        const int first_end = __shfl_sync(~0u, seen[0].end, 0), last_begin = __shfl_sync(~0u, seen[1].begin, 31);
+        auto prepare_scores = [&](int block) {
+#if SOFT_CAP
+#pragma unroll
+            for (int i = 0; i < BLOCK / 2; ++i) s[i] = from_cap * tanh_fast(s[i] * to_cap);
+#endif
+            if (block + BLOCK > first_end || block < last_begin) mask_scores(s, seen, block + 2 * pair);
+        };
+
+        // 3. The last block: its scores are there already. Meanwhile the tile before is stored.
+        const int first_block = tile.first_block * BLOCK;
+        int block = first_block + (tile.num_blocks - 1) * BLOCK;
+        softmax.max[0] = softmax.max[1] = NO_KEY;
+        softmax.sum[0] = softmax.sum[1] = 0.f;
+        results.store<0>();
+        prepare_scores(block);
+        results.store<1>();
+        exponentials(s, softmax, keep, scale);
+        results.store<2>();
+        round_weights(weights, s);
+        results.store<3>();
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.f;
+        const int used = tile.request.kv_len - block;
+        if (used > 0 && used < BLOCK && used % p.box_tokens) {
+            barrier_wait(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
+            clear_unused_tokens(shared_memory + V_OFFSET + v_ring.slot * BLOCK_BYTES, used, p.box_tokens, thread);
+            named_barrier_sync(WARPGROUP + warpgroup, 128);
+        }
+
+        // 4. The other blocks: scores of this one and results of the one before, in one burst.
+#pragma unroll 1
+        while (block > first_block) {
+            block -= BLOCK;
+            barrier_wait(shared + K_FULL + k_ring.slot * 8, k_ring.turn);
+            named_barrier_sync(ORDER + warpgroup, 256);
+            hold(s);
+            wgmma_fence();
+            multiply_q_k(s, q, k_matrix + k_ring.slot * (BLOCK_BYTES / 16));
+            wgmma_commit();
+            barrier_wait(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
+            hold(o);
+            wgmma_fence();
+            multiply_p_v(o, weights, v_matrix + v_ring.slot * (BLOCK_BYTES / 16));
+            wgmma_commit();
+            named_barrier_arrive(ORDER + 1 - warpgroup, 256);
+
+            wgmma_wait<1>();
+            hold(s);
+            release(K_EMPTY, k_ring);
+            k_ring.advance();
+            prepare_scores(block);
+            const bool passed = exponentials(s, softmax, keep, scale);
+            hold(s);
+            compute_before_wait(softmax.sum[0] + softmax.sum[1], shared + TILES_OFFSET);
+
+            wgmma_wait<0>();
+            hold(o);
+            release(V_EMPTY, v_ring);
+            v_ring.advance();
+            round_weights(weights, s);
+            if (passed) {
+#pragma unroll
+                for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] *= keep[i / 2 % 2];
+            }
+        }
+
+        // 5. The last results of this tile with the first scores of the next one. Where none follows, those are of
+        // whatever stands there, and nobody looks at them: no wgmma under a condition, which would serialise them all.
+        const Tile& next = tiles[(number + 1) % TILE_SLOTS];
+        barrier_wait(shared + TILE_FULL + (number + 1) % TILE_SLOTS * 8, (number + 1) / TILE_SLOTS);
+        const bool more = next.num_blocks > 0;
+        if (more) {
+            barrier_wait(shared + Q_FULL, number + 1);
+            load_q(q, q_matrix);
+            barrier_wait(shared + K_FULL + k_ring.slot * 8, k_ring.turn);
+        }
+        barrier_wait(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
+        named_barrier_sync(ORDER + warpgroup, 256);
+        hold(o);
+        hold(s);
+        wgmma_fence();
+        multiply_p_v(o, weights, v_matrix + v_ring.slot * (BLOCK_BYTES / 16));
+        wgmma_commit();
+        multiply_q_k(s, q, k_matrix + k_ring.slot * (BLOCK_BYTES / 16));
+        wgmma_commit();
+        named_barrier_arrive(ORDER + 1 - warpgroup, 256);
+        wgmma_wait<1>();
+        hold(o);
+        release(V_EMPTY, v_ring);
+        v_ring.advance();
+        finish(p, tile, first_row, o, softmax, results);
+        __syncwarp();
+        if (more && lane == 0) barrier_arrive(shared + Q_EMPTY);  // only now: its slot of `tiles` may go, too
+        wgmma_wait<0>();
+        hold(s);
+        if (!more) break;
+        release(K_EMPTY, k_ring);
+        k_ring.advance();
+    }
+    results.store<0>();
+    results.store<1>();
+    results.store<2>();
+    results.store<3>();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_hopper(const __grid_constant__ PrefillHopperParams p) {
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
+    Tile* const tiles = reinterpret_cast<Tile*>(shared_memory + TILES_OFFSET);
+    const shared_address shared = shared_address_of(shared_memory);
+    const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
+
+    // 1. The barriers: how many arrivals end a phase. TMA adds the bytes that it was told to expect.
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < TILE_SLOTS; ++i) barrier_init(shared + TILE_FULL + i * 8, 1);
+        barrier_init(shared + TILE_WANTED, 1);
+        barrier_init(shared + Q_FULL, 32);
+        barrier_init(shared + Q_EMPTY, CONSUMER_WARPS);
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(shared + K_FULL + i * 8, 1);
+            barrier_init(shared + K_EMPTY + i * 8, CONSUMER_WARPS);
+            barrier_init(shared + V_FULL + i * 8, 1);
+            barrier_init(shared + V_EMPTY + i * 8, CONSUMER_WARPS);
+        }
+        barrier_init_done();
+    }
+    __syncthreads();
+
+    // 2. To work.
+    if (warp < 4) {
+        shrink_registers<PRODUCER_REGISTERS>();
+        if (warp == 0) deal_tiles(p, tiles, shared);
+        if (warp == 1 || warp == 2)
+            order_blocks(p, warp == 1 ? p.k : p.v, tiles, shared, warp == 1 ? K_OFFSET : V_OFFSET,
+                         warp == 1 ? K_FULL : V_FULL, warp == 1 ? K_EMPTY : V_EMPTY, warp == 1);
+    } else {
+        grow_registers<CONSUMER_REGISTERS>();
+        attend_tiles(p, tiles, shared, shared_memory, warp / 4 - 1);
+    }
+}

@@ -1,0 +1,200 @@
+"""Every kernel through NVRTC without a GPU: with which constants, for which cards, and what ptxas may say of it.
+
+One row of the matrix is one compilation: a file of kernels/, which may hold several kernels, with one set of constants
+for one architecture. Layouts, windows, positions, page and group sizes are run-time values of the kernels; of their
+features only the soft cap is a constant. Texts without constants are compiled once an architecture.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from paged_attn import compile as kernels
+from paged_attn import planner
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+HEAD_DIMS = (64, 80, 128, 256)
+OTHER_HEAD_DIMS = (16, 32, 96, 112)  # on an H100 only
+
+# What CuPy adds to compile.options() for every kernel, beside the architecture.
+CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
+
+# The most registers that a thread of each kernel may take on any card: one number, or one for each (HEAD_DIM, COLUMNS)
+# of decode and each HEAD_DIM of prefill. A thread can have 255, and 65536 are for all threads of an SM:
+#   blocks of 256   40: six of them on an SM   64: four   128: two   255: one
+#   blocks of 1024  64: one                    blocks of 128   168: three   255: two
+REGISTERS: dict[str, int | dict[Any, int]] = {
+    "append": 40,
+    "block_table_pages": 40,
+    "block_table_rows": 64,
+    "build_table": 40,
+    "check_table": 40,
+    "copy_pages": 40,
+    "decode": {
+        (16, 8): 128, (32, 8): 128, (64, 8): 128, (80, 8): 128, (96, 8): 128, (112, 8): 128, (128, 8): 128,
+        (64, 16): 160, (96, 16): 200, (80, 16): 184, (112, 16): 208, (128, 16): 224, (64, 24): 200, (64, 32): 240,
+        (256, 8): 240,
+    },
+    "merge_state": 40,
+    "merge_states": 64,
+    "plan_requests": 64,
+    "prefill": {16: 168, 32: 168, 64: 255, 80: 255, 96: 255, 112: 255, 128: 255, 256: 255},
+    "seq_lens": 40,
+    "split_pages": 40,
+    "split_rows": 64,
+    "table_slots": 40,
+    "to_block_table": 40,
+    "update_page_lists": 40,
+}  # fmt: skip
+
+
+def register_limit(kernel: str, constants: Mapping[str, Any]) -> int:
+    limit = REGISTERS[kernel]
+    if isinstance(limit, int):
+        return limit
+    head_dim = constants["HEAD_DIM"]
+    return limit[(head_dim, constants["COLUMNS"]) if "COLUMNS" in constants else head_dim]
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compilation. It serves all kernels of its file."""
+
+    file: str  # without .cu
+    arch: str
+    defines: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        shown = (f"{name}={value}" for name, value in self.defines if name not in ("SHARED_BYTES", "TILE_ROWS"))
+        return "-".join((self.file, *shown, self.arch))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return dict(self.defines)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return kernels_of(self.file)
+
+
+def kernels_of(file: str) -> tuple[str, ...]:
+    return tuple(name for name, path in kernels.kernel_files().items() if path.stem == file)
+
+
+def variants() -> dict[str, list[dict[str, Any]]]:
+    """The sets of constants with which each file is compiled."""
+    kinds = [{"BFLOAT16": bfloat16, "SOFT_CAP": soft_cap} for bfloat16 in (0, 1) for soft_cap in (0, 1)]
+    return {
+        "append": [{"HEAD_DIM": head_dim} for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS)],
+        "check": [{}],
+        "decode": [_decode(*key) | kind for key in _keys("decode") for kind in kinds],
+        # Loads of 16 bytes and of one number; partial states in float32, and the result in both.
+        "merge": [
+            {"HEAD_DIM": head_dim, "VEC": vector, "BFLOAT16": bfloat16, "V_FLOAT32": v_float32, "OUT_FLOAT32": out}
+            for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS)
+            for vector, v_float32, out in ((8, 0, 0), (8, 0, 1), (1, 0, 0), (4, 1, 0), (4, 1, 1))
+            for bfloat16 in ((0,) if v_float32 and out else (0, 1))
+        ],
+        "prefill": [_prefill(key) | kind for key in _keys("prefill") for kind in kinds],
+        "schedule": [{}],
+        "table": [{}],
+    }
+
+
+def _keys(kernel: str) -> list[Any]:
+    limits = REGISTERS[kernel]
+    assert isinstance(limits, dict)
+    return list(limits)
+
+
+def _decode(head_dim: int, columns: int) -> dict[str, Any]:
+    shape = planner.decode_shape(1, columns, head_dim)
+    assert shape.columns == columns
+    return {"HEAD_DIM": head_dim, "COLUMNS": columns, "SHARED_BYTES": shape.shared_bytes}
+
+
+def _prefill(head_dim: int) -> dict[str, Any]:
+    shape = planner.prefill_shape(head_dim)
+    return {"HEAD_DIM": head_dim, "TILE_ROWS": shape.tile_rows, "SHARED_BYTES": shape.shared_bytes}
+
+
+def matrix(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Build]:
+    """Every build, a kernel named *_hopper on sm_90a alone."""
+    rows = []
+    for file, sets in variants().items():
+        for constants in sets:
+            on_hopper = file.endswith("_hopper") or constants.get("HEAD_DIM") in OTHER_HEAD_DIMS
+            for arch in architectures:
+                if arch == "sm_90a" or not on_hopper:
+                    rows.append(Build(file, arch, tuple(constants.items())))
+    return rows
+
+
+# --- compiling -------------------------------------------------------------------------------------------------------
+
+
+def compile_text(source: str, arch: str, constants: Mapping[str, Any]) -> str:
+    """Compiles a text to a cubin as CuPy does; the log, with ptxas's report. Raises ValueError with the messages."""
+    from cuda.bindings import nvrtc
+
+    def check(result: tuple[Any, ...]) -> Any:
+        if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise RuntimeError(f"NVRTC: {result[0]}")
+        return result[1] if len(result) > 1 else None
+
+    program = check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
+    options = (*kernels.options(arch, **constants), *CUPY_OPTIONS, "--ptxas-options=-v")
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program))
+    check(nvrtc.nvrtcGetProgramLog(program, log))
+    check(nvrtc.nvrtcDestroyProgram(program))
+    text = log.decode().strip("\0 ")
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise ValueError(text)
+    return text
+
+
+def compile_build(build: Build) -> str:
+    """The log of a build, whose kernels' structs the compiler has found to be what params_dtype says."""
+    source = kernels.load_source(f"{build.file}.cu")
+    return compile_text(source + "".join(map(offset_assertions, build.kernels)), build.arch, build.constants)
+
+
+def offset_assertions(name: str) -> str:
+    """What the compiler itself must think of the kernel's struct."""
+    source = kernels.load_source(name)
+    struct = kernels.params_name(source, name)
+    dtype = kernels.params_dtype(source, struct)
+    assert dtype.fields is not None
+    checks = [f"sizeof({struct}) == {dtype.itemsize}"]
+    for field, (field_dtype, offset, *_) in dtype.fields.items():
+        checks.append(f"__INTADDR__(&(({struct}*)0)->{field}) == {offset}")  # NVRTC's own offsetof
+        checks.append(f"sizeof((({struct}*)0)->{field}) == {field_dtype.itemsize}")
+    return "".join(f'static_assert({check}, "params_dtype");\n' for check in checks)
+
+
+def registers(log: str, kernel: str) -> int:
+    """The registers of a thread, by ptxas's report."""
+    return int(_report(log, kernel)[1])
+
+
+def faults(log: str, kernel: str, limit: int) -> list[str]:
+    """What is wrong with a kernel by ptxas's report: memory used in place of registers, too many of them, a warning."""
+    memory, used = _report(log, kernel)
+    found = []
+    if memory != "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads":
+        found.append(f"{kernel}: {memory}")
+    if int(used) > limit:
+        found.append(f"{kernel} uses {used} registers, more than its limit of {limit}")
+    # C7510 to C7512: wgmma that waits for the one before. It comes as a remark, not as a warning.
+    found += [line.strip() for line in log.splitlines() if re.search(r"\bwarning\b|\bC751[0-2]\b|serialized", line)]
+    return found
+
+
+def _report(log: str, kernel: str) -> tuple[str, str]:
+    report = re.search(
+        rf"entry function '{kernel}' for .*?(\d+ bytes stack.*?)\n.*?Used (\d+) registers", log, re.DOTALL
+    )
+    assert report, f"ptxas does not speak of {kernel}:\n{log}"
+    return report[1].strip(), report[2]

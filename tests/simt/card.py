@@ -1,0 +1,180 @@
+"""A stand-in for CuPy whose card is the SIMT shim: the CUDA backend, host code and kernels, on a CPU.
+
+`install()` makes it the module `cupy` of this process (one that does nothing else: a child process). It has what
+paged_attn/backends/cuda.py and the tests of corrupted inputs use. Every array stands in guarded memory of its own:
+whoever leaves it ends the process (behind it) or is found by `check` (before it). New arrays are full of 0xFF bytes:
+-1 as page ids, NaN as floats. Launches are done when they return, so streams and events have nothing to do.
+"""
+
+import ctypes
+import re
+import sys
+from collections.abc import Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from paged_attn import compile as kernels
+
+from . import driver
+from .guarded import Guarded
+
+ALIGNMENT = 16  # of an array's first byte; cudaMalloc gives more, the kernels need no more
+
+_guarded = Guarded()
+_functions: dict[int, tuple[str, str, dict[str, int]]] = {}  # by "address": text, kernel, constants
+
+
+class ndarray:
+    """What the backend uses of cupy.ndarray, around a NumPy array."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, host: np.ndarray) -> None:
+        self.host = host
+        self.device = SimpleNamespace(id=0)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("shape", "dtype", "strides", "ndim", "size", "nbytes", "flags", "itemsize"):
+            return getattr(self.host, name)
+        raise AttributeError(name)
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def __getitem__(self, key: Any) -> "ndarray":
+        return ndarray(self.host[key])
+
+    def view(self, dtype: Any) -> "ndarray":
+        return ndarray(self.host.view(dtype))
+
+    def reshape(self, *shape: Any) -> "ndarray":
+        return ndarray(self.host.reshape(*shape))
+
+    def swapaxes(self, a: int, b: int) -> "ndarray":
+        return ndarray(self.host.swapaxes(a, b))
+
+    def get(self) -> np.ndarray:
+        return self.host.copy()
+
+    @property
+    def data(self) -> "_Pointer":
+        return _Pointer(self.host.ctypes.data)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"data": (self.host.ctypes.data, False), "shape": self.host.shape, "version": 3}
+
+
+class _Pointer:
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+    def memset_async(self, value: int, num_bytes: int) -> None:
+        ctypes.memset(self.ptr, value, num_bytes)
+
+    def copy_from_host_async(self, source: int, num_bytes: int, stream: Any) -> None:
+        ctypes.memmove(self.ptr, source, num_bytes)
+
+
+def empty(shape: Any, dtype: Any) -> ndarray:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    given = np.full(size, 0xFF, np.uint8)
+    return ndarray(_guarded.output(given, min(ALIGNMENT, np.dtype(dtype).itemsize)).view(dtype).reshape(shape))
+
+
+def asarray(array: np.ndarray) -> ndarray:
+    copy = empty(array.shape, array.dtype)
+    copy.host[...] = array
+    return copy
+
+
+class _RawModule:
+    def __init__(self, code: str, options: Sequence[str]) -> None:
+        found = (re.fullmatch(r"-D(\w+)=(\d+)", option) for option in options)
+        self._text, self._defines = code, {define[1]: int(define[2]) for define in found if define}
+
+    def get_function(self, name: str) -> Any:
+        address = len(_functions) + 1
+        _functions[address] = (self._text, name, self._defines)
+        return SimpleNamespace(kernel=SimpleNamespace(ptr=address), max_dynamic_shared_size_bytes=0)
+
+
+def _launch(config_address: int, function: int, arguments_address: int, extra: None) -> int:
+    """cuLaunchKernelEx."""
+    text, name, defines = _functions[function]
+    config = kernels._LaunchConfig.from_address(config_address)
+    dtype = kernels.params_dtype(text, kernels.params_name(text, name))
+    params = ctypes.c_void_p.from_address(arguments_address).value
+    assert params is not None
+    driver.launch(
+        name,
+        (config.grid_x, config.grid_y, config.grid_z),
+        (config.block_x, config.block_y, config.block_z),
+        np.frombuffer((ctypes.c_char * dtype.itemsize).from_address(params), dtype)[0:1].reshape(()),
+        config.shared_bytes,
+        source=text,
+        **defines,
+    )
+    return 0
+
+
+class _Device:
+    id, compute_capability = 0, "80"
+
+    def __init__(self, index: int = 0) -> None: ...
+
+    def __enter__(self) -> "_Device":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class _PinnedMemory(bytearray):
+    @property
+    def mem(self) -> Any:
+        return SimpleNamespace(size=len(self))
+
+    @property
+    def ptr(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self))
+
+
+class GuardPages:
+    """What tests/gpu/fuzz.py's Arena is for a card."""
+
+    def keep(self) -> None:
+        """What is there now stays for good."""
+        global _guarded
+        self._kept, _guarded = _guarded, Guarded()
+
+    def start(self) -> None:
+        """Forget all arrays but the kept ones."""
+        global _guarded
+        _guarded = Guarded()
+
+    def check(self) -> None:
+        self._kept.check()
+        _guarded.check()
+
+
+def install() -> None:
+    stream = SimpleNamespace(ptr=0, synchronize=lambda: None)
+    event = SimpleNamespace(record=lambda stream: None, done=True)
+    cuda = SimpleNamespace(
+        Device=_Device,
+        Event=lambda **options: event,
+        alloc_pinned_memory=_PinnedMemory,
+        get_current_stream=lambda device=0: stream,
+        is_available=lambda: True,
+        nvrtc=SimpleNamespace(getVersion=lambda: (12, 9)),
+        driver=SimpleNamespace(),
+        runtime=SimpleNamespace(getDevice=lambda: 0, getDeviceCount=lambda: 1, streamIsCapturing=lambda stream: False),
+    )
+    module = ModuleType("cupy")
+    vars(module).update(ndarray=ndarray, empty=empty, asarray=asarray, RawModule=_RawModule, cuda=cuda)
+    cuda_module = ModuleType("cupy.cuda")
+    vars(cuda_module).update(vars(cuda))
+    sys.modules |= {"cupy": module, "cupy.cuda": cuda_module}
+    kernels._launch_function = lambda: _launch

@@ -1,0 +1,418 @@
+"""The doctor: what it says of this machine and of imagined ones, and that nothing makes it crash."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import io
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import paged_attn as pa
+from paged_attn import compile as kernels
+from paged_attn import doctor
+from paged_attn.doctor import Card, Driver, Finding, Verdict
+from paged_attn.interop import cuda_available
+
+ROOT = Path(__file__).parents[1]
+H100 = Driver((12, 8), (Card("NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30),))
+
+
+def diagnose() -> subprocess.CompletedProcess[str]:
+    """What `python -m paged_attn doctor` does where there is no terminal."""
+    command = [sys.executable, "-m", "paged_attn", "doctor"]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=280, cwd=ROOT)
+
+
+def verdicts(output: str) -> dict[str, str]:
+    return {name.strip(): verdict for verdict, name in re.findall(r"^  (ok|note|failed) +(.{14})  \S", output, re.M)}
+
+
+# -- this machine ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def without_card() -> subprocess.CompletedProcess[str]:
+    if cuda_available():
+        pytest.skip("this machine has a card")
+    return diagnose()
+
+
+def test_without_a_card_the_answer_is_no(without_card: subprocess.CompletedProcess[str]) -> None:
+    assert without_card.returncode == 1
+    assert without_card.stderr == ""
+    assert "\x1b" not in without_card.stdout and "│" not in without_card.stdout
+    found = verdicts(without_card.stdout)
+    assert found["NVIDIA driver"] == "failed" or found["card"] == "failed"
+    assert {found[name] for name in ("paged_attn", "Python", "numpy", "ml_dtypes")} == {"ok"}
+    assert {found[name] for name in doctor.CHECKS} == {"note"}
+    assert without_card.stdout.splitlines()[-1].startswith("the GPU path is not usable, because of: NVIDIA driver")
+
+
+def test_without_a_card_every_kernel_compiles_for_two(without_card: subprocess.CompletedProcess[str]) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    for file in {path.name for path in kernels.kernel_files().values()}:
+        (line,) = re.findall(rf"^  note    {file} .*$", without_card.stdout, re.M)
+        assert "compiles for sm_80 and sm_90a in" in line
+        for name, path in kernels.kernel_files().items():
+            assert path.name != file or re.search(rf"\b{name}\b", line.partition(": ")[2])
+
+
+@pytest.mark.gpu
+def test_on_a_card_the_answer_is_yes() -> None:
+    done = diagnose()
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = verdicts(done.stdout)
+    assert "failed" not in found.values()
+    wanted = [*doctor.CHECKS, "status", "card 0", "CuPy", "CUDA runtime", "NVRTC", "GPU support"]
+    wanted += {path.name for path in kernels.kernel_files().values()}
+    assert {name: found.get(name) for name in wanted} == dict.fromkeys(wanted, "ok")
+    assert done.stdout.splitlines()[-1] == "the GPU path is usable"
+
+
+# -- imagined machines -------------------------------------------------------------------------------------------------
+
+
+class Machine:
+    """What the doctor looks at, replaced."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self.packages: dict[str, str] = {}
+        monkeypatch.setattr(importlib.metadata, "version", self._version)
+        self.driver(None)
+        self.module("cupy", None)
+
+    def _version(self, package: str) -> str:
+        if package not in self.packages:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return self.packages[package]
+
+    def driver(self, driver: Driver | None) -> None:
+        def read() -> Driver:
+            if driver is None:
+                raise OSError("libcuda.so.1: cannot open shared object file")
+            return driver
+
+        self._monkeypatch.setattr(doctor, "read_driver", read)
+
+    def module(self, name: str, module: Any) -> None:
+        """None is a module that cannot be imported."""
+        self._monkeypatch.setitem(sys.modules, name, module)
+
+    def cupy(self, major: int, *, runtime: int | Exception, nvrtc: tuple[int, int] | Exception) -> None:
+        def answer(value: Any) -> Any:
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+        cuda = SimpleNamespace(
+            runtime=SimpleNamespace(runtimeGetVersion=lambda: answer(runtime)),
+            nvrtc=SimpleNamespace(getVersion=lambda: answer(nvrtc)),
+            is_available=lambda: False,
+        )
+        self.packages[f"cupy-cuda{major}x"] = "14.2.0"
+        self.module("cupy", SimpleNamespace(__version__="14.2.0", cuda=cuda))
+        self.module("cupy.cuda", cuda)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def only(findings: list[Finding]) -> Finding:
+    (finding,) = findings
+    return finding
+
+
+@pytest.mark.parametrize(("driver", "major"), [(None, 12), ((12, 2), 12), ((13, 0), 13)])
+def test_a_missing_cupy_is_installed_for_the_driver(
+    machine: Machine, driver: tuple[int, int] | None, major: int
+) -> None:
+    machine.driver(driver and Driver(driver, ()))
+    finding = only(doctor.find_cupy())
+    assert finding.verdict is Verdict.BAD
+    assert finding.command == (
+        f'{sys.executable} -m pip install "cupy-cuda{major}x>=14.0.1,!=14.1.0" "{doctor.TOOLKIT[major]}"'
+    )
+    assert only(doctor.find_runtime()).verdict is only(doctor.find_support()).verdict is Verdict.NOTE
+
+
+def test_the_requirements_are_those_of_the_extras() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for major in (12, 13):
+        assert extras[f"cuda{major}"] == [doctor.CUPY[major], doctor.TOOLKIT[major]]
+
+
+def test_both_wheels_are_one_too_many(machine: Machine) -> None:
+    machine.packages |= {"cupy-cuda12x": "14.2.0", "cupy-cuda13x": "14.2.0"}
+    machine.driver(Driver((13, 0), ()))
+    finding = only(doctor.find_cupy())
+    assert finding.verdict is Verdict.BAD and "overwrite each other" in finding.text
+    assert " uninstall -y cupy-cuda12x cupy-cuda13x && " in finding.command
+    assert f'"{doctor.CUPY[13]}"' in finding.command and doctor.CUPY[12] not in finding.command
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"), [("13.6.0", "failed"), ("14.0.1", "ok"), ("14.1.0", "failed"), ("15.0.0rc1", "ok")]
+)
+def test_versions_of_cupy(machine: Machine, version: str, verdict: str) -> None:
+    machine.cupy(12, runtime=12090, nvrtc=(12, 9))
+    sys.modules["cupy"].__version__ = version
+    finding = only(doctor.find_cupy())
+    assert finding.verdict == verdict and version in finding.text
+    assert bool(finding.command) == (verdict == "failed")
+
+
+def test_a_driver_that_is_older_than_the_runtime(machine: Machine) -> None:
+    machine.cupy(13, runtime=13000, nvrtc=(13, 0))
+    machine.driver(H100)
+    finding = only(doctor.find_runtime())
+    assert finding.verdict is Verdict.BAD and "13.0, but the driver is for CUDA 12.8" in finding.text
+    assert " uninstall -y cupy-cuda13x && " in finding.command and f'"{doctor.CUPY[12]}"' in finding.command
+    machine.driver(Driver((13, 0), H100.cards))
+    assert only(doctor.find_runtime()) == Finding("CUDA runtime", Verdict.GOOD, "13.0")
+
+
+def test_nvrtc_that_is_missing_or_old(machine: Machine) -> None:
+    missing = RuntimeError("Failure finding libnvrtc.so.13")
+    machine.cupy(13, runtime=missing, nvrtc=missing)
+    for finding in (only(doctor.find_nvrtc()), only(doctor.find_runtime())):
+        assert finding.verdict is Verdict.BAD and "libnvrtc.so.13" in finding.text
+        assert finding.command == f'{sys.executable} -m pip install "{doctor.TOOLKIT[13]}"'
+    machine.cupy(13, runtime=13000, nvrtc=(12, 8))
+    assert "12.8, and the kernels need 12.9" in only(doctor.find_nvrtc()).text
+    machine.cupy(13, runtime=13000, nvrtc=(12, 9))
+    assert only(doctor.find_nvrtc()) == Finding("NVRTC", Verdict.GOOD, "12.9")
+
+
+def test_cards_are_named(machine: Machine) -> None:
+    machine.driver(H100)
+    driver, card = doctor.find_driver()
+    assert driver == Finding("NVIDIA driver", Verdict.GOOD, "for CUDA 12.8 and earlier")
+    assert card == Finding("card 0", Verdict.GOOD, "NVIDIA H100 80GB HBM3, compute capability 9.0, 80 GiB")
+    machine.driver(Driver((12, 8), ()))
+    assert [finding.verdict for finding in doctor.find_driver()] == [Verdict.GOOD, Verdict.BAD]
+
+
+class FakeLibrary:
+    """libcuda with one T4."""
+
+    def __init__(self, init: int = 0) -> None:
+        self._init = init
+
+    def cuInit(self, flags: int) -> int:
+        return self._init
+
+    def _write(self, reference: Any, value: int) -> int:
+        reference._obj.value = value
+        return 0
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        return self._write(version, 12040)
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        return self._write(count, 1)
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        return self._write(device, 40 + index)
+
+    def cuDeviceGetName(self, name: Any, length: int, device: int) -> int:
+        name.value = b"Tesla T4"[: length - 1]
+        return 0
+
+    def cuDeviceTotalMem_v2(self, memory: Any, device: int) -> int:
+        return self._write(memory, 16 * 2**30)
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:
+        return self._write(value, {(75, 40): 7, (76, 40): 5}[attribute, device])
+
+
+def test_the_driver_is_read_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeLibrary())
+    assert doctor.read_driver() == Driver((12, 4), (Card("Tesla T4", (7, 5), 16 * 2**30),))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeLibrary(init=doctor.NO_DEVICE))
+    assert doctor.read_driver() == Driver((12, 4), ())
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeLibrary(init=803))
+    with pytest.raises(RuntimeError, match="cuInit of the driver fails with CUDA error 803"):
+        doctor.read_driver()
+
+
+def test_a_card_that_is_too_old(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    machine.cupy(12, runtime=12090, nvrtc=(12, 9))
+    no = SimpleNamespace(reason="cuda:0 has compute capability 7.5, and the kernels need 8.0")
+    monkeypatch.setattr(pa, "supports", lambda op, device: type("No", (), {"__bool__": lambda s: False, **vars(no)})())
+    assert only(doctor.find_support()) == Finding("GPU support", Verdict.BAD, no.reason)
+
+
+def test_jax_is_a_note(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.module("jax", None)
+    finding = only(doctor.find_jax())
+    assert finding.verdict is Verdict.NOTE and finding.command.endswith(' install "jax"')
+    machine.module("jax", SimpleNamespace(__version__="0.10.2"))
+    assert only(doctor.find_jax()) == Finding("JAX", Verdict.GOOD, "0.10.2")
+    monkeypatch.setattr(doctor, "on_card", lambda: True)
+    machine.driver(Driver((13, 0), H100.cards))
+    finding = only(doctor.find_jax())
+    assert finding.verdict is Verdict.NOTE and finding.command.endswith(' install "jax[cuda13]"')
+    machine.packages["jax-cuda13-plugin"] = "0.10.2"
+    assert only(doctor.find_jax()).verdict is Verdict.GOOD
+
+
+# -- nothing makes it crash --------------------------------------------------------------------------------------------
+
+PROBES = (
+    "find_paged_attn", "find_python", "find_module", "find_driver", "find_cupy", "find_runtime", "find_nvrtc",
+    "find_support", "find_jax",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_a_probe_that_breaks_is_a_line(probe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> list[Finding]:
+        raise OSError("it is\nbroken by an error here")
+
+    whole = list(doctor.found())
+    monkeypatch.setattr(doctor, probe, broken)
+    findings = list(doctor.found())
+    assert Verdict.BAD in {f.verdict for f in findings if f.text == "OSError: broken by an error here"}
+    names = {finding.name for finding in whole if not finding.name.startswith("card")}
+    assert names <= {finding.name for finding in findings}
+
+
+def test_a_file_that_does_not_compile_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setattr(doctor, "on_card", lambda: False)
+    monkeypatch.setattr(kernels, "load_source", lambda name: "int x = ;")
+    findings = list(doctor.kernels())
+    assert {finding.name for finding in findings} == {path.name for path in kernels.kernel_files().values()}
+    for finding in findings:
+        assert finding.verdict is Verdict.BAD
+        assert finding.text == f"RuntimeError: {finding.name}(1): error: expected an expression"
+
+
+def test_kernels_are_not_checked_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "on_card", lambda: False)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    findings = list(doctor.kernels())
+    assert {finding.verdict for finding in findings} == {Verdict.NOTE}
+    assert all("not checked" in finding.text and "cuda-bindings" in finding.command for finding in findings)
+
+
+def test_an_unreadable_kernel_folder_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable() -> dict[str, Path]:
+        raise PermissionError("kernels")
+
+    monkeypatch.setattr(kernels, "kernel_files", unreadable)
+    assert [finding.verdict for finding in doctor.kernels()] == [Verdict.BAD]
+
+
+# -- checks: NumPy stands for a card -----------------------------------------------------------------------------------
+
+
+class NumpyAsCard(ModuleType):
+    """numpy under CuPy's name, with what a card would do wrong."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+class Array(np.ndarray):
+    def get(self) -> np.ndarray:
+        return np.asarray(self)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setitem(sys.modules, "cupy", NumpyAsCard("cupy"))
+    monkeypatch.setattr(doctor, "on_card", lambda: True)
+    monkeypatch.setattr(pa, "status", lambda device: None)
+
+    class Batch(doctor.Batch):
+        def __init__(self, xp: ModuleType, dtype: np.dtype[Any]) -> None:
+            super().__init__(np, dtype)
+
+    monkeypatch.setattr(doctor, "Batch", Batch)
+    for name, check in doctor.CHECKS.items():
+        monkeypatch.setitem(
+            doctor.CHECKS, name, lambda batch, check=check: [array.view(Array) for array in check(batch)]
+        )
+    return monkeypatch
+
+
+def test_a_right_card_agrees(card: pytest.MonkeyPatch) -> None:
+    findings = list(doctor.checks())
+    assert [finding.name for finding in findings] == [*doctor.CHECKS, "status"]
+    assert {finding.verdict for finding in findings} == {Verdict.GOOD}
+    assert all("0.0e+00 (float16), 0.0e+00 (bfloat16)" in finding.text for finding in findings[:-1])
+
+
+@pytest.mark.parametrize("name", doctor.CHECKS)
+def test_a_card_that_errs_is_told_from_numpy(name: str, card: pytest.MonkeyPatch) -> None:
+    """Every second call of a check, the card's, has one wrong element; each of its results in turn."""
+    check, calls = doctor.CHECKS[name], 0
+    for result in range(len(check(doctor.Batch(np, doctor.DTYPES[0])))):
+
+        def wrong(batch: doctor.Batch, result: int = result) -> list[Any]:
+            nonlocal calls
+            calls += 1
+            arrays = check(batch)
+            if calls > len(doctor.DTYPES):
+                spoilt = arrays[result].copy()
+                spoilt.flat[-1] += 100
+                arrays[result] = spoilt
+            return arrays
+
+        calls = 0
+        finding = only(doctor.run_check(name, wrong))
+        assert finding.verdict is Verdict.BAD and "differs from NumPy" in finding.text, result
+
+
+def test_a_check_that_breaks_is_a_line(card: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access was encountered")
+
+    card.setattr(pa, "decode", broken)
+    bad = [finding for finding in doctor.checks() if finding.verdict is Verdict.BAD]
+    assert [finding.name for finding in bad] == ["decode", "cache"]
+    assert all("cudaErrorIllegalAddress" in finding.text for finding in bad)
+
+
+def test_differences() -> None:
+    ones = np.ones(4, np.float32)
+    assert doctor.difference(ones, ones) == 0
+    assert doctor.difference(ones * 1.5, ones) == pytest.approx(0.5)
+    assert np.isnan(doctor.difference(np.array([np.nan, 1, 1, 1], np.float32), ones))
+    for other in (ones[:3], ones.astype(np.float64), np.array([-np.inf, 1, 1, 1], np.float32)):
+        assert doctor.difference(other, ones) == np.inf
+    assert doctor.difference(np.arange(3), np.arange(3)) == 0
+    assert doctor.difference(np.arange(3), np.arange(1, 4)) == np.inf
+
+
+# -- what a person sees ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_brackets_survive_and_a_command_stands_alone(terminal: bool) -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=60, highlight=False, markup=False)
+    command = doctor.pip("install", doctor.TOOLKIT[12], "x" * 50)
+    findings = [Finding(name, Verdict.BAD, "needs [bold] things", command) for name in ("NVRTC", "CUDA runtime")]
+    doctor.show(console, "found", findings)
+    doctor.conclude(console, findings)
+    output = file.getvalue()
+    assert "needs [bold] things" in output
+    assert output.count(command) == 1
+    assert f"\n  {command}\n" in output
+    assert "not usable, because of: NVRTC, CUDA runtime" in output
+    assert ("┌" in output) == terminal
