@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,25 +12,63 @@ from tests.cases import LSE_TOLERANCE, OUT_TOLERANCE, assert_close
 
 from .workload import Workload, sampled_queries, to_host
 
+MOST_KEYS = 2**16  # of all KV heads of a sampled query; where it sees more, only some heads are compared
 
-def check(workload: Workload, out: Any, lse: Any) -> int:
-    """Compare sampled queries of a causal `out` [queries, heads, dim], `lse` [queries, heads]; how many were compared.
 
-    Raises AssertionError with the place and size of what is wrong.
-    """
-    case, starts, lse = workload.case, to_host(workload.qo_indptr), to_host(lse)
-    unseen = np.argwhere(~np.isfinite(lse))
-    assert not len(unseen), f"lse{unseen[0].tolist()} = {lse[tuple(unseen[0])]}, but every query of {case} sees a key"
-    queries = list(sampled_queries(case))
-    for request, query in queries:
-        row = starts[request] + query
-        k, v = workload.tokens(request, case.kv_lens[request] - case.queries[request] + query + 1)
-        expected = pa.single_decode(to_host(workload.q[row]), k, v, layout="NHD", return_lse=True)
-        try:
-            assert_close(
-                to_host(out[row]), expected[0], lse[row], expected[1],
-                tolerance=OUT_TOLERANCE[case.dtype], lse_tolerance=LSE_TOLERANCE,
-            )  # fmt: skip
-        except AssertionError as error:
-            raise AssertionError(f"request {request}, query {query}: {error}") from error
-    return len(queries)
+@dataclass(frozen=True)
+class _Sample:
+    """What one query of some KV heads gives."""
+
+    request: int
+    query: int
+    row: int  # of q
+    heads: slice  # of q
+    out: np.ndarray
+    lse: np.ndarray
+
+
+class Expected:
+    """What sampled queries of a causal workload give, computed once for everything that is timed on it."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._case = workload.case
+        self._starts = np.concatenate([[0], np.cumsum(workload.case.queries)])
+        random = np.random.default_rng(0)
+        self._samples = [self._sample(workload, *place, random) for place in sampled_queries(workload.case)]
+
+    def _sample(self, workload: Workload, request: int, query: int, random: np.random.Generator) -> _Sample:
+        case = self._case
+        group = case.num_qo_heads // case.num_kv_heads
+        count = max(case.kv_lens[request] - case.queries[request] + query + 1, 0) if case.kv_lens[request] else 0
+        num_heads = min(max(MOST_KEYS // max(count, 1), 1), case.num_kv_heads)
+        first = int(random.integers(case.num_kv_heads - num_heads + 1))
+        row, heads = int(self._starts[request]) + query, slice(first * group, (first + num_heads) * group)
+        k, v = workload.tokens(request, count, slice(first, first + num_heads))
+        q = to_host(workload.q[row])[heads]
+        out, lse = pa.single_decode(q, k, v, layout="NHD", window_left=case.window_left, return_lse=True)
+        return _Sample(request, query, row, heads, out, lse)
+
+    def check(self, out: Any, lse: Any = None) -> int:
+        """Compare `out` [queries, heads, dim] and, where it is given, `lse` [queries, heads]; how many were compared.
+
+        Raises AssertionError with the place and size of what is wrong.
+        """
+        case = self._case
+        if lse is not None:
+            lse = to_host(lse)
+            sees = np.repeat(np.array(case.kv_lens) > 0, case.queries)
+            unseen = np.argwhere(np.isfinite(lse) != sees[:, None])
+            if len(unseen):
+                place, wanted = unseen[0].tolist(), "a number" if sees[unseen[0][0]] else "-inf, for it sees no key"
+                raise AssertionError(f"lse{place} of {case} is {lse[tuple(place)]}, and should be {wanted}")
+        for sample in self._samples:
+            here = {} if lse is None else {"lse": lse[sample.row, sample.heads], "expected_lse": sample.lse}
+            try:
+                assert_close(
+                    to_host(out[sample.row])[sample.heads], sample.out, **here,
+                    tolerance=OUT_TOLERANCE[case.dtype], lse_tolerance=LSE_TOLERANCE,
+                )  # fmt: skip
+            except AssertionError as error:
+                place = f"request {sample.request}, query {sample.query}, heads from {sample.heads.start}"
+                raise AssertionError(f"{place}: {error}") from error
+        return len(self._samples)

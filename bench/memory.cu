@@ -2,12 +2,14 @@
 //
 //   read_memory:  every thread xors the 16-byte vectors it loads; nothing is stored, unless the xor happens to be KEEP
 //   write_memory: every thread stores 16-byte vectors
+//   spin:         one thread keeps the stream busy, without touching memory, while the host enqueues what is timed
 //
 //   name              shape                  dtype    meaning
 //   data              [num_vectors]          uint4    the memory, 16-byte aligned
 //   num_vectors       scalar                 int64    vectors to read or write
 //   vectors_per_block scalar                 int64    vectors of one block, contiguous
 //   sink              [1]                    uint32   keeps the compiler from dropping the loads
+//   cycles            scalar                 int64    clock cycles that spin takes
 //
 // Block b owns vectors [b * vectors_per_block, (b + 1) * vectors_per_block), neighbouring threads on neighbouring vectors, UNROLL loads a thread and pass.
 
@@ -45,5 +47,11 @@ extern "C" __global__ void write_memory(uint4* data, long long num_vectors, long
     const long long end = min(first + vectors_per_block, num_vectors);
     for (long long vector = first + threadIdx.x; vector < end; vector += blockDim.x) {
         data[vector] = make_uint4(0, 0, 0, 0);
+    }
+}
+
+extern "C" __global__ void spin(long long cycles) {
+    const long long start = clock64();
+    while (clock64() - start < cycles) {
     }
 }

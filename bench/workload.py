@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,12 +18,17 @@ TILE = 4_194_301  # a prime, so that no two pages repeat the same numbers at the
 
 def random_normal(xp: ModuleType, shape: tuple[int, ...], dtype: np.dtype, seed: int) -> Any:
     """Standard normal numbers of a 16-bit dtype: a random tile from NumPy, repeated (cuRAND need not be installed)."""
-    tile = np.random.default_rng(seed).standard_normal(TILE, dtype=np.float32).astype(dtype)
-    bits = xp.asarray(tile.view(np.uint16))
+    bits = xp.asarray(_random_tile(dtype, seed))
     flat = xp.empty(int(np.prod(shape)), np.uint16)
-    for start in range(0, flat.size, TILE):
-        flat[start : start + TILE] = bits[: flat.size - start]
+    whole = flat.size // TILE * TILE
+    flat[:whole].reshape(whole // TILE, TILE)[...] = bits
+    flat[whole:] = bits[: flat.size - whole]
     return flat.view(dtype).reshape(shape)
+
+
+@functools.cache
+def _random_tile(dtype: np.dtype, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(TILE, dtype=np.float32).astype(dtype).view(np.uint16)
 
 
 def to_host(array: Any) -> np.ndarray:
@@ -34,10 +40,11 @@ def to_host(array: Any) -> np.ndarray:
 class Workload:
     """One case, ready to run.
 
-    storage     [2, num_pages, ...page...]            K pages, then V pages: one block of memory for the read floor
+    storage     separate pools: [2, num_pages, ...page...], K pages, then V pages; combined: [num_pages, 2, ...page...]
+                (one block of memory for the read floor)
     q           [queries, num_qo_heads, head_dim]     all requests' queries, one after the other
     qo_indptr   [batch + 1] int32                     where each request's queries begin
-    indptr      [batch + 1] int32 on the host         where each request's page ids begin in table.indices
+    indptr, indices, last_page_len                    int32 on the host: what `table` holds
     """
 
     case: Case
@@ -47,47 +54,85 @@ class Workload:
     q: Any
     qo_indptr: Any
     indptr: np.ndarray
+    indices: np.ndarray
+    last_page_len: np.ndarray
 
     @classmethod
-    def build(cls, case: Case, xp: ModuleType, seed: int = 0) -> Workload:
-        """Arrays of `xp` (numpy or cupy) for a case whose requests all have keys."""
+    def build(cls, case: Case, xp: ModuleType, *, combined: bool = False, seed: int = 0) -> Workload:
+        """Arrays of `xp` (numpy or cupy) for a case; combined: K and V of a page side by side."""
         kv_lens = np.array(case.kv_lens)
         num_pages = -(-kv_lens // case.page_size)
         indptr = np.concatenate([[0], np.cumsum(num_pages)]).astype(np.int32)
         indices = np.random.default_rng(seed).permutation(indptr[-1]).astype(np.int32)
-        last_page_len = (kv_lens - (num_pages - 1) * case.page_size).astype(np.int32)
+        last_page_len = (kv_lens - np.maximum(num_pages - 1, 0) * case.page_size).astype(np.int32)
         axes = (case.page_size, case.num_kv_heads) if case.layout == "NHD" else (case.num_kv_heads, case.page_size)
-        storage = random_normal(xp, (2, len(indices), *axes, case.head_dim), DTYPES[case.dtype], seed)
+        pools = (len(indices), 2) if combined else (2, len(indices))
+        storage = random_normal(xp, (*pools, *axes, case.head_dim), DTYPES[case.dtype], seed)
         q_shape = (sum(case.queries), case.num_qo_heads, case.head_dim)
         return cls(
             case=case,
             storage=storage,
-            kv=pa.PagedKV(storage[0], storage[1], layout=case.layout),
+            kv=(
+                pa.PagedKV.combined(storage, layout=case.layout)
+                if combined
+                else pa.PagedKV(storage[0], storage[1], layout=case.layout)
+            ),
             table=pa.PageTable(*map(xp.asarray, (indptr, indices, last_page_len)), page_size=case.page_size),
             q=random_normal(xp, q_shape, DTYPES[case.dtype], seed + 1),
             qo_indptr=xp.asarray(np.concatenate([[0], np.cumsum(case.queries)]).astype(np.int32)),
             indptr=indptr,
+            indices=indices,
+            last_page_len=last_page_len,
         )
 
-    def tokens(self, request: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """K and V of a request's first `count` tokens, [count, num_kv_heads, head_dim], on the host."""
+    def tokens(self, request: int, count: int, heads: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """K and V of a request's first `count` tokens, [count, KV heads, head_dim], on the host."""
         first = self.indptr[request]
         page_ids = self.table.indices[first : first - (-count // self.case.page_size)]
-        pages = to_host(self.storage.view(np.uint16)[:, page_ids]).view(DTYPES[self.case.dtype])
-        if self.case.layout == "HND":
-            pages = pages.swapaxes(2, 3)
-        k, v = pages.reshape(2, -1, self.case.num_kv_heads, self.case.head_dim)[:, :count]
-        return k, v
+
+        def dense(pages: Any) -> np.ndarray:
+            by_token = pages if self.case.layout == "NHD" else pages.swapaxes(1, 2)
+            chosen = by_token.view(np.uint16)[:, :, heads][page_ids]
+            return to_host(chosen.reshape(-1, *chosen.shape[2:])[:count]).view(DTYPES[self.case.dtype])
+
+        return dense(self.kv.k_pages), dense(self.kv.v_pages)
+
+    def contiguous(self) -> tuple[Any, Any]:
+        """K and V of all requests, one after the other without pages: [sum(kv_lens), num_kv_heads, head_dim]."""
+        kv_lens = np.array(self.case.kv_lens)
+        request = np.repeat(np.arange(self.case.batch_size), kv_lens)
+        token = np.arange(len(request)) - np.repeat(np.cumsum(kv_lens) - kv_lens, kv_lens)
+        page, slot = self.indices[self.indptr[request] + token // self.case.page_size], token % self.case.page_size
+        if not isinstance(self.qo_indptr, np.ndarray):
+            import cupy
+
+            page, slot = cupy.asarray(page), cupy.asarray(slot)
+
+        def gathered(pages: Any) -> Any:
+            by_token = pages if self.case.layout == "NHD" else pages.swapaxes(1, 2)
+            return by_token.view(np.uint16)[page, slot].view(DTYPES[self.case.dtype])
+
+        return gathered(self.kv.k_pages), gathered(self.kv.v_pages)
+
+
+def seen_tokens(case: Case) -> int:
+    """Tokens that at least one query of a causal case sees, of all requests together."""
+    if case.window_left < 0:
+        return sum(case.kv_lens)
+    return sum(min(k, case.window_left + q) for q, k in zip(case.queries, case.kv_lens, strict=True))
 
 
 def kv_bytes(case: Case) -> int:
-    """Bytes of K and V that the tokens of a case occupy: what any decode has to read."""
-    return sum(case.kv_lens) * case.num_kv_heads * case.head_dim * 2 * DTYPES[case.dtype].itemsize
+    """Bytes of K and V that a causal case has to read."""
+    return seen_tokens(case) * case.num_kv_heads * case.head_dim * 2 * DTYPES[case.dtype].itemsize
 
 
 def causal_flops(case: Case) -> int:
-    """Floating-point operations of a causal prefill: 4 * head_dim * num_qo_heads for each query and key it sees."""
-    pairs = sum(q * k - q * (q - 1) // 2 for q, k in zip(case.queries, case.kv_lens, strict=True))
+    """Floating-point operations of a causal case: 4 * head_dim * num_qo_heads for each query and key it sees."""
+    pairs = 0
+    for q, k in zip(case.queries, case.kv_lens, strict=True):
+        seen = np.arange(k - q + 1, k + 1).clip(min=0)
+        pairs += int((seen if case.window_left < 0 else seen.clip(max=case.window_left + 1)).sum())
     return 4 * case.head_dim * case.num_qo_heads * pairs
 
 

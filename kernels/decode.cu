@@ -62,31 +62,31 @@ constexpr float RESCALE_STEP = 8.f;   // P stays below 2^8: far from overflow in
 constexpr int PARTIALS_IN_FLIGHT = 8;
 
 struct DecodeParams {
-    const u16* q;
+    const u16* q;  // from here to evict_first: what a run may change
     const u16* k;
     const u16* v;
     void* out;
     float* lse;
+    i64 q_row_stride;  // strides of q and out in elements
+    i64 q_head_stride;
+    i64 out_row_stride;
+    i64 out_head_stride;
+    PoolStrides k_strides;
+    PoolStrides v_strides;
+    int out_float32;
+    int num_splits;
+    int evict_first;  // KV will not be read again soon: keep it from pushing the partial states out of L2
     const Request* requests;
     const int* page_ids;
     float* partial_out;
     float2* partial_state;
     u32* arrivals;
     Positions positions;
-    PoolStrides k_strides;
-    PoolStrides v_strides;
-    i64 q_row_stride;  // strides of q and out in elements
-    i64 q_head_stride;
-    i64 out_row_stride;
-    i64 out_head_stride;
     int num_qo_heads;
     int num_kv_heads;
     int group_size;
     int q_len;
-    int num_splits;
     int column_blocks;  // ceil(q_len * group_size / COLUMNS)
-    int out_float32;
-    int evict_first;    // KV will not be read again soon: keep it from pushing the partial states out of L2
     float sm_scale;
     float logits_soft_cap;
 };

@@ -31,7 +31,8 @@ constexpr int CHUNKS = HEAD_DIM / VEC;  // loads of a row
 constexpr int GROUP = CHUNKS > 16 ? 32 : CHUNKS > 8 ? 16 : CHUNKS > 4 ? 8 : CHUNKS > 2 ? 4 : CHUNKS;
 constexpr int SIDE = 32 / GROUP;                     // states side by side
 constexpr int STEPS = (CHUNKS + GROUP - 1) / GROUP;  // loads of a lane for a state
-constexpr int LOADS = STEPS == 1 ? 8 : STEPS == 2 ? 4 : 2;
+// Lanes without a column take two registers more, which sm_100 and later cannot spare for 8 loads.
+constexpr int LOADS = STEPS == 1 ? (CHUNKS % GROUP ? 6 : 8) : STEPS == 2 ? 4 : 2;
 constexpr int TURNS = LOADS < GROUP ? LOADS : GROUP;  // SIDE states each: a batch has at most one a lane
 
 #if V_FLOAT32

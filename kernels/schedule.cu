@@ -31,18 +31,18 @@
 constexpr i64 MAX_KV_LEN = INT_LARGEST - 0xffff;
 
 struct ScheduleParams {
-    const int* indptr;         // [batch + 1]
+    const int* indptr;         // [batch + 1]; from here to num_indices: what changes from step to step
     const int* indices;        // [num_indices]
     const int* last_page_len;  // [batch]
     const int* page_offset;    // [batch] or null
     const int* total_len;      // [batch] or null
     const int* qo_indptr;      // [batch + 1] or null
-    Request* requests;         // [max_batch_size + 1]
-    int* page_ids;             // [max_pages]
-    Status* status;            // [1]
     int batch;
-    int max_batch_size;  // >= batch
     int num_indices;
+    Request* requests;   // [max_batch_size + 1]
+    int* page_ids;       // [max_pages]
+    Status* status;      // [1]
+    int max_batch_size;  // >= batch
     int max_pages;
     int page_size;
     int page_stride;

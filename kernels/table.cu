@@ -272,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(256) build_table(const __grid_const
     // 1. indptr and last_page_len, all blocks together.
     const i64 step = i64(gridDim.x) * blockDim.x;
     for (i64 row = i64(blockIdx.x) * blockDim.x + threadIdx.x; row <= p.capacity; row += step) {
-        p.out_indptr[row] = p.indptr[row < p.batch ? row : p.batch];
+        p.out_indptr[row] = p.indptr[row < p.batch ? int(row) : p.batch];
         if (row < p.capacity) p.out_last_page_len[row] = row < p.batch ? p.last_page_len[row] : 0;
     }
     if (p.batch <= 0) return;

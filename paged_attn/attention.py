@@ -168,15 +168,43 @@ class _Step:
         return plan
 
 
+class _Specs:
+    """The spec of a call; the last one again, unchecked, while nothing that it was made from has changed."""
+
+    def __init__(self) -> None:
+        self._made_from: tuple[Any, ...] | None = None
+        self._spec: AttentionSpec
+
+    def get(
+        self, kv: PagedKV, table: PageTable, num_qo_heads: int, *, q_len: int | None, **options: Any
+    ) -> AttentionSpec:
+        spec.check_table(table)
+        numbers = (num_qo_heads, q_len, *options.values())
+        made_from = (kv, table.page_size, table.device, numbers, *map(type, numbers))  # 8.0 == 8, but is no count
+        if made_from != self._made_from:
+            call = spec.attention_spec(kv, table, num_qo_heads, q_len=q_len, **options)
+            _check_supported("prefill" if q_len is None else "decode", call.device, call.dtype, call.head_dim)
+            self._made_from, self._spec = made_from, call
+        spec.check_table_values(table, self._spec.num_pages)
+        return self._spec
+
+
 def _decode_step(
-    kv: PagedKV, table: PageTable, num_qo_heads: int, q_len: int, max_batch_size: int | None, **options: Any
+    specs: _Specs,
+    kv: PagedKV,
+    table: PageTable,
+    num_qo_heads: int,
+    q_len: int,
+    max_batch_size: int | None,
+    **options: Any,
 ) -> _Step:
-    call = _spec(kv, table, num_qo_heads, q_len=q_len, causal=True, **options)
+    call = specs.get(kv, table, num_qo_heads, q_len=q_len, causal=True, **options)
     capacity = () if max_batch_size is None else (max_batch_size,)
     return _Step(call, table, None, (table.batch_size, *capacity))
 
 
 def _prefill_step(
+    specs: _Specs,
     kv: PagedKV,
     table: PageTable,
     qo_indptr: Any,
@@ -186,20 +214,13 @@ def _prefill_step(
     max_tokens: int | None,
     **options: Any,
 ) -> _Step:
-    call = _spec(kv, table, num_qo_heads, q_len=None, causal=causal, **options)
+    call = specs.get(kv, table, num_qo_heads, q_len=None, causal=causal, **options)
     indptr = native(qo_indptr, "qo_indptr")
     spec.check_qo_indptr(indptr, table.batch_size, total_rows, call.device)
     if device_of(indptr) != "cpu":  # then only the device knows how many rows q has
         return _Step(call, table, indptr, range(2**31 if max_tokens is None else max_tokens + 1))
     capacity = () if max_tokens is None else (max_tokens,)
     return _Step(call, table, indptr, (int(indptr[-1]), *capacity))
-
-
-def _spec(kv: PagedKV, table: PageTable, num_qo_heads: int, *, q_len: int | None, **options: Any) -> AttentionSpec:
-    call = spec.attention_spec(kv, table, num_qo_heads, q_len=q_len, **options)
-    _check_supported("prefill" if q_len is None else "decode", call.device, call.dtype, call.head_dim)
-    spec.check_table_values(table, call.num_pages)
-    return call
 
 
 def _run(
@@ -251,6 +272,7 @@ class _BatchAttention:
             if value is not None:
                 spec.as_int(value, name, minimum=1)
         self._options = {**capacities, "batch_invariant": batch_invariant}
+        self._specs = _Specs()
         self._plan: Any = None
         self._step: tuple[AttentionSpec, tuple[int, ...] | range] | None = None
 
@@ -306,6 +328,7 @@ class BatchDecodeWithPagedKVCache(_BatchAttention):
         """Copy a step's table. kv: any layer; it gives layout, heads, dims, dtype. q_len: causal queries a request."""
         self._take(
             _decode_step(
+                self._specs,
                 kv,
                 table,
                 num_qo_heads,
@@ -351,6 +374,7 @@ class BatchPrefillWithPagedKVCache(_BatchAttention):
         """Copy a step's table. qo_indptr int32 [batch + 1]: request i has rows qo_indptr[i] to qo_indptr[i+1] of q."""
         self._take(
             _prefill_step(
+                self._specs,
                 kv,
                 table,
                 qo_indptr,
@@ -385,7 +409,7 @@ def decode(
     spec.check_q(kv, native_q, _DECODE_AXES)
     q_len = native_q.shape[1] if native_q.ndim == 4 else 1
     options = {"sm_scale": sm_scale, "window_left": window_left, "logits_soft_cap": logits_soft_cap}
-    step = _decode_step(kv, table, native_q.shape[-2], q_len, None, **options)
+    step = _decode_step(_Specs(), kv, table, native_q.shape[-2], q_len, None, **options)
     return _run_once(step, q, kv, out, lse, return_lse)
 
 
@@ -411,7 +435,7 @@ def prefill(
     native_q = native(q, "q")
     spec.check_q(kv, native_q, _PREFILL_AXES)
     options = {"sm_scale": sm_scale, "window_left": window_left, "logits_soft_cap": logits_soft_cap}
-    step = _prefill_step(kv, table, qo_indptr, native_q.shape[1], causal, native_q.shape[0], None, **options)
+    step = _prefill_step(_Specs(), kv, table, qo_indptr, native_q.shape[1], causal, native_q.shape[0], None, **options)
     return _run_once(step, q, kv, out, lse, return_lse)
 
 
@@ -480,7 +504,7 @@ def single_prefill(
     spec.check_q(kv, native_q, _PREFILL_AXES)
     qo_indptr = np.array([0, native_q.shape[0]], np.int32)
     options = {"sm_scale": sm_scale, "window_left": window_left, "logits_soft_cap": logits_soft_cap}
-    step = _prefill_step(kv, table, qo_indptr, native_q.shape[1], causal, None, None, **options)
+    step = _prefill_step(_Specs(), kv, table, qo_indptr, native_q.shape[1], causal, None, None, **options)
     return _run_once(step, q, kv, out, lse, return_lse)
 
 

@@ -203,6 +203,7 @@ class PagedKVCache:
 
         self._max_batch_size, self._max_pages = max_batch_size, max_pages
         self._table = self._empty_table(max_batch_size or 16, max_pages or 256)
+        self._cut_tables: dict[int, PageTable] = {}  # by batch size: what page_table returns, made once
 
     @property
     def layers(self) -> tuple[PagedKV, ...]:
@@ -353,12 +354,18 @@ class PagedKVCache:
         last_page_len = np.minimum(length - (num_pages - 1) * self._page_size, length)  # 0 where there is no page
         table = self._table_for(rows.size, int(indptr[-1]), out)
         self._lists.write_table(rows, indptr, last_page_len.astype(np.int32), table)
-        return PageTable(
-            table.indptr[: rows.size + 1], table.indices, table.last_page_len[: rows.size], page_size=self._page_size
-        )
+        if table is not self._table:
+            return self._cut(table, rows.size)
+        if rows.size not in self._cut_tables:
+            self._cut_tables[rows.size] = self._cut(table, rows.size)
+        return self._cut_tables[rows.size]
+
+    def _cut(self, table: PageTable, batch_size: int) -> PageTable:
+        """The table's first rows, as views."""
+        indptr, last_page_len = table.indptr[: batch_size + 1], table.last_page_len[:batch_size]
+        return PageTable(indptr, table.indices, last_page_len, page_size=self._page_size)
 
     def _reserve(self, rows: np.ndarray, counts: np.ndarray) -> Any:
-        self._backend.to_backend(NOTHING, self._device)  # raises in a graph's capture, before anything has changed
         length = self._length[rows]
         added = self._pages_for(length + counts) - self._lists.count[rows]
         num_added = int(added.sum())
@@ -367,6 +374,7 @@ class PagedKVCache:
         wanted = num_added + copying.size
         if wanted > self._num_free:
             raise OutOfPagesError(wanted, self._num_free)
+        self._backend.to_backend(NOTHING, self._device)  # raises in a graph's capture, before anything has changed
         if wanted:
             pages = self._free_pages[self._num_free - wanted : self._num_free][::-1].copy()
             self._num_free -= wanted
@@ -465,6 +473,7 @@ class PagedKVCache:
             wanted_pages = max(2 * pages, num_pages) if num_pages > pages and self._max_pages is None else pages
             if (wanted_rows, wanted_pages) != (rows, pages):
                 self._table = self._empty_table(wanted_rows, wanted_pages)
+                self._cut_tables = {}
             table, remedy = self._table, "make the cache with a larger {}, or pass fewer sequences"
         else:
             self._check_out(out)

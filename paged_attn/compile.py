@@ -8,8 +8,10 @@ CuPy and the driver are imported inside functions only.
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ _ALIGNMENT = r"(?:__align__|alignas)\s*\(\s*(\d+)\s*\)"
 _STRUCT = re.compile(rf"\bstruct\s+(?:{_ALIGNMENT}\s*)?(\w+)\s*\{{([^{{}}]*)\}}\s*;")
 _FIELD = re.compile(r"(?:const\s+)?([\w ]+?)\s*(\*?)\s*(?:__restrict__\s*)?\b(\w+)\s*(?:\[\s*(\d+)\s*\])?")
 _SCALARS = {"int": "i4", "u32": "u4", "u64": "u8", "i64": "i8", "float": "f4"}
+_STRUCT_CODES = {"i4": "i", "u4": "I", "u8": "Q", "i8": "q", "f4": "f"}
 
 MIN_NVRTC = (12, 9)
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
@@ -224,6 +227,26 @@ class Launch:
         # Plain addresses are the cheapest arguments that ctypes knows.
         self._config_address = ctypes.addressof(self._config)
         self._arguments_address = ctypes.addressof(self._arguments)
+
+    def writer(self, first: str | None = None, last: str | None = None) -> Callable[..., None]:
+        """A function that writes the fields from `first` to `last` (None: all) in one go, in the struct's order.
+
+        It takes one int or float a field, and those of a nested struct one by one. Addresses are ints.
+        """
+        dtype = self.params.dtype
+        names = list(dtype.names or ())
+        offsets = {name: offset for name, (_, offset, *_) in (dtype.fields or {}).items()}
+        names = names[names.index(first) if first else 0 : names.index(last) + 1 if last else None]
+        codes, end = "=", offsets[names[0]]
+        for name in names:
+            field, offset = dtype[name], offsets[name]
+            codes += "x" * (offset - end)
+            codes += "".join(
+                _STRUCT_CODES[part.str[1:]] for part in [field[part] for part in field.names or ()] or [field]
+            )
+            end = offset + field.itemsize
+        record = struct.Struct(codes)
+        return functools.partial(record.pack_into, self.params.reshape(1).view(np.uint8).data, offsets[names[0]])
 
     def __call__(self, stream: int, grid_x: int, grid_y: int = 1, grid_z: int = 1) -> None:
         """Launches on ``stream`` (its address, ``cupy.cuda.Stream.ptr``). The kernel's device is the current one."""

@@ -74,5 +74,13 @@ def prefill_shape(head_dim: int) -> PrefillShape:
     return PrefillShape(tile_rows, 128, (tile_rows + 2 * block) * row + 4 * block * 4 + tile_rows * 16)
 
 
+def prefill_hopper_shape(head_dim: int) -> PrefillShape | None:
+    """The Hopper kernel's tile, or None for a head_dim that the portable kernel serves."""
+    if head_dim not in (64, 128):
+        return None
+    # Q and three blocks each of K and V, 128 rows all; then tile records and barriers.
+    return PrefillShape(tile_rows=128, threads=384, shared_bytes=7 * 128 * head_dim * 2 + 1024)
+
+
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)

@@ -373,16 +373,32 @@ def assert_needle(case: Case, place: int, out: Any, lse: Any) -> None:
             row += 1
 
 
-# -- the lists for bench/ ----------------------------------------------------------------------------------------------
+# -- the lists for bench/: groups by name, the first of which is measured where none is asked for -----------------------
 
 
-def _bench_decode(name: str, kv_lens: tuple[int, ...], num_qo_heads: int, num_kv_heads: int) -> Case:
-    return Case(name, kv_lens, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim=128)
+def _bench_decode(
+    name: str, kv_lens: tuple[int, ...], num_qo_heads: int = 32, num_kv_heads: int = 8, **options: Any
+) -> Case:
+    options = {"head_dim": 128, **options}
+    return Case(name, kv_lens, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, **options)
 
 
-def _bench_prefill(name: str, batch_size: int, q_len: int, kv_len: int) -> Case:
+def _bench_prefill(
+    name: str, batch_size: int, q_len: int, kv_len: int, group_size: int = 4, num_kv_heads: int = 8, **options: Any
+) -> Case:
     lengths = {"kv_lens": (kv_len,) * batch_size, "q_lens": (q_len,) * batch_size}
-    return Case(name, **lengths, num_qo_heads=32, num_kv_heads=8, head_dim=128)
+    heads = {"num_qo_heads": group_size * num_kv_heads, "num_kv_heads": num_kv_heads}
+    return Case(name, **{**lengths, **heads, "head_dim": 128, **options})
+
+
+def _bench_grid() -> Iterable[Case]:
+    """206 points; none has more than 2 GB of keys and values."""
+    for batch_size in (1, 2, 5, 12, 31, 64, 130, 512):
+        for num_kv_heads in (1, 2, 4, 8, 32):
+            for kv_len in (64, 500, 1024, 3000, 8192, 32768):
+                if batch_size * num_kv_heads * kv_len <= 2**22:
+                    name = f"grid_{batch_size}x{kv_len}_{num_kv_heads}h"
+                    yield _bench_decode(name, (kv_len,) * batch_size, 4 * num_kv_heads, num_kv_heads)
 
 
 BENCH_DECODE = (
@@ -399,6 +415,30 @@ BENCH_DECODE = (
     _bench_decode("bs32_4k_mha", (4096,) * 32, 32, 32),
     _bench_decode("ragged64_g4", tuple(128 + 997 * i % 16000 for i in range(64)), 32, 8),
 )
+BENCH_DECODE_MORE = {
+    "heads": (
+        _bench_decode("bs64_4k_9x3_dim64", (4096,) * 64, 9, 3, head_dim=64),
+        _bench_decode("bs64_4k_40x40", (4096,) * 64, 40, 40),
+        _bench_decode("bs64_4k_32x1", (4096,) * 64, 32, 1),
+        _bench_decode("bs64_4k_64x2", (4096,) * 64, 64, 2),
+        _bench_decode("bs64_4k_g8_dim80", (4096,) * 64, 64, 8, head_dim=80),
+        _bench_decode("bs64_4k_g8_dim256", (4096,) * 64, 64, 8, head_dim=256),
+    ),
+    "q_len": (
+        _bench_decode("bs16_4k_q2", (4096,) * 16, q_len=2),
+        _bench_decode("bs16_4k_q4", (4096,) * 16, q_len=4),
+    ),
+    "window": (_bench_decode("bs64_32k_window512", (32768,) * 64, window_left=511),),  # a query sees 512 keys
+    "group": tuple(_bench_decode(f"bs64_4k_4h_g{group}", (4096,) * 64, 4 * group, 4) for group in (4, 5, 7, 12)),
+    "hostile": (
+        _bench_decode("one_256k_in_255_of_500", (500,) * 100 + (2**18,) + (500,) * 155),
+        _bench_decode("log_uniform_1_to_64k", tuple(round(2 ** (16 * (37 * i % 64) / 63)) for i in range(64))),
+        _bench_decode("128_empty_in_128_of_4k", (4096, 0) * 128),
+    ),
+    "kv_len": tuple(_bench_decode(f"1x{2**power}", (2**power,)) for power in range(7, 20)),
+    "batch": tuple(_bench_decode(f"{2**power}x2048", (2048,) * 2**power) for power in range(10)),
+    "grid": tuple(_bench_grid()),
+}
 BENCH_PREFILL = (
     _bench_prefill("1x8192", 1, 8192, 8192),
     _bench_prefill("4x4096", 4, 4096, 4096),
@@ -406,4 +446,77 @@ BENCH_PREFILL = (
     _bench_prefill("8x512_on_8192", 8, 512, 8192),  # 512 queries at the end of 8192 keys
     _bench_prefill("1x16384", 1, 16384, 16384),
     _bench_prefill("64x128_on_2048", 64, 128, 2048),
+)
+BENCH_PREFILL_MORE = {
+    "group": tuple(  # 30 to 36 query heads: about the same work, whose rates compare
+        _bench_prefill(f"1x8192_g{group}", 1, 8192, 8192, group, num_kv_heads)
+        for group, num_kv_heads in ((4, 8), (1, 32), (5, 6), (7, 5), (8, 4), (12, 3))
+    ),
+    "short": (
+        _bench_prefill("256x4_on_2048", 256, 4, 2048),
+        _bench_prefill("64x17_on_4096", 64, 17, 4096),
+        _bench_prefill("32x64_on_8192", 32, 64, 8192),
+    ),
+    "head_dim": tuple(
+        _bench_prefill(f"{name}_dim{head_dim}", batch_size, length, length, head_dim=head_dim)
+        for head_dim in (64, 80, 96, 112, 256)
+        for name, batch_size, length in (("1x8192", 1, 8192), ("16x1024", 16, 1024))
+    ),
+    "window": (_bench_prefill("1x16384_window1024", 1, 16384, 16384, window_left=1023),),
+    "chunk": (_bench_prefill("1x512_on_32768", 1, 512, 32768),),
+    "mixed": (
+        _bench_prefill(
+            "64x1_on_4096_and_4x1024", 68, 0, 0, kv_lens=(4096,) * 64 + (1024,) * 4, q_lens=(1,) * 64 + (1024,) * 4
+        ),
+        _bench_prefill("64x1_on_4096", 64, 1, 4096),
+        _bench_prefill("4x1024", 4, 1024, 1024),
+    ),
+    "length": tuple(_bench_prefill(f"length_{2**power}", 1, 2**power, 2**power) for power in range(9, 16)),
+}
+
+
+@dataclass(frozen=True)
+class MergeCase:
+    """num_states states of each row to be merged, by merge_state where they are two."""
+
+    name: str
+    rows: int
+    num_states: int
+    num_heads: int = 32
+    head_dim: int = 128
+    dtype: str = "float16"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class AppendCase:
+    """New tokens of as many sequences, or all of one sequence where it is a chunk of a prompt."""
+
+    name: str
+    tokens: int
+    batch_size: int
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+    layout: str = "NHD"
+    dtype: str = "float16"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+BENCH_MERGE = (
+    MergeCase("64x16", 64, 16),
+    MergeCase("4096x8", 4096, 8),
+    MergeCase("64x2", 64, 2),
+    MergeCase("4096x2", 4096, 2),
+)
+BENCH_APPEND = (
+    AppendCase("1x1", 1, 1),
+    AppendCase("64x1", 64, 64),
+    AppendCase("256x1", 256, 256),
+    AppendCase("1x8192", 8192, 1),
+    AppendCase("16x1024", 16 * 1024, 16),
 )

@@ -21,7 +21,7 @@ OTHER_HEAD_DIMS = (16, 32, 96, 112)  # on an H100 only
 CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 
 # The most registers that a thread of each kernel may take on any card: one number, or one for each (HEAD_DIM, COLUMNS)
-# of decode and each HEAD_DIM of prefill. A thread can have 255, and 65536 are for all threads of an SM:
+# of decode and each HEAD_DIM of the prefills. A thread can have 255, and 65536 are for all threads of an SM:
 #   blocks of 256   40: six of them on an SM   64: four   128: two   255: one
 #   blocks of 1024  64: one                    blocks of 128   168: three   255: two
 REGISTERS: dict[str, int | dict[Any, int]] = {
@@ -39,7 +39,9 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
     "merge_state": 40,
     "merge_states": 64,
     "plan_requests": 64,
+    "plan_tiles": 64,
     "prefill": {16: 168, 32: 168, 64: 255, 80: 255, 96: 255, 112: 255, 128: 255, 256: 255},
+    "prefill_hopper": {64: 168, 128: 168},  # at launch; warps then trade them
     "seq_lens": 40,
     "split_pages": 40,
     "split_rows": 64,
@@ -97,8 +99,12 @@ def variants() -> dict[str, list[dict[str, Any]]]:
             for bfloat16 in ((0,) if v_float32 and out else (0, 1))
         ],
         "prefill": [_prefill(key) | kind for key in _keys("prefill") for kind in kinds],
+        "prefill_hopper": [
+            {"HEAD_DIM": key, "SHARED_BYTES": 227 * 1024} | kind for key in _keys("prefill_hopper") for kind in kinds
+        ],
         "schedule": [{}],
         "table": [{}],
+        "tiles": [{}],
     }
 
 

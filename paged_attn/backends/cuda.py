@@ -7,16 +7,18 @@ what was wrong with it stands in a status word until somebody asks (Plan.raise_s
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import cupy
 import numpy as np
 
-from .. import compile, planner
+from .. import compile, planner, tensor_map
 from ..errors import fault_error
 from ..interop import FLOAT_DTYPES
 from ..spec import check_capacities
@@ -36,6 +38,8 @@ APPEND_THREADS = 256
 MOST_APPEND_BLOCKS = 4096
 MERGE_WARPS = 4
 INT_LARGEST = 2**31 - 1
+TILES_BYTES = 256 * 4 + SCAN_BYTES  # shared memory of plan_tiles
+SMALLEST_STAGING = 1 << 16  # bytes
 _BFLOAT16 = FLOAT_DTYPES["bfloat16"]
 
 
@@ -89,31 +93,30 @@ def _index(device: str) -> int:
 
 
 class _Staging:
-    """Pinned buffers for uploads. One is used again once the copy out of it is known to be over; else one more is made."""
+    """Pinned buffers for uploads; one is used again once the copy out of it is known to be over, else one is added."""
 
     def __init__(self) -> None:
-        self._buffers: deque[tuple[Any, Any]] = deque()  # (pinned memory, event behind the last copy out of it)
+        # By size, a power of two: (memory, a byte view of it, event behind the last copy out of it).
+        self._buffers: dict[int, deque[tuple[Any, Any, Any]]] = {}
 
     def upload(self, array: np.ndarray[Any, Any]) -> Any:
         target = cupy.empty(array.shape, array.dtype)
-        if not array.nbytes:
+        num_bytes = array.nbytes
+        if not num_bytes:
             return target
-        memory, event = self._buffer(array.nbytes)
-        np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)[...] = array
+        size = max(SMALLEST_STAGING, 1 << (num_bytes - 1).bit_length())
+        buffers = self._buffers.setdefault(size, deque())
+        if buffers and buffers[0][2].done:
+            memory, view, event = buffers.popleft()
+        else:
+            memory, event = cupy.cuda.alloc_pinned_memory(size), cupy.cuda.Event(disable_timing=True)
+            view = np.frombuffer(memory, np.uint8, size)
+        view[:num_bytes].view(array.dtype).reshape(array.shape)[...] = array
         stream = cupy.cuda.get_current_stream()
-        target.data.copy_from_host_async(memory.ptr, array.nbytes, stream)
+        target.data.copy_from_host_async(memory.ptr, num_bytes, stream)
         event.record(stream)
-        self._buffers.append((memory, event))
+        buffers.append((memory, view, event))
         return target
-
-    def _buffer(self, num_bytes: int) -> tuple[Any, Any]:
-        if self._buffers:
-            memory, event = self._buffers[0]
-            if event.done:
-                self._buffers.popleft()
-                if memory.mem.size >= num_bytes:
-                    return memory, event
-        return cupy.cuda.alloc_pinned_memory(num_bytes), cupy.cuda.Event(disable_timing=True)
 
 
 @functools.cache
@@ -153,12 +156,39 @@ def _launch(
     device: str,
     grid: int | tuple[int, ...],
     block: int | tuple[int, ...],
-    params: dict[str, Any],
+    fields: dict[str, Any],
+    *,
+    shared_bytes: int = 0,
     **constants: Any,
 ) -> None:
     """Launch kernel `name` with the fields of its struct; an array gives its address, None is a null pointer."""
-    kernel = compile.kernel(name, device, **constants)
-    kernel.launch(grid, block, kernel.params(params))
+    launch, write = _prepared(threading.get_ident(), name, device, block, shared_bytes, tuple(constants.items()))
+    values: list[Any] = []
+    for field in launch.params.dtype.names or ():
+        value = fields[field]
+        kind = type(value)
+        if kind is int or kind is float or kind is bool:
+            values.append(value)
+        elif kind is tuple:
+            values += value
+        else:
+            values.append(0 if value is None else value.data.ptr)
+    write(*values)
+    stream = cupy.cuda.get_current_stream().ptr
+    if isinstance(grid, int):
+        launch(stream, grid)
+    else:
+        launch(stream, *grid)
+
+
+@functools.cache
+def _prepared(
+    thread: int, name: str, device: str, block: int | tuple[int, ...], shared_bytes: int, constants: tuple[Any, ...]
+) -> tuple[compile.Launch, Callable[..., None]]:
+    """A launch of the thread's own: its parameters are written before it, and another thread could do so meanwhile."""
+    kernel = compile.kernel(name, device, shared_bytes=shared_bytes, **dict(constants))
+    launch = compile.Launch(kernel, block, kernel.params())
+    return launch, launch.writer()
 
 
 def _row_blocks(rows: int, entries: int) -> int:
@@ -291,26 +321,37 @@ def update_table(
 ) -> None:
     device = f"cuda:{page_lists.device.id}"
     parts = (update_index, update_value, starts, indptr, last_page_len)
-    packed = to_backend(np.concatenate([part.astype(np.int32, copy=False) for part in parts]), device)
-    ends = np.cumsum([part.size for part in parts])
-    d_index, d_value, d_starts, d_indptr, d_last_page_len = (
-        packed[end - part.size : end] for part, end in zip(parts, ends.tolist(), strict=True)
-    )
+    packed = to_backend(np.concatenate(parts, dtype=np.int32, casting="same_kind"), device)
+    ends = itertools.accumulate((part.size for part in parts), initial=0)
+    index, value, start, row, last = (packed.data.ptr + 4 * end for end, _ in zip(ends, parts, strict=False))
     status = _device_status(device)
+    num_updates, num_entries, batch = update_index.size, page_lists.size, starts.size
     with _on(device):
-        if update_index.size:
-            _launch("update_page_lists", device, -(-update_index.size // THREADS), THREADS, {
-                "page_lists": page_lists, "update_index": d_index, "update_value": d_value, "status": status,
-                "num_entries": page_lists.size, "num_updates": update_index.size,
-            })  # fmt: skip
-        batch, capacity = starts.size, out.last_page_len.size
-        blocks = _row_blocks(batch, int(indptr[-1])) if batch else 1
-        _launch("build_table", device, blocks, THREADS, {
-            "page_lists": page_lists, "starts": d_starts, "indptr": d_indptr, "last_page_len": d_last_page_len,
-            "out_indptr": out.indptr, "out_last_page_len": out.last_page_len, "out_indices": out.indices,
-            "status": status, "num_entries": page_lists.size, "batch": batch, "capacity": capacity,
+        if num_updates:
+            fields = {
+                "page_lists": page_lists,
+                "update_index": index,
+                "update_value": value,
+                "status": status,
+                "num_entries": num_entries,
+                "num_updates": num_updates,
+            }
+            _launch("update_page_lists", device, -(-num_updates // THREADS), THREADS, fields)
+        fields = {
+            "page_lists": page_lists,
+            "starts": start,
+            "indptr": row,
+            "last_page_len": last,
+            "out_indptr": out.indptr,
+            "out_last_page_len": out.last_page_len,
+            "out_indices": out.indices,
+            "status": status,
+            "num_entries": num_entries,
+            "batch": batch,
+            "capacity": out.last_page_len.size,
             "out_num_indices": out.indices.size,
-        })  # fmt: skip
+        }
+        _launch("build_table", device, _row_blocks(batch, int(indptr[-1])) if batch else 1, THREADS, fields)
 
 
 def copy_pages(storage: Any, source: np.ndarray[Any, Any], target: np.ndarray[Any, Any]) -> None:
@@ -349,6 +390,7 @@ def append(kv: PagedKV, slots: Any, k: Any, v: Any) -> None:
         )  # fmt: skip
 
 
+@functools.cache
 def _units(strides: tuple[int, int, int]) -> tuple[int, int, int]:
     """(page, slot, head) strides of 16-bit elements in units of 16 bytes."""
     page, slot, head = strides
@@ -430,17 +472,26 @@ class Plan:
         self._one_shot = one_shot
         self._status = _device_status(device) if one_shot else zeros((STATUS_BYTES,), np.uint8, device)
         self._capturable = max_batch_size is not None and max_pages is not None
+        self._index = _index(device)
         self._buffers: dict[str, Any] = {}
-        self._num_requests = 0  # records beside the sentinel
-        self._launch: compile.Launch | None = None
-        self._launch_key: Any = None
+        self._shape: Any = None  # what the two launches were prepared for
+        self._plan_requests: compile.Launch
+        self._write_step: Callable[..., None]
+        self._attend: compile.Launch
+        self._write_run: Callable[..., None]
+        self._hopper: _HopperPrefill | None = None
+        self._grid: Callable[[int], tuple[int, int, int]]  # rows of q -> CTAs and the last two fields of _write_run
 
     def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: Any) -> None:
         """Copy and clean a step's table on the device, and prepare the launch that run() repeats."""
         check_capacities(
-            table, qo_indptr, spec.q_len,
-            max_batch_size=self._max_batch_size, max_pages=self._max_pages, max_tokens=self._max_tokens,
-        )  # fmt: skip
+            table,
+            qo_indptr,
+            spec.q_len,
+            max_batch_size=self._max_batch_size,
+            max_pages=self._max_pages,
+            max_tokens=self._max_tokens,
+        )
         device, batch_size = self._device, table.batch_size
         with _on(device):
             if is_capturing() and not self._capturable:
@@ -448,29 +499,49 @@ class Plan:
                     "plan() was called while the stream is capturing a CUDA graph, but the plan has no capacity, so "
                     "its buffers may move; make it with max_batch_size= and max_pages="
                 )
-            fields = {name: _upload(value, device) for name, value in _table_fields(table).items()}
-            fields["qo_indptr"] = _upload(qo_indptr, device)
+            arrays = [_upload(array, device) for array in _arrays_of(table, qo_indptr)]
+            num_indices = table.indices.size
             num_requests = batch_size if self._max_batch_size is None else self._max_batch_size
-            max_pages = table.indices.size if self._max_pages is None else self._max_pages
-            self._num_requests = num_requests
-            requests = self._buffer("requests", (num_requests + 1) * REQUEST_BYTES)
-            page_ids = self._buffer("page_ids", max_pages * 4)
+            max_pages = num_indices if self._max_pages is None else self._max_pages
+            shape = (spec, table.page_stride, num_requests, max_pages)
+            if self._shape != shape:
+                self._prepare(*shape)
+                self._shape = shape
             if not self._one_shot:
                 self._status.data.memset_async(0, STATUS_BYTES)
             parts = _row_blocks(batch_size, max_pages) if batch_size else 0
-            _launch("plan_requests", device, 1 + parts, SCAN_THREADS, {
-                **fields, "requests": requests, "page_ids": page_ids, "status": self._status,
-                "max_batch_size": num_requests, "max_pages": max_pages, "page_size": spec.page_size,
-                "page_stride": table.page_stride, "num_pages": spec.num_pages, "q_len": spec.q_len or 0,
-                "total_rows_limit": INT_LARGEST if self._max_tokens is None else self._max_tokens,
-                "tile_rows": planner.prefill_shape(spec.head_dim).tile_rows, "group_size": spec.group_size,
-            }, shared_bytes=SCAN_BYTES)  # fmt: skip
-            self._prepare(spec, table.page_stride)
+            self._write_step(*(0 if array is None else array.data.ptr for array in arrays), batch_size, num_indices)
+            stream = cupy.cuda.get_current_stream().ptr
+            self._plan_requests(stream, 1 + parts)
+            if self._hopper:
+                self._hopper.order_tiles(stream, 1)
 
-    def _prepare(self, spec: AttentionSpec, page_stride: int) -> None:
-        """Everything of the launch that run() does not change."""
-        requests, page_ids = self._buffers["requests"], self._buffers["page_ids"]
-        common = {
+    def _prepare(self, spec: AttentionSpec, page_stride: int, num_requests: int, max_pages: int) -> None:
+        """The buffers and the two launches for steps of this shape: all that does not change from step to step."""
+        device = self._device
+        requests = self._buffer("requests", (num_requests + 1) * REQUEST_BYTES)
+        page_ids = self._buffer("page_ids", max_pages * 4)
+        kernel = compile.kernel("plan_requests", device, shared_bytes=SCAN_BYTES)
+        params = kernel.params(
+            {
+                "requests": requests,
+                "page_ids": page_ids,
+                "status": self._status,
+                "max_batch_size": num_requests,
+                "max_pages": max_pages,
+                "page_size": spec.page_size,
+                "page_stride": page_stride,
+                "num_pages": spec.num_pages,
+                "q_len": spec.q_len or 0,
+                "total_rows_limit": INT_LARGEST if self._max_tokens is None else self._max_tokens,
+                "tile_rows": planner.prefill_shape(spec.head_dim).tile_rows,
+                "group_size": spec.group_size,
+            }
+        )
+        self._plan_requests = compile.Launch(kernel, SCAN_THREADS, params)
+        self._write_step = self._plan_requests.writer("indptr", "num_indices")
+
+        fields = {
             "requests": requests,
             "page_ids": page_ids,
             "positions": {
@@ -485,60 +556,68 @@ class Plan:
             "sm_scale": spec.sm_scale,
             "logits_soft_cap": spec.logits_soft_cap,
         }
-        constants = {
-            "HEAD_DIM": spec.head_dim, "BFLOAT16": spec.dtype == _BFLOAT16, "SOFT_CAP": spec.logits_soft_cap > 0
-        }  # fmt: skip
-        shape: Any
+        constants: dict[str, Any] = {
+            "HEAD_DIM": spec.head_dim,
+            "BFLOAT16": spec.dtype == _BFLOAT16,
+            "SOFT_CAP": spec.logits_soft_cap > 0,
+        }
+        kernel_shape: planner.DecodeShape | planner.PrefillShape
+        self._hopper = None
         if spec.q_len is None:
-            shape = planner.prefill_shape(spec.head_dim)
-            name, constants["TILE_ROWS"] = "prefill", shape.tile_rows
-            common["num_requests"] = self._num_requests
+            kernel_shape = planner.prefill_shape(spec.head_dim)
+            name, last = "prefill", "num_tiles"
+            fields["num_requests"] = num_requests
+            hopper_shape = planner.prefill_hopper_shape(spec.head_dim)
+            if hopper_shape and _is_hopper(device) and tensor_map.box_tokens(spec.page_size) >= 8:
+                ordered = self._buffer("ordered", (num_requests + 1) * REQUEST_BYTES)
+                claims = self._buffer("claims", 4)
+                self._hopper = _HopperPrefill(spec, device, hopper_shape, constants, fields, ordered, claims)
+            constants["TILE_ROWS"] = kernel_shape.tile_rows
+            self._grid = functools.partial(_prefill_grid, spec, num_requests)
         else:
-            shape = planner.decode_shape(spec.q_len, spec.group_size, spec.head_dim)
-            name, constants["COLUMNS"] = "decode", shape.columns
-            heads = (spec.num_kv_heads, shape.column_blocks, self._batch_invariant)
-            ctas = planner.decode_workspace_ctas(self._num_requests, *heads)
-            counters = self._num_requests * spec.num_kv_heads * shape.column_blocks
-            common |= {
+            kernel_shape = planner.decode_shape(spec.q_len, spec.group_size, spec.head_dim)
+            columns, column_blocks = kernel_shape.columns, kernel_shape.column_blocks
+            name, last, constants["COLUMNS"] = "decode", "evict_first", columns
+            ctas = planner.decode_workspace_ctas(num_requests, spec.num_kv_heads, column_blocks, self._batch_invariant)
+            fields |= {
                 "q_len": spec.q_len,
-                "column_blocks": shape.column_blocks,
-                "partial_out": self._buffer("partial_out", ctas * shape.columns * spec.head_dim * 4),
-                "partial_state": self._buffer("partial_state", ctas * shape.columns * 8),
-                "arrivals": self._buffer("arrivals", counters * 4),
+                "column_blocks": column_blocks,
+                "partial_out": self._buffer("partial_out", ctas * columns * spec.head_dim * 4),
+                "partial_state": self._buffer("partial_state", ctas * columns * 8),
+                "arrivals": self._buffer("arrivals", num_requests * spec.num_kv_heads * column_blocks * 4),
             }
-        constants["SHARED_BYTES"] = shape.shared_bytes
-        kernel = compile.kernel(name, self._device, shared_bytes=shape.shared_bytes, **constants)
-        if self._launch is None or self._launch.kernel is not kernel:
-            self._launch = compile.Launch(kernel, shape.threads, kernel.params())
-        compile.fill(self._launch.params, common)
-        self._shape = shape
+            self._grid = functools.cache(functools.partial(_decode_grid, spec, column_blocks, self._batch_invariant))
+        constants["SHARED_BYTES"] = kernel_shape.shared_bytes
+        kernel = compile.kernel(name, device, shared_bytes=kernel_shape.shared_bytes, **constants)
+        self._attend = compile.Launch(kernel, kernel_shape.threads, kernel.params(fields))
+        self._write_run = self._attend.writer("q", last)
 
     def run(self, spec: AttentionSpec, q: Any, kv: PagedKV, out: Any, lse: Any) -> None:
-        launch, shape = self._launch, self._shape
-        assert launch is not None
-        rows, itemsize = q.shape[0], q.dtype.itemsize
-        params = launch.params
-        params["q"], params["out"], params["lse"] = q.data.ptr, out.data.ptr, 0 if lse is None else lse.data.ptr
-        params["k"], params["v"] = kv.k_pages.data.ptr, kv.v_pages.data.ptr
-        params["k_strides"], params["v_strides"] = _units(kv.k_strides), _units(kv.v_strides)
-        params["q_row_stride"], params["q_head_stride"] = q.strides[0] // itemsize, q.strides[1] // itemsize
-        out_itemsize = out.dtype.itemsize
-        params["out_row_stride"], params["out_head_stride"] = (
-            out.strides[0] // out_itemsize,
-            out.strides[1] // out_itemsize,
+        if self._hopper and self._hopper.run(q, kv, out, lse):
+            return
+        grid, a, b = self._grid(q.shape[0])
+        q_strides, out_strides, out_itemsize = q.strides, out.strides, out.dtype.itemsize
+        self._write_run(
+            q.data.ptr,
+            kv.k_pages.data.ptr,
+            kv.v_pages.data.ptr,
+            out.data.ptr,
+            0 if lse is None else lse.data.ptr,
+            q_strides[0] // 2,
+            q_strides[1] // 2,
+            out_strides[0] // out_itemsize,
+            out_strides[1] // out_itemsize,
+            *_units(kv.k_strides),
+            *_units(kv.v_strides),
+            out_itemsize == 4,
+            a,
+            b,
         )
-        params["out_float32"] = out_itemsize == 4
-        if spec.q_len is None:
-            tiles = rows * spec.group_size // shape.tile_rows + self._num_requests + 1
-            params["q_rows"], params["num_tiles"] = rows, tiles
-            grid = tiles * spec.num_kv_heads
+        if cupy.cuda.runtime.getDevice() == self._index:
+            self._attend(cupy.cuda.get_current_stream().ptr, grid)
         else:
-            batch_size = rows // spec.q_len
-            splits = planner.decode_splits(batch_size, spec.num_kv_heads, shape.column_blocks, self._batch_invariant)
-            params["num_splits"], params["evict_first"] = splits, splits > 1
-            grid = batch_size * splits * shape.column_blocks * spec.num_kv_heads
-        with _on(self._device):
-            launch(cupy.cuda.get_current_stream().ptr, grid)
+            with _on(self._device):
+                self._attend(cupy.cuda.get_current_stream().ptr, grid)
 
     def raise_status(self) -> None:
         """PageTableError for the first fault that the last update met. Waits for the device."""
@@ -558,5 +637,103 @@ class Plan:
         return buffer
 
 
-def _upload(value: Any, device: str) -> Any:
-    return to_backend(value, device) if isinstance(value, np.ndarray) else value
+class _HopperPrefill:
+    """The launches of prefill_hopper.cu for one plan: the order of its tiles once a step, the kernel once a layer."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        device: str,
+        shape: planner.PrefillShape,
+        constants: dict[str, Any],
+        fields: dict[str, Any],
+        ordered: Any,
+        claims: Any,
+    ) -> None:
+        self._spec, self._device, self._tile_rows = spec, device, shape.tile_rows
+        self._num_requests: int = fields["num_requests"]
+        self._num_multiprocessors = cupy.cuda.Device(_index(device)).attributes["MultiProcessorCount"]
+        tiles = compile.kernel("plan_tiles", device, shared_bytes=TILES_BYTES)
+        self.order_tiles = compile.Launch(
+            tiles,
+            SCAN_THREADS,
+            tiles.params(
+                {
+                    "requests": fields["requests"],
+                    "sorted": ordered,
+                    "max_batch_size": self._num_requests,
+                    "window_left": spec.window_left,
+                    "group_size": spec.group_size,
+                    "tile_rows": shape.tile_rows,
+                }
+            ),
+        )
+        kernel = compile.kernel(
+            "prefill_hopper", device, shared_bytes=shape.shared_bytes, SHARED_BYTES=shape.shared_bytes, **constants
+        )
+        own = {
+            "requests": ordered,
+            "claims": claims,
+            "group_size": compile.fast_divide(spec.group_size),
+            "box_tokens": tensor_map.box_tokens(spec.page_size),
+        }
+        self._launch = compile.Launch(kernel, shape.threads, kernel.params(fields | own))
+        self._pool_map = functools.lru_cache(maxsize=1024)(self._make_pool_map)
+
+    def run(self, q: Any, kv: PagedKV, out: Any, lse: Any) -> bool:
+        """Launch; or say no, where TMA cannot count in a pool of such strides."""
+        shape = (kv.num_pages, kv.page_size, kv.num_kv_heads, kv.head_dim)
+        k = self._pool_map(kv.k_pages.data.ptr, shape, kv.k_strides)
+        v = self._pool_map(kv.v_pages.data.ptr, shape, kv.v_strides)
+        if k is None or v is None:
+            return False
+        params, rows, q_strides, out_strides = self._launch.params, q.shape[0], q.strides, out.strides
+        itemsize = out.dtype.itemsize
+        tiles = rows * self._spec.group_size // self._tile_rows + self._num_requests + 1
+        params["k"], params["v"] = k, v
+        params["q"], params["out"], params["lse"] = q.data.ptr, out.data.ptr, 0 if lse is None else lse.data.ptr
+        params["q_row_stride"], params["q_head_stride"] = q_strides[0] // 2, q_strides[1] // 2
+        params["out_row_stride"], params["out_head_stride"] = out_strides[0] // itemsize, out_strides[1] // itemsize
+        params["out_float32"], params["q_rows"], params["num_tiles"] = itemsize == 4, rows, tiles
+        with _on(self._device):
+            grid = min(self._num_multiprocessors, tiles * self._spec.num_kv_heads)
+            self._launch(cupy.cuda.get_current_stream().ptr, grid)
+        return True
+
+    def _make_pool_map(self, pointer: int, shape: tuple[int, int, int, int], strides: tuple[int, int, int]) -> Any:
+        """The kernel's PoolMap as a structured array, made once for a layer's pool; None where TMA cannot read it."""
+        page, slot, head = strides
+        geometry = tensor_map.pool_geometry(*shape, (page * 2, slot * 2, head * 2))
+        if geometry is None:
+            return None
+        pool_map = np.zeros((), self._launch.params.dtype["k"])
+        compile.fill(pool_map, tensor_map.pool_map(pointer, geometry, self._spec.dtype == _BFLOAT16))
+        return pool_map
+
+
+@functools.cache
+def _is_hopper(device: str) -> bool:
+    return bool(cupy.cuda.Device(_index(device)).compute_capability == "90")
+
+
+def _arrays_of(table: PageTable, qo_indptr: Any) -> tuple[Any, ...]:
+    """In the order of ScheduleParams."""
+    return table.indptr, table.indices, table.last_page_len, table.page_offset, table.total_len, qo_indptr
+
+
+def _upload(array: Any, device: str) -> Any:
+    return to_backend(array, device) if isinstance(array, np.ndarray) else array
+
+
+def _decode_grid(spec: AttentionSpec, column_blocks: int, batch_invariant: bool, rows: int) -> tuple[int, int, bool]:
+    """CTAs, and the run's num_splits and evict_first."""
+    assert spec.q_len is not None
+    batch_size = rows // spec.q_len
+    splits = planner.decode_splits(batch_size, spec.num_kv_heads, column_blocks, batch_invariant)
+    return batch_size * splits * column_blocks * spec.num_kv_heads, splits, splits > 1
+
+
+def _prefill_grid(spec: AttentionSpec, num_requests: int, rows: int) -> tuple[int, int, int]:
+    """CTAs, and the run's q_rows and num_tiles: no batch of num_requests requests with these rows has more tiles."""
+    tiles = rows * spec.group_size // planner.prefill_shape(spec.head_dim).tile_rows + num_requests + 1
+    return tiles * spec.num_kv_heads, rows, tiles

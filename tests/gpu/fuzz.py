@@ -545,7 +545,7 @@ OPERATIONS = {
         prefill, (*TABLE, "qo_indptr"), lambda given: plan_faults(given) | query_faults(given, given.rows)
     ),
     "prefill_once": Operation(
-        prefill_once, (*TABLE, "qo_indptr"), lambda given: table_faults(given) | query_faults(given, TOP)
+        prefill_once, (*TABLE, "qo_indptr"), lambda given: table_faults(given) | query_faults(given, given.rows)
     ),
     "partials": Operation(partials, TABLE, partials_faults),
     "validate": Operation(validate, TABLE, table_faults),

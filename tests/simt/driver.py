@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -58,6 +59,8 @@ class SimtError(RuntimeError):
 @cache
 def build(source: str, kernel: str, defines: tuple[tuple[str, Any], ...]) -> ctypes.CDLL:
     """The shared library of ``kernel`` in ``source`` (a flattened text)."""
+    if shutil.which(_COMPILER[0]) is None:  # a failure even where the library stands in the cache
+        raise SimtError(f"{_COMPILER[0]} is not on the PATH, and the kernels' tests need it; apt-get install g++")
     entry = _ENTRY.replace("KERNEL", kernel).replace("PARAMS", kernels.params_name(source, kernel))
     command = (*_COMPILER, *kernels.define_options(dict(defines)), "-include", str(_SHIM))
     text = source + entry

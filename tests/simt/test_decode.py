@@ -139,6 +139,18 @@ CASES = [
         layout="HND",
         num_qo_heads=4,
     ),
+    Case(  # some of its queries end, and some windows begin, inside a page that the table does not hold
+        "every_third_page_q_len9",
+        (60, 16),
+        q_len=9,
+        page_size=8,
+        page_offsets=(1,) * 2,
+        page_stride=3,
+        total_lens=(180, 44),
+        window_left=90,
+        num_qo_heads=4,
+        head_dim=32,
+    ),
 ]
 
 

@@ -47,7 +47,7 @@ class Run:
     case: Case
     requests: np.ndarray
 
-    def go(self, *, reverse: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def go(self, *, reverse: bool = False, **defines: int) -> tuple[np.ndarray, np.ndarray]:
         case = self.case
         shape = planner.prefill_shape(case.head_dim)
         launch(
@@ -62,6 +62,7 @@ class Run:
             SOFT_CAP=case.logits_soft_cap != 0,
             TILE_ROWS=shape.tile_rows,
             SHARED_BYTES=shape.shared_bytes,
+            **defines,
         )
         return self.out, self.lse
 
@@ -218,6 +219,13 @@ def test_float32_out(head_dim: int) -> None:
     out, lse = prepare(inputs, float32=True).go()
     assert out.dtype == np.float32
     check(inputs, out, lse)
+
+
+def test_blocks_of_later_cards() -> None:
+    """From sm_100 on a block has fewer tokens at head_dim 128."""
+    for window_left in (-1, 40):
+        inputs = build(replace(BASE, head_dim=128, window_left=window_left))
+        check(inputs, *prepare(inputs).go(__CUDA_ARCH__=1000))
 
 
 def test_bits_do_not_depend_on_the_order_of_threads_or_the_batch() -> None:

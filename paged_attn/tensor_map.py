@@ -1,0 +1,137 @@
+"""How TMA, the copy engine of Hopper, sees a pool of pages.
+
+One operation copies a *box*: up to 128 neighbouring tokens of one page and one KV head. It fills shared memory in the
+order that the tensor cores read: for every 8 tokens, for every 64 columns, 8 lines of 128 bytes. That order is also the
+order of a tensor's dimensions, so the pool is described as one of five:
+
+    64 columns | 8 tokens | halves of head_dim | groups of 8 tokens | everything else
+
+The last dimension counts in steps of ``unit`` bytes, the greatest that every page, head and box starts at a multiple
+of; any strided pool, NHD or HND, is thus one tensor. The driver is touched inside functions only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import gcd
+from typing import Any
+
+_BLOCK = 128  # tokens that the kernel takes at a time
+_GROUP = 8  # tokens of one swizzle pattern: 8 lines of 128 bytes
+_COLUMNS = 64  # 16-bit numbers of a line
+_MOST_BOXES = 2**31
+
+# Of cuda.h: CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion.
+_FLOAT16, _BFLOAT16 = 6, 9
+_SWIZZLE_128B = 3
+_L2_PROMOTION_128B = 2
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64
+
+
+def box_tokens(page_size: int) -> int:
+    """Tokens of a box: the largest power of two that divides the page size, 128 at most; TMA needs 8 or more."""
+    return gcd(page_size, _BLOCK)
+
+
+@dataclass(frozen=True)
+class PoolGeometry:
+    """A pool as a tensor of five dimensions. Strides are in bytes and begin with the second dimension."""
+
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    page_step: int  # steps of the last dimension from a page, 8 tokens, a head to the next
+    rows_step: int
+    head_step: int
+
+    @property
+    def outside(self) -> int:
+        """An index of the last dimension at which nothing stands: TMA gives zeros."""
+        return self.dims[-1]
+
+
+@lru_cache(maxsize=256)
+def pool_geometry(
+    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, strides: tuple[int, int, int]
+) -> PoolGeometry | None:
+    """The tensor of a pool of 16-bit numbers with ``strides`` (page, token, head) in bytes, multiples of 16.
+
+    None where TMA cannot read it: a page size that is no multiple of 8, a head_dim that is none of 64, more boxes than
+    an index can count.
+    """
+    tokens = box_tokens(page_size)
+    if tokens < _GROUP or head_dim % _COLUMNS:
+        return None
+    page, token, head = strides
+    # Strides of axes along which no box is counted may be anything.
+    counted = {
+        "page": page if num_pages > 1 else 0,
+        "rows": token * _GROUP if page_size > tokens else 0,
+        "head": head if num_kv_heads > 1 else 0,
+    }
+    unit = gcd(*counted.values()) or 16
+    steps = {name: stride // unit for name, stride in counted.items()}
+    last_rows = (page_size - tokens) // _GROUP
+    boxes = 1 + (num_pages - 1) * steps["page"] + last_rows * steps["rows"] + (num_kv_heads - 1) * steps["head"]
+    if boxes >= _MOST_BOXES:
+        return None
+    inner = (_COLUMNS, _GROUP, head_dim // _COLUMNS, tokens // _GROUP)
+    return PoolGeometry(
+        dims=(*inner, boxes),
+        strides=(token, _COLUMNS * 2, token * _GROUP, unit),
+        box=(*inner, 1),
+        page_step=steps["page"],
+        rows_step=steps["rows"],
+        head_step=steps["head"],
+    )
+
+
+@lru_cache(maxsize=1024)
+def pool_map(pointer: int, geometry: PoolGeometry, bfloat16: bool) -> dict[str, Any]:
+    """The fields of the kernel's ``PoolMap`` for the pool at ``pointer``. Pools live long: the driver is asked once."""
+    rank = len(geometry.dims)
+    memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
+    address = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+    error = _encode_function()(
+        address,
+        _BFLOAT16 if bfloat16 else _FLOAT16,
+        rank,
+        pointer,
+        (ctypes.c_uint64 * rank)(*geometry.dims),
+        (ctypes.c_uint64 * (rank - 1))(*geometry.strides),
+        (ctypes.c_uint32 * rank)(*geometry.box),
+        (ctypes.c_uint32 * rank)(*(1,) * rank),
+        0,  # no interleaving
+        _SWIZZLE_128B,
+        _L2_PROMOTION_128B,
+        0,  # zeros outside
+    )
+    if error:
+        raise RuntimeError(f"cuTensorMapEncodeTiled gives error {error} for a pool at {pointer:#x} with {geometry}")
+    words = (ctypes.c_uint64 * (_MAP_BYTES // 8)).from_address(address)
+    return pool_fields(geometry, tuple(words))
+
+
+def pool_fields(geometry: PoolGeometry, words: tuple[int, ...]) -> dict[str, Any]:
+    """The fields of ``PoolMap``: the map's 16 words, and how to count in it."""
+    return {
+        "map": {"words": words},
+        "page_step": geometry.page_step,
+        "rows_step": geometry.rows_step,
+        "head_step": geometry.head_step,
+        "outside": geometry.outside,
+    }
+
+
+@cache
+def _encode_function() -> Any:
+    function = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    sizes, extents = ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint32)
+    numbers = ctypes.c_uint32
+    function.argtypes = (
+        ctypes.c_void_p, numbers, numbers, ctypes.c_void_p, sizes, sizes, extents, extents,
+        numbers, numbers, numbers, numbers,
+    )  # fmt: skip
+    return function
