@@ -47,8 +47,8 @@ def _measure(operation: str, workload: Workload, plan: Any, q: Any, session: Ses
     plan.status()
     median, flops = figures["run_us"]["median"], causal_flops(case)
     return {
-        "kv_mb": round(kv_bytes(case) / 1e6, 1),
-        "gflop": round(flops / 1e9, 3),
+        "kv_mb": round(kv_bytes(case) / 1e6, 4),
+        "gflop": round(flops / 1e9, 6),
         **figures,
         "ratio": round(median / figures["read_floor_us"]["median"], 4),
         "tflops": round(flops / median / 1e6, 1),

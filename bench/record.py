@@ -17,7 +17,7 @@ import paged_attn as pa
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 SOURCES = ("kernels", "paged_attn")
-SUFFIXES = {".cu", ".cuh", ".h", ".py"}
+SUFFIXES = {".cpp", ".cu", ".cuh", ".h", ".py"}
 
 
 def source_hash(root: Path = ROOT, folders: tuple[str, ...] = SOURCES) -> str:
@@ -56,3 +56,8 @@ def append(path: Path, line: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file, the oldest first; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -30,7 +30,7 @@ class Session:
         peer's figure is that of its fastest kernel; where it has none that is right, there is the reason instead.
         """
         found = {peer.name: right_kernels(peer, operation, inputs, check) for peer in self.peers}
-        calls = {(None, name): run for name, run in own.items()}
+        calls: dict[tuple[str | None, str], Run] = {(None, name): run for name, run in own.items()}
         calls |= {(peer, kernel): run for peer, (kernels, _) in found.items() for kernel, run in kernels.items()}
         times = self.stopwatch.interleave({"\0".join(map(str, key)): run for key, run in calls.items()}, self.reps)
         summaries = dict(zip(calls, (samples.summary() for samples in times.values()), strict=True))

@@ -373,7 +373,7 @@ def assert_needle(case: Case, place: int, out: Any, lse: Any) -> None:
             row += 1
 
 
-# -- the lists for bench/: groups by name, the first of which is measured where none is asked for -----------------------
+# -- the lists for bench/: groups by name, the first of which is measured where none is asked for ----------------------
 
 
 def _bench_decode(

@@ -5,7 +5,6 @@ a failure. A run that executed gpu tests writes its evidence; any other run says
 """
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench import record
 from paged_attn.interop import cuda_available
 
 ROOT = Path(__file__).parents[1]
 GPU_TESTS = ROOT / "tests" / "gpu"
 RESULTS = GPU_TESTS / "results.json"
-SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h"}
 PACKAGES = ("numpy", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc", "jax")
 
 OUTCOMES = pytest.StashKey[dict[str, Counter[str]]]()
@@ -35,13 +34,7 @@ def gpu_is_required() -> bool:
 
 def source_hash(root: Path = ROOT) -> str:
     """One SHA-256 of the paths and texts of the sources in kernels/, paged_attn/ and tests/."""
-    digest = hashlib.sha256()
-    files = (path for folder in ("kernels", "paged_attn", "tests") for path in (root / folder).rglob("*"))
-    for path in sorted(path for path in files if path.suffix in SOURCES):
-        text = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()} {len(text)}\n".encode())
-        digest.update(text)
-    return digest.hexdigest()
+    return record.source_hash(root, (*record.SOURCES, "tests"))
 
 
 @pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
