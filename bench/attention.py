@@ -53,4 +53,3 @@ def _measure(operation: str, workload: Workload, plan: Any, q: Any, session: Ses
         "ratio": round(median / figures["read_floor_us"]["median"], 4),
         "tflops": round(flops / median / 1e6, 1),
     }
-

@@ -200,7 +200,9 @@ class CudnnDense(_Torch):
     def prefill(self, workload: Workload) -> Kernels:
         case = workload.case
         if case.window_left >= 0 or len({*case.kv_lens, *case.queries}) > 1:
-            raise NotImplementedError("it serves dense prefill only: requests of one length, no cached tokens, no window")
+            raise NotImplementedError(
+                "it serves dense prefill only: requests of one length, no cached tokens, no window"
+            )
         return {
             "dense": partial(self._dense, workload, False),
             "dense, KV heads repeated": partial(self._dense, workload, True),

@@ -99,9 +99,7 @@ def variants() -> dict[str, list[dict[str, Any]]]:
             for bfloat16 in ((0,) if v_float32 and out else (0, 1))
         ],
         "prefill": [_prefill(key) | kind for key in _keys("prefill") for kind in kinds],
-        "prefill_hopper": [
-            {"HEAD_DIM": key, "SHARED_BYTES": 227 * 1024} | kind for key in _keys("prefill_hopper") for kind in kinds
-        ],
+        "prefill_hopper": [_prefill_hopper(key) | kind for key in _keys("prefill_hopper") for kind in kinds],
         "schedule": [{}],
         "table": [{}],
         "tiles": [{}],
@@ -123,6 +121,12 @@ def _decode(head_dim: int, columns: int) -> dict[str, Any]:
 def _prefill(head_dim: int) -> dict[str, Any]:
     shape = planner.prefill_shape(head_dim)
     return {"HEAD_DIM": head_dim, "TILE_ROWS": shape.tile_rows, "SHARED_BYTES": shape.shared_bytes}
+
+
+def _prefill_hopper(head_dim: int) -> dict[str, Any]:
+    shape = planner.prefill_hopper_shape(head_dim)
+    assert shape is not None
+    return {"HEAD_DIM": head_dim, "SHARED_BYTES": shape.shared_bytes}
 
 
 def matrix(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Build]:
