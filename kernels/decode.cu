@@ -120,9 +120,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const int kv_head = index % p.num_kv_heads;
     index /= p.num_kv_heads;
     const int column_block = index % p.column_blocks;
-    const DecodeItem item = p.items[index / p.column_blocks];
-    const Request& request = item.request;
-    const int batch_index = item.batch_index, split = item.split, num_splits = item.num_splits;
+    const DecodeItem work = p.items[index / p.column_blocks];
+    const Request& request = work.request;
+    const int batch_index = work.batch_index, split = work.split, num_splits = work.num_splits;
     if (batch_index < 0 || batch_index >= p.batch) return;
 
     // Lane c speaks for column c: query token c / group_size of the request, head c % group_size of the group.
@@ -367,7 +367,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             const int q_head = kv_head * p.group_size + column_block * COLUMNS + c - q_token * p.group_size;
             write_row(p, batch_index * p.q_len + q_token, q_head, dim, state);
         } else {
-            const i64 at = (i64(item.first_partial + split) * ctas_an_item + cta) * COLUMNS + c;
+            const i64 at = (i64(work.first_partial + split) * ctas_an_item + cta) * COLUMNS + c;
             *reinterpret_cast<float4*>(p.partial_out + at * HEAD_DIM + dim) = state.out;
             if (dim == 0) {
                 p.partial_state[at].x = state.max;
@@ -403,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 #pragma unroll
                 for (int i = 0; i < PARTIALS_IN_FLIGHT; ++i) {
                     const int from = s + i * shares;
-                    const int place = item.first_partial + (from < active_splits ? from : s);
+                    const int place = work.first_partial + (from < active_splits ? from : s);
                     const i64 at = (i64(place) * ctas_an_item + cta) * COLUMNS + c;
                     other[i] = load_global_cg(p.partial_state + at);
                     values[i] = load_global_cg(reinterpret_cast<const float4*>(p.partial_out + at * HEAD_DIM + dim));
