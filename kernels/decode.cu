@@ -6,12 +6,12 @@
 //
 // in    q            [batch * q_len, num_qo_heads, HEAD_DIM]    row = request * q_len + token
 //       k, v         pools of pages; NHD and HND differ in their strides only
-//       requests     [>= batch] Request                         where a request's pages stand (page_table.cuh)
+//       items        [num_items] DecodeItem                     who does which split of which request (splits.cu)
 //       page_ids     [max_pages] int                            clean: every id is inside the pool
 // out   out          like q, fp16/bf16 or float32               0 for a row that sees no key
 //       lse          [batch * q_len, num_qo_heads] float        natural log, -inf for a row that sees no key; or null
-// work  partial_out  [grid, COLUMNS, HEAD_DIM] float            one partial state a CTA, when a request is split
-//       partial_state[grid, COLUMNS] float2                     (max, sum), base 2
+// work  partial_out  [partials, COLUMNS, HEAD_DIM] float        one partial state a CTA, when a request is split
+//       partial_state[partials, COLUMNS] float2                 (max, sum), base 2
 //       arrivals     [batch * column_blocks * num_kv_heads] u32 zero before and after every launch
 //
 // Decode reads every K and V once and does little else, so all that counts is to keep enough loads in flight on every
@@ -20,9 +20,9 @@
 //   S^T [16 tokens x 8 columns] = K [16 x HEAD_DIM] . Q^T         O^T [16 dims x 8 columns] += V^T . P^T
 //
 // Who owns what
-//   grid   one CTA per (request, split, block of COLUMNS columns, KV head); KV heads vary fastest, so that CTAs which
-//          run together read neighbouring memory. There is no schedule: the hardware hands out CTAs, which evens out
-//          SMs of unequal bandwidth better than any equal split.
+//   grid   one CTA per (item, block of COLUMNS columns, KV head), an item being a split of a request; KV heads vary
+//          fastest, so that CTAs which run together read neighbouring memory. The hardware hands out CTAs, the longest
+//          items first, which evens out SMs of unequal bandwidth better than any equal split.
 //   warp   an independent pipeline over tiles of 16 tokens: tile = (i * WARPS + warp) * num_splits + split.
 //          No barrier of the block before the end.
 //   shared memory, per warp: one K tile and one V tile (shared_rows.cuh). K of tile i+1 loads while tile i does its
@@ -62,7 +62,7 @@ constexpr float RESCALE_STEP = 8.f;   // P stays below 2^8: far from overflow in
 constexpr int PARTIALS_IN_FLIGHT = 8;
 
 struct DecodeParams {
-    const u16* q;  // from here to evict_first: what a run may change
+    const u16* q;  // from here to batch: what a run may change
     const u16* k;
     const u16* v;
     void* out;
@@ -74,9 +74,8 @@ struct DecodeParams {
     PoolStrides k_strides;
     PoolStrides v_strides;
     int out_float32;
-    int num_splits;
-    int evict_first;  // KV will not be read again soon: keep it from pushing the partial states out of L2
-    const Request* requests;
+    int batch;  // requests that q has rows for
+    const DecodeItem* items;
     const int* page_ids;
     float* partial_out;
     float2* partial_state;
@@ -121,9 +120,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const int kv_head = index % p.num_kv_heads;
     index /= p.num_kv_heads;
     const int column_block = index % p.column_blocks;
-    index /= p.column_blocks;
-    const int split = index % p.num_splits, batch_index = index / p.num_splits;
-    const Request request = p.requests[batch_index];
+    const DecodeItem work = p.items[index / p.column_blocks];
+    const Request& request = work.request;
+    const int batch_index = work.batch_index, split = work.split, num_splits = work.num_splits;
+    if (batch_index < 0 || batch_index >= p.batch) return;
 
     // Lane c speaks for column c: query token c / group_size of the request, head c % group_size of the group.
     const int columns_left = p.q_len * p.group_size - column_block * COLUMNS;
@@ -142,13 +142,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     // Tiles count from the first visible token on. Splits without a tile take no part; a row without a tile is written
     // by the first of them.
     const int visible = end - begin, num_tiles = visible > 0 ? (visible + TILE - 1) / TILE : 0;
-    const int active_splits = num_tiles < p.num_splits ? num_tiles : p.num_splits;
+    const int active_splits = num_tiles < num_splits ? num_tiles : num_splits;
     if (split >= (active_splits > 0 ? active_splits : 1)) return;
 
     // 2. Loads. Lane l knows where token l % 16 of a tile stands; the lanes then fetch it in pieces of 16 bytes.
     const shared_address warp_base = shared_address_of(shared_memory) + warp * WARP_BYTES;
     const shared_address k_tile = warp_base, v_tile = warp_base + TILE_BYTES;
-    const u64 policy = cache_policy(p.evict_first != 0);
+    const u64 policy = cache_policy(num_splits > 1);  // KV must not push partial states out of L2
 
     auto page_of = [&](int tile) -> int {
         const int token = tile * TILE + (lane & 15);
@@ -175,8 +175,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         }
     };
 
-    const int stride = WARPS * p.num_splits;
-    int tile = warp * p.num_splits + split, next_tile = tile + stride;
+    const int stride = WARPS * num_splits;
+    int tile = warp * num_splits + split, next_tile = tile + stride;
     int page = page_of(tile), next_page = page_of(next_tile);
     if (tile < num_tiles) load_tile(k_tile, p.k, tile, offset_of(tile, page, p.k_strides));
     commit_copies();
@@ -350,6 +350,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         }
     __syncthreads();
 
+    const int cta = column_block * p.num_kv_heads + kv_head, ctas_an_item = p.column_blocks * p.num_kv_heads;
     // 6. Threads merge the warps' states, four dims each: the result, or this split's partial state.
     const int num_items = num_columns * (HEAD_DIM / 4);
     for (int item = threadIdx.x; item < num_items; item += THREADS) {
@@ -366,7 +367,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             const int q_head = kv_head * p.group_size + column_block * COLUMNS + c - q_token * p.group_size;
             write_row(p, batch_index * p.q_len + q_token, q_head, dim, state);
         } else {
-            const i64 at = i64(blockIdx.x) * COLUMNS + c;
+            const i64 at = (i64(work.first_partial + split) * ctas_an_item + cta) * COLUMNS + c;
             *reinterpret_cast<float4*>(p.partial_out + at * HEAD_DIM + dim) = state.out;
             if (dim == 0) {
                 p.partial_state[at].x = state.max;
@@ -380,8 +381,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     int* merges = reinterpret_cast<int*>(shared_memory + FLAG_OFFSET);
     __syncthreads();
     if (threadIdx.x == 0) {
-        const int counter = (batch_index * p.column_blocks + column_block) * p.num_kv_heads + kv_head;
-        *merges = atomic_inc_acq_rel(p.arrivals + counter, u32(active_splits - 1)) == u32(active_splits - 1);
+        u32* counter = p.arrivals + i64(batch_index) * ctas_an_item + cta;
+        *merges = atomic_inc_acq_rel(counter, u32(active_splits - 1)) == u32(active_splits - 1);
     }
     __syncthreads();
     if (!*merges) return;
@@ -389,8 +390,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     // Few columns leave threads idle, so up to `shares` threads take every shares-th split of one item each.
     int shares = 1;
     while (shares * 2 * num_items <= THREADS && shares * 2 <= active_splits) shares *= 2;
-    const int grid_step = p.column_blocks * p.num_kv_heads;  // from one split's CTA to the next one's
-    const i64 first_cta = i64(blockIdx.x) - i64(split) * grid_step;
     RowState* shared_states = reinterpret_cast<RowState*>(shared_memory);
     for (int first = 0; first < num_items; first += THREADS) {
         const int share = shares > 1 ? int(threadIdx.x) / num_items : 0;
@@ -404,7 +403,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 #pragma unroll
                 for (int i = 0; i < PARTIALS_IN_FLIGHT; ++i) {
                     const int from = s + i * shares;
-                    const i64 at = (first_cta + i64(from < active_splits ? from : s) * grid_step) * COLUMNS + c;
+                    const int place = work.first_partial + (from < active_splits ? from : s);
+                    const i64 at = (i64(place) * ctas_an_item + cta) * COLUMNS + c;
                     other[i] = load_global_cg(p.partial_state + at);
                     values[i] = load_global_cg(reinterpret_cast<const float4*>(p.partial_out + at * HEAD_DIM + dim));
                     if (from >= active_splits) other[i].x = -INF;

@@ -73,6 +73,16 @@ struct __align__(16) Request {
     int first_tile;   // prefill: its first query tile in the grid
 };
 
+// A request's share of a decode launch (splits.cu): split `split` of `num_splits` of one request, with all that the
+// kernel needs to know of it in three 16-byte loads side by side.
+struct __align__(16) DecodeItem {
+    Request request;
+    int batch_index;    // -1: nothing to do
+    int split;
+    int num_splits;
+    int first_partial;  // split s of the request leaves its partial state in place first_partial + s
+};
+
 // How one launch reads tables: the same for all requests.
 struct Positions {
     FastDivide page_size;

@@ -39,6 +39,7 @@ DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 OUT_TOLERANCE = {"float16": 2e-3, "bfloat16": 1e-2}  # ||error|| / ||reference|| of one check
 HEAD_DIM, NUM_QO_HEADS, NUM_KV_HEADS = 128, 8, 2
 ARCHITECTURES = ("sm_80", "sm_90a")  # what is compiled where there is no card
+HOPPER_FILES = ("prefill_hopper.cu",)  # for sm_90a alone
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
@@ -328,7 +329,10 @@ def kernels() -> Iterator[Finding]:
 
 
 def compile_family(file: str, names: list[str]) -> list[Finding]:
+    architectures = ("sm_90a",) if file in HOPPER_FILES else ARCHITECTURES
     if on_card():
+        if file in HOPPER_FILES and cupy_capability() != "90":
+            return [Finding(file, Verdict.NOTE, "not needed: this card is no Hopper, other kernels serve it")]
         return [compile_for_card(file, names)]
     try:
         from cuda.bindings import nvrtc
@@ -341,10 +345,16 @@ def compile_family(file: str, names: list[str]) -> list[Finding]:
         return [Finding(file, Verdict.NOTE, f"not checked: there is no usable card, and no NVRTC ({reason(error)})")]
     start = time.perf_counter()
     variants = {compile.define_options(constants): constants for name in names for constants in typical_constants(name)}
-    for constants, arch in itertools.product(variants.values(), ARCHITECTURES):  # one text holds all kernels of a file
+    for constants, arch in itertools.product(variants.values(), architectures):  # one text holds all kernels of a file
         compile_without_card(nvrtc, file, compile.options(arch, **constants))
-    text = f"compiles for {' and '.join(ARCHITECTURES)} in {time.perf_counter() - start:.1f} s: {', '.join(names)}"
+    text = f"compiles for {' and '.join(architectures)} in {time.perf_counter() - start:.1f} s: {', '.join(names)}"
     return [Finding(file, Verdict.NOTE, text)]
+
+
+def cupy_capability() -> str:
+    import cupy
+
+    return str(cupy.cuda.Device().compute_capability)
 
 
 def compile_for_card(file: str, names: list[str]) -> Finding:
@@ -384,6 +394,10 @@ def typical_constants(name: str) -> list[dict[str, Any]]:
         prefill = planner.prefill_shape(HEAD_DIM)
         constants = {"SOFT_CAP": False, "TILE_ROWS": prefill.tile_rows, "SHARED_BYTES": prefill.shared_bytes}
         return [kind | constants for kind in kinds]
+    if name == "prefill_hopper":
+        hopper = planner.prefill_hopper_shape(HEAD_DIM)
+        assert hopper is not None
+        return [kind | {"SOFT_CAP": False, "SHARED_BYTES": hopper.shared_bytes} for kind in kinds]
     if name in ("merge_state", "merge_states"):
         return [kind | {"VEC": 8, "V_FLOAT32": False, "OUT_FLOAT32": False} for kind in kinds]
     return [{}]

@@ -6,11 +6,14 @@ Nothing here looks at sequence lengths. What depends on them is decided on the d
 
 from dataclasses import dataclass
 
-# CTAs that read KV for a whole launch when requests are split: 64 SMs already saturate memory, more CTAs only add
-# partial states to merge (bs1_4k_g4: 8 splits a head 14.3 us, 16: 14.2, 33: 15.8, 66: 18.2).
+# With this many (request, KV head) pairs, requests of about equal length stay whole: a split costs more than it gives
+# (64 pairs: 56.5 us whole, 57.4 us halved).
+WHOLE_CTAS = 64
+# With fewer they are split into this many CTAs: 64 SMs already saturate memory, and more CTAs only add partial states
+# to merge (bs1_4k_g4: 8 splits a head 14.3 us, 16: 14.2, 33: 15.8, 66: 18.2).
 SPLIT_CTAS = 128
-# With this many (request, KV head) pairs a split costs more than it gives (64 pairs: 56.5 us whole, 57.4 us halved).
-UNSPLIT_PAIRS = 64
+# Ragged requests are cut into pieces, about this many CTAs in all: four for each that an H100 runs at a time.
+RAGGED_CTAS = 1056
 
 
 @dataclass(frozen=True)
@@ -40,21 +43,23 @@ def decode_shape(q_len: int, group_size: int, head_dim: int) -> DecodeShape:
     )
 
 
-def decode_splits(batch_size: int, num_kv_heads: int, column_blocks: int, batch_invariant: bool) -> int:
-    """CTAs that share one (request, KV head).
+@dataclass(frozen=True)
+class DecodeSplits:
+    """What the device needs to divide a step among CTAs (kernels/splits.cu), and what its answer may need."""
 
-    A batch-invariant plan splits every request as if it were alone, so that its bits do not depend on its neighbours.
-    """
-    pairs = (1 if batch_invariant else batch_size) * num_kv_heads * column_blocks
-    return 1 if pairs >= UNSPLIT_PAIRS else SPLIT_CTAS // max(pairs, 1)
+    ctas_an_item: int  # KV heads * column blocks
+    fixed_splits: int  # splits of every request, or 0: by the lengths
+    most_partials: int  # split items with a partial state, in any step
 
 
-def decode_workspace_ctas(max_batch_size: int, num_kv_heads: int, column_blocks: int, batch_invariant: bool) -> int:
-    """CTAs that may write a partial state in any launch of up to `max_batch_size` requests."""
+def decode_splits(max_batch_size: int, num_kv_heads: int, column_blocks: int, batch_invariant: bool) -> DecodeSplits:
+    """A batch-invariant plan splits every request as if it were alone, so that its bits do not depend on others."""
+    ctas_an_item = num_kv_heads * column_blocks
     if batch_invariant:
-        splits = decode_splits(1, num_kv_heads, column_blocks, True)
-        return max_batch_size * num_kv_heads * column_blocks * splits if splits > 1 else 0
-    return SPLIT_CTAS if num_kv_heads * column_blocks < UNSPLIT_PAIRS else 0
+        splits = max(1, SPLIT_CTAS // ctas_an_item)
+        return DecodeSplits(ctas_an_item, splits, max_batch_size * splits if splits > 1 else 0)
+    # Pieces of one length: a request that is cut has more than one, and all of them together few more than RAGGED_CTAS.
+    return DecodeSplits(ctas_an_item, 0, max(2 * RAGGED_CTAS // ctas_an_item, SPLIT_CTAS // ctas_an_item))
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
     "merge_state": 40,
     "merge_states": 64,
     "plan_requests": 64,
+    "plan_splits": 48,
     "plan_tiles": 64,
     "prefill": {16: 168, 32: 168, 64: 255, 80: 255, 96: 255, 112: 255, 128: 255, 256: 255},
     "prefill_hopper": {64: 168, 128: 168},  # at launch; warps then trade them
@@ -101,6 +102,7 @@ def variants() -> dict[str, list[dict[str, Any]]]:
         "prefill": [_prefill(key) | kind for key in _keys("prefill") for kind in kinds],
         "prefill_hopper": [_prefill_hopper(key) | kind for key in _keys("prefill_hopper") for kind in kinds],
         "schedule": [{}],
+        "splits": [{}],
         "table": [{}],
         "tiles": [{}],
     }

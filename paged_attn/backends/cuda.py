@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..spec import AttentionSpec
 
 STATUS_BYTES = 16  # struct Status {int field; int index; i64 value;}
-REQUEST_BYTES = 32  # struct Request
+REQUEST_BYTES, ITEM_BYTES = 32, 48  # structs Request, DecodeItem
 SCAN_THREADS = 1024  # the one block of kernels that scan over a batch
 SCAN_BYTES = 256  # its shared memory (table_rows.cuh)
 THREADS = 256
@@ -39,6 +39,7 @@ MOST_APPEND_BLOCKS = 4096
 MERGE_WARPS = 4
 INT_LARGEST = 2**31 - 1
 TILES_BYTES = 256 * 4 + SCAN_BYTES  # shared memory of plan_tiles
+SPLITS_BYTES = 258 * 4 + SCAN_BYTES + 4  # and of plan_splits
 SMALLEST_STAGING = 1 << 16  # bytes
 _BFLOAT16 = FLOAT_DTYPES["bfloat16"]
 
@@ -480,7 +481,8 @@ class Plan:
         self._attend: compile.Launch
         self._write_run: Callable[..., None]
         self._hopper: _HopperPrefill | None = None
-        self._grid: Callable[[int], tuple[int, int, int]]  # rows of q -> CTAs and the last two fields of _write_run
+        self._plan_splits: compile.Launch | None = None
+        self._grid: Callable[[int], tuple[int, ...]]  # rows of q -> CTAs, and the last fields of _write_run
 
     def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: Any) -> None:
         """Copy and clean a step's table on the device, and prepare the launch that run() repeats."""
@@ -515,6 +517,9 @@ class Plan:
             self._plan_requests(stream, 1 + parts)
             if self._hopper:
                 self._hopper.order_tiles(stream, 1)
+            elif self._plan_splits:
+                self._plan_splits.params["batch"] = batch_size
+                self._plan_splits(stream, 1)
 
     def _prepare(self, spec: AttentionSpec, page_stride: int, num_requests: int, max_pages: int) -> None:
         """The buffers and the two launches for steps of this shape: all that does not change from step to step."""
@@ -562,7 +567,7 @@ class Plan:
             "SOFT_CAP": spec.logits_soft_cap > 0,
         }
         kernel_shape: planner.DecodeShape | planner.PrefillShape
-        self._hopper = None
+        self._hopper = self._plan_splits = None
         if spec.q_len is None:
             kernel_shape = planner.prefill_shape(spec.head_dim)
             name, last = "prefill", "num_tiles"
@@ -577,16 +582,38 @@ class Plan:
         else:
             kernel_shape = planner.decode_shape(spec.q_len, spec.group_size, spec.head_dim)
             columns, column_blocks = kernel_shape.columns, kernel_shape.column_blocks
-            name, last, constants["COLUMNS"] = "decode", "evict_first", columns
-            ctas = planner.decode_workspace_ctas(num_requests, spec.num_kv_heads, column_blocks, self._batch_invariant)
+            name, last, constants["COLUMNS"] = "decode", "batch", columns
+            splits = planner.decode_splits(num_requests, spec.num_kv_heads, column_blocks, self._batch_invariant)
+            most_items = num_requests + splits.most_partials
+            partials = splits.most_partials * splits.ctas_an_item * columns
+            items = self._buffer("items", most_items * ITEM_BYTES)
             fields |= {
+                "items": items,
                 "q_len": spec.q_len,
                 "column_blocks": column_blocks,
-                "partial_out": self._buffer("partial_out", ctas * columns * spec.head_dim * 4),
-                "partial_state": self._buffer("partial_state", ctas * columns * 8),
-                "arrivals": self._buffer("arrivals", num_requests * spec.num_kv_heads * column_blocks * 4),
+                "partial_out": self._buffer("partial_out", partials * spec.head_dim * 4),
+                "partial_state": self._buffer("partial_state", partials * 8),
+                "arrivals": self._buffer("arrivals", num_requests * splits.ctas_an_item * 4),
             }
-            self._grid = functools.cache(functools.partial(_decode_grid, spec, column_blocks, self._batch_invariant))
+            del fields["requests"]
+            self._grid = functools.partial(_decode_grid, spec.q_len, splits)
+            kernel = compile.kernel("plan_splits", device, shared_bytes=SPLITS_BYTES)
+            params = kernel.params(
+                {
+                    "requests": requests,
+                    "items": items,
+                    "max_batch_size": num_requests,
+                    "max_items": most_items,
+                    "most_partials": splits.most_partials,
+                    "window_left": spec.window_left,
+                    "ctas_an_item": splits.ctas_an_item,
+                    "whole_ctas": planner.WHOLE_CTAS,
+                    "split_ctas": planner.SPLIT_CTAS,
+                    "ragged_ctas": planner.RAGGED_CTAS,
+                    "fixed_splits": splits.fixed_splits,
+                }
+            )
+            self._plan_splits = compile.Launch(kernel, SCAN_THREADS, params)
         constants["SHARED_BYTES"] = kernel_shape.shared_bytes
         kernel = compile.kernel(name, device, shared_bytes=kernel_shape.shared_bytes, **constants)
         self._attend = compile.Launch(kernel, kernel_shape.threads, kernel.params(fields))
@@ -595,7 +622,7 @@ class Plan:
     def run(self, spec: AttentionSpec, q: Any, kv: PagedKV, out: Any, lse: Any) -> None:
         if self._hopper and self._hopper.run(q, kv, out, lse):
             return
-        grid, a, b = self._grid(q.shape[0])
+        grid, *extents = self._grid(q.shape[0])
         q_strides, out_strides, out_itemsize = q.strides, out.strides, out.dtype.itemsize
         self._write_run(
             q.data.ptr,
@@ -610,8 +637,7 @@ class Plan:
             *_units(kv.k_strides),
             *_units(kv.v_strides),
             out_itemsize == 4,
-            a,
-            b,
+            *extents,
         )
         if cupy.cuda.runtime.getDevice() == self._index:
             self._attend(cupy.cuda.get_current_stream().ptr, grid)
@@ -725,12 +751,10 @@ def _upload(array: Any, device: str) -> Any:
     return to_backend(array, device) if isinstance(array, np.ndarray) else array
 
 
-def _decode_grid(spec: AttentionSpec, column_blocks: int, batch_invariant: bool, rows: int) -> tuple[int, int, bool]:
-    """CTAs, and the run's num_splits and evict_first."""
-    assert spec.q_len is not None
-    batch_size = rows // spec.q_len
-    splits = planner.decode_splits(batch_size, spec.num_kv_heads, column_blocks, batch_invariant)
-    return batch_size * splits * column_blocks * spec.num_kv_heads, splits, splits > 1
+def _decode_grid(q_len: int, splits: planner.DecodeSplits, rows: int) -> tuple[int, int]:
+    """CTAs, and the run's batch: items behind those of the batch belong to rows that q does not have."""
+    batch = rows // q_len
+    return (batch + splits.most_partials) * splits.ctas_an_item, batch
 
 
 def _prefill_grid(spec: AttentionSpec, num_requests: int, rows: int) -> tuple[int, int, int]:

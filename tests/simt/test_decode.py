@@ -20,7 +20,8 @@ def run(
     group_size = case.num_qo_heads // case.num_kv_heads
     shape = planner.decode_shape(case.q_len, group_size, case.head_dim)
     batch, rows = case.batch_size, case.batch_size + spare_requests
-    requests = np.zeros(rows + 1, kernels.params_dtype(kernels.load_source("decode"), "Request"))
+    items = np.zeros((rows, num_splits), kernels.params_dtype(kernels.load_source("decode"), "DecodeItem"))
+    requests = np.zeros(rows, kernels.params_dtype(kernels.load_source("decode"), "Request"))
     requests["first_page"][:batch] = inputs.indptr[:-1]
     requests["num_pages"][:batch] = np.diff(inputs.indptr)
     requests["kv_len"][:batch] = case.kv_lens
@@ -28,7 +29,15 @@ def run(
     if inputs.page_offset is not None:
         requests["page_offset"][:batch] = inputs.page_offset
     requests["num_queries"] = case.q_len
-    requests["first_query"] = np.arange(rows + 1) * case.q_len
+    requests["first_query"] = np.arange(rows) * case.q_len
+    items["request"] = requests[:, None]
+    items["batch_index"] = np.arange(rows)[:, None]
+    items["split"] = np.arange(num_splits)
+    items["num_splits"] = num_splits
+    items["first_partial"] = np.arange(rows)[:, None] * num_splits
+    items = np.append(items.ravel(), items[0, :1])
+    items["batch_index"][-1] = -1  # an idle one
+    items = np.random.default_rng(0).permutation(items)
 
     q = inputs.q.reshape(-1, case.num_qo_heads, case.head_dim)
     q = np.pad(q, ((0, spare_requests * case.q_len), (0, 0), (0, 0)), constant_values=np.nan)
@@ -43,7 +52,8 @@ def run(
         "v": inputs.v_pages,
         "out": out,
         "lse": lse,
-        "requests": requests,
+        "items": items,
+        "batch": rows,
         "page_ids": inputs.indices,
         "partial_out": np.full((ctas, shape.columns, case.head_dim), np.nan, np.float32),
         "partial_state": np.full((ctas, shape.columns, 2), np.nan, np.float32),
@@ -64,16 +74,14 @@ def run(
         "num_kv_heads": case.num_kv_heads,
         "group_size": group_size,
         "q_len": case.q_len,
-        "num_splits": num_splits,
         "column_blocks": shape.column_blocks,
         "out_float32": float32,
-        "evict_first": num_splits > 1,
         "sm_scale": case.sm_scale,
         "logits_soft_cap": case.logits_soft_cap,
     }
     launch(
         "decode",
-        grid=ctas,
+        grid=items.size * shape.column_blocks * case.num_kv_heads,
         block=shape.threads,
         params=params,
         shared_bytes=shape.shared_bytes,

@@ -25,6 +25,7 @@ from tests.simt import test_decode as decode
 from tests.simt import test_merge as merge
 from tests.simt import test_prefill as prefill
 from tests.simt import test_schedule as schedule
+from tests.simt import test_splits as split_tests
 from tests.simt import test_table as table
 from tests.simt import test_tiles as tile_tests
 from tests.simt.driver import SimtError
@@ -59,6 +60,14 @@ def merges(test: Callable[..., None], **fields: Any) -> Callable[[], None]:
 def tiles(requests: int, **fields: Any) -> Callable[[], None]:
     (found,) = [case for case in tile_tests.CASES if case == tile_tests.Case(requests, **fields)]
     return partial(tile_tests.test_the_longest_come_first, found)
+
+
+def evens(number: int) -> Callable[[], None]:
+    return partial(split_tests.test_requests_of_about_equal_length, *split_tests.EVEN[number])
+
+
+def cuts(number: int, num_kv_heads: int) -> Callable[[], None]:
+    return partial(split_tests.test_ragged_requests_are_cut_into_pieces, split_tests.RAGGED[number], num_kv_heads)
 
 
 def wrong_value(field: str, at: int, value: int) -> Callable[[], None]:
@@ -181,6 +190,14 @@ MUTATIONS = [
         "(num_queries * p.group_size + p.tile_rows - 1) / p.tile_rows",
         "(num_queries * p.group_size + p.tile_rows) / p.tile_rows",
         partial(schedule.test_right_tables, "prefill"),
+    ),
+    # -- splits --
+    Mutation("splits.cu", "the shortest first", "return CLASSES - 2 - (", "return (", cuts(1, 8)),
+    Mutation("splits.cu", "rows behind the batch among the others", "return CLASSES - 1;", "return 0;", evens(4)),
+    Mutation(
+        "splits.cu", "partial states on one another",
+        "{request, row, split, splits, int(before)}", "{request, row, split, splits, 0}",
+        cuts(1, 8),
     ),
     # -- tiles --
     Mutation("tiles.cu", "the shortest first", "CLASSES - 1 - position", "position", tiles(31)),

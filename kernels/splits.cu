@@ -1,0 +1,122 @@
+// plan_splits: how decode divides the requests of a step among CTAs, made on the device once a step.
+//
+//   items[j] = split s of request i, longest first        num_splits[i] = how many splits request i has
+//
+// in    requests  [max_batch_size + 1] Request    as plan_requests makes them (schedule.cu)
+// out   items     [max_items] DecodeItem          batch_index -1 behind the last one
+//
+// Decode reads every K and V once, so a launch is over when its last byte is. Requests of about equal length are left
+// whole when there are enough of them to keep memory busy (a split costs a merge), and divided into the same number of
+// splits when there are not. Ragged ones are cut into pieces of `tokens_a_split`, so that nobody waits for the longest.
+// Items are dealt in the order of the tokens they have, to within an eighth: what comes last is short.
+//
+// Rows of the plan behind the batch come last of all: a launch for the batch alone leaves them out.
+//
+// One block. shared memory: [CLASSES + 1] int, then SCAN_BYTES, then an int.
+#include "page_table.cuh"
+#include "table_rows.cuh"
+
+constexpr int CLASSES = 257;  // the last one: rows behind the batch
+constexpr int TILE = 16;  // tokens that a warp of decode takes at a time
+
+struct SplitsParams {
+    const Request* requests;  // [max_batch_size + 1]
+    DecodeItem* items;        // [max_items]
+    int batch;
+    int max_batch_size;  // >= batch
+    int max_items;       // >= max_batch_size + most_partials
+    int most_partials;   // places for partial states
+    int window_left;     // -1: off
+    int ctas_an_item;    // KV heads * blocks of columns
+    int whole_ctas;      // with so many CTAs, requests of about equal length stay whole;
+    int split_ctas;      // with fewer they are split so that there are so many
+    int ragged_ctas;     // ragged ones are cut into pieces, about so many CTAs in all
+    int fixed_splits;    // > 0: every request has this many splits, whatever its length
+};
+
+// The tokens that decode reads of a request.
+__device__ __forceinline__ int tokens_of(const SplitsParams& p, const Request& request) {
+    const i64 window = p.window_left < 0 ? INT_LARGEST : i64(p.window_left) + request.num_queries;
+    return int(clamp(request.kv_len, 0, window));
+}
+
+// 0 for the most tokens: the upper bits of the number as a float are 8 classes between a power of two and the next.
+__device__ __forceinline__ int class_of(const SplitsParams& p, int row, int tokens) {
+    const int smallest = 127 << 3;  // of 1.0f
+    if (row >= p.batch) return CLASSES - 1;
+    return CLASSES - 2 - (tokens > 0 ? int(__float_as_uint(float(tokens)) >> 20) - smallest + 1 : 0);
+}
+
+extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_constant__ SplitsParams p) {
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
+    int* const places = reinterpret_cast<int*>(shared_memory);
+    i64* const warp_totals = reinterpret_cast<i64*>(shared_memory + (CLASSES + 1) * 4);
+    int* const longest = reinterpret_cast<int*>(warp_totals + 32);
+
+    // 1. What the step reads: tokens in all, requests that have some, the longest.
+    if (threadIdx.x == 0) *longest = 0;
+    for (int i = threadIdx.x; i < CLASSES; i += blockDim.x) places[i] = 0;
+    __syncthreads();
+    i64 tokens = 0, busy = 0;
+    for (int chunk = 0; chunk < p.max_batch_size; chunk += blockDim.x) {
+        const int row = chunk + threadIdx.x;
+        const int own = row < p.max_batch_size ? tokens_of(p, p.requests[row]) : 0;
+        if (own > 0) atomicMax(longest, own);
+        scan_before(own, tokens, warp_totals, Sum());
+        scan_before(own > 0, busy, warp_totals, Sum());
+    }
+    __syncthreads();
+
+    // 2. The rule. tokens_a_split is a multiple of what a CTA takes at a time.
+    const i64 ctas = busy * p.ctas_an_item;
+    const bool ragged = *longest * busy * 4 > tokens * 5;  // the longest is a quarter longer than the mean
+    i64 even_splits = 1, tokens_a_split = INT_LARGEST;
+    if (p.fixed_splits > 0) even_splits = p.fixed_splits;
+    else if (ragged) {
+        const i64 piece = tokens * p.ctas_an_item / (ctas < p.whole_ctas ? 2 * p.split_ctas : p.ragged_ctas);
+        tokens_a_split = clamp((piece + 127) / 128 * 128, 256, INT_LARGEST);
+    } else if (ctas < p.whole_ctas && busy > 0) {
+        even_splits = p.split_ctas / ctas;
+    }
+    auto splits_of = [&](int own) -> int {
+        const i64 tiles = (i64(own) + TILE - 1) / TILE;
+        const i64 wanted = tokens_a_split < INT_LARGEST ? (own + tokens_a_split - 1) / tokens_a_split : even_splits;
+        return int(clamp(wanted, 1, tiles > 1 ? tiles : 1));
+    };
+
+    // 3. How many items each class has, then how many come before it; a split request takes places for its partial
+    //    states. What does not fit is left whole.
+    i64 items = 0, partials = 0;
+    for (int chunk = 0; chunk < p.max_batch_size; chunk += blockDim.x) {
+        const int row = chunk + threadIdx.x;
+        const int own = row < p.max_batch_size ? tokens_of(p, p.requests[row]) : 0;
+        const int wanted = row < p.max_batch_size ? splits_of(own) : 0;
+        const i64 before = scan_before(wanted > 1 ? wanted : 0, partials, warp_totals, Sum());
+        const int splits = before + wanted > p.most_partials && wanted > 1 ? 1 : wanted;
+        if (splits > 0) atomicAdd(&places[class_of(p, row, own / splits)], splits);
+    }
+    __syncthreads();
+    for (int chunk = 0; chunk < CLASSES; chunk += blockDim.x) {
+        const int i = chunk + threadIdx.x;
+        const int place = int(scan_before(i < CLASSES ? places[i] : 0, items, warp_totals, Sum()));
+        if (i < CLASSES) places[i] = place;
+    }
+    __syncthreads();
+
+    // 4. The items.
+    partials = 0;
+    for (int chunk = 0; chunk < p.max_batch_size; chunk += blockDim.x) {
+        const int row = chunk + threadIdx.x;
+        Request request = {};
+        if (row < p.max_batch_size) request = p.requests[row];
+        const int own = row < p.max_batch_size ? tokens_of(p, request) : 0;
+        const int wanted = row < p.max_batch_size ? splits_of(own) : 0;
+        const i64 before = scan_before(wanted > 1 ? wanted : 0, partials, warp_totals, Sum());
+        const int splits = before + wanted > p.most_partials && wanted > 1 ? 1 : wanted;
+        if (splits == 0) continue;
+        const int place = atomicAdd(&places[class_of(p, row, own / splits)], splits);
+        for (int split = 0; split < splits && place + split < p.max_items; ++split)
+            p.items[place + split] = {request, row, split, splits, int(before)};
+    }
+    for (i64 place = items + threadIdx.x; place < p.max_items; place += blockDim.x) p.items[place].batch_index = -1;
+}

@@ -1,0 +1,124 @@
+"""plan_splits, run on a CPU by the SIMT shim: every split of every request once, the longest first, by the rule."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paged_attn import compile as kernels
+from paged_attn import planner
+from tests.simt.driver import launch
+
+TILE = 16
+
+
+def plan(
+    kv_lens: list[int], num_kv_heads: int, *, spare: int = 0, window_left: int = -1, batch_invariant: bool = False,
+    most_partials: int | None = None,
+) -> tuple[np.ndarray, planner.DecodeSplits]:  # fmt: skip
+    """The items, idle ones included, of requests of these lengths in a plan with `spare` more rows."""
+    source = kernels.load_source("plan_splits")
+    rows = len(kv_lens) + spare
+    splits = planner.decode_splits(rows, num_kv_heads, 1, batch_invariant)
+    most = splits.most_partials if most_partials is None else most_partials
+    requests = np.zeros(rows + 1, kernels.params_dtype(source, "Request"))
+    requests["kv_len"][: len(kv_lens)] = kv_lens
+    requests["num_queries"] = 1
+    requests["first_page"] = np.arange(rows + 1)
+    items = np.full(rows + most, -7, "i4").repeat(12).view(kernels.params_dtype(source, "DecodeItem"))
+    params: dict[str, Any] = {
+        "requests": requests,
+        "items": items,
+        "batch": len(kv_lens),
+        "max_batch_size": rows,
+        "max_items": items.size,
+        "most_partials": most,
+        "window_left": window_left,
+        "ctas_an_item": splits.ctas_an_item,
+        "whole_ctas": planner.WHOLE_CTAS,
+        "split_ctas": planner.SPLIT_CTAS,
+        "ragged_ctas": planner.RAGGED_CTAS,
+        "fixed_splits": splits.fixed_splits,
+    }
+    launch("plan_splits", 1, 64, params, 258 * 4 + 256 + 4)
+    return items, splits
+
+
+def check(items: np.ndarray, kv_lens: list[int], spare: int, most_partials: int) -> np.ndarray:
+    """Every split once, partial states apart, the order; returns the number of splits of each row."""
+    used = items[items["batch_index"] >= 0]
+    assert (items[len(used) :]["batch_index"] == -1).all()
+    rows = np.arange(len(kv_lens) + spare)
+    num_splits = np.array([(used["batch_index"] == row).sum() for row in rows])
+    places: set[int] = set()
+    for row in rows:
+        own = used[used["batch_index"] == row]
+        assert sorted(own["split"]) == list(range(num_splits[row])) and num_splits[row] >= 1
+        assert (own["num_splits"] == num_splits[row]).all() and (own["request"]["first_page"] == row).all()
+        if num_splits[row] > 1:
+            first = int(own["first_partial"][0])
+            assert (own["first_partial"] == first).all() and first + num_splits[row] <= most_partials
+            taken = set(range(first, first + num_splits[row]))
+            assert not places & taken
+            places |= taken
+    lengths = np.array([*kv_lens, *[0] * spare])[used["batch_index"]] // used["num_splits"]
+    assert (lengths[1:] <= lengths[:-1] * 1.125 + 1).all(), "the longest come first"
+    assert (used["batch_index"][len(used) - spare :] >= len(kv_lens)).all(), "rows behind the batch come last"
+    return num_splits
+
+
+EVEN = [
+    ([4096], 8, 16),
+    ([4096], 1, 128),
+    ([32768], 32, 4),
+    ([4096] * 4, 8, 4),
+    ([4096] * 16, 8, 1),
+    ([4096] * 64, 1, 1),
+    ([4096, 4000, 4090, 0, 0], 8, 5),
+    ([100], 8, 7),
+    ([1], 8, 1),
+    ([0, 0], 8, 1),
+]
+
+
+@pytest.mark.parametrize(("kv_lens", "num_kv_heads", "expected"), EVEN)
+def test_requests_of_about_equal_length(kv_lens: list[int], num_kv_heads: int, expected: int) -> None:
+    items, splits = plan(kv_lens, num_kv_heads, spare=2)
+    num_splits = check(items, kv_lens, 2, splits.most_partials)
+    assert (num_splits[: len(kv_lens)][np.array(kv_lens) > 0] == expected).all()
+    assert (num_splits[: len(kv_lens)][np.array(kv_lens) == 0] == 1).all()
+
+
+RAGGED = [
+    [262144] + [500] * 255,
+    [128 + 997 * i % 16000 for i in range(64)],
+    [int(2 ** (10 + i / 10.7)) for i in range(64)],
+    [32768, 1000, 1000, 1000],
+    [4096, 100],
+    [2**30] * 3 + [1],
+]
+
+
+@pytest.mark.parametrize("kv_lens", RAGGED)
+@pytest.mark.parametrize("num_kv_heads", (1, 8, 32))
+def test_ragged_requests_are_cut_into_pieces(kv_lens: list[int], num_kv_heads: int) -> None:
+    items, splits = plan(kv_lens, num_kv_heads)
+    num_splits = check(items, kv_lens, 0, splits.most_partials)
+    total = sum(kv_lens)
+    pieces = np.array(kv_lens) / num_splits
+    # No piece is long beside what each of the CTAs that run at a time has to read.
+    assert pieces.max() <= max(total * num_kv_heads / 128, 256)
+
+
+def test_a_batch_invariant_plan_looks_at_nobody_else() -> None:
+    alone, splits = plan([5000], 8, batch_invariant=True)
+    together, more = plan([5000, 17, 0, 90000], 8, batch_invariant=True)
+    assert check(alone, [5000], 0, splits.most_partials)[0] == 16
+    assert list(check(together, [5000, 17, 0, 90000], 0, more.most_partials)) == [16, 2, 1, 16]
+
+
+def test_a_window_counts_and_too_many_partial_states_leave_requests_whole() -> None:
+    items, splits = plan([100000, 2000, 3000], 8, window_left=500)
+    assert len(set(check(items, [501] * 3, 0, splits.most_partials))) == 1  # within the window all are alike
+    items, _ = plan([4096] * 4, 8, most_partials=9)
+    assert sorted(check(items, [4096] * 4, 0, 9)) == [1, 1, 4, 4]
