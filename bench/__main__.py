@@ -65,6 +65,7 @@ H100_READ_FLOOR = {
     "ragged64_g4": 709.0,
 }
 NOISE = 1.03
+WIDTH_OF_FILES = 180
 
 
 def _spread(name: str) -> Callable[[Figures], str]:
@@ -175,7 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cupy.cuda.is_available():
         raise SystemExit("bench needs an NVIDIA GPU, and CuPy sees none")
 
-    console, bench = Console(), BENCHES[options.bench]
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
+    bench = BENCHES[options.bench]
     peers, missing = load(options.peer)
     for name, reason in missing.items():
         console.print(f"[yellow]{name} is left out:[/] {escape(reason)}")
@@ -183,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = record.environment()
     for peer in peers:
         environment["versions"] |= peer.versions
-    table = Table(title=f"{options.bench}, {environment['card']}, {describe(options)}")
+    cases = select(bench, options)
+    table = Table(title=f"{options.bench}, {environment['card']}, {describe(cases[0], options)}")
     for name in (
         "case",
         *bench.columns,
@@ -193,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_column(name, no_wrap=name == "case")
     wrong = 0
     with Progress(console=console, transient=True) as progress:
-        for case in progress.track(select(bench, options), description=options.bench):
+        for case in progress.track(cases, description=options.bench):
             try:
                 figures = bench.measure(case, session)
             except AssertionError as error:
@@ -292,9 +295,9 @@ def _flag(options: argparse.Namespace, name: str) -> bool | None:
     return getattr(options, name) or None
 
 
-def describe(options: argparse.Namespace) -> str:
-    flags = [name for name in FLAGS if _flag(options, name)]
-    return ", ".join([f"page {options.page_size}", options.layout, options.dtype, *flags, f"median of {options.reps}"])
+def describe(case: Any, options: argparse.Namespace) -> str:
+    """The settings of a case, for a title."""
+    return ", ".join(f"{name} {value}" for name, value in settings(case, options).items())
 
 
 def lacking(figures: Figures) -> dict[str, str]:
@@ -321,7 +324,7 @@ def draw(options: argparse.Namespace) -> int:
     wanted = {"layout": options.layout, "dtype": options.dtype} | {name: _flag(options, name) for name in FLAGS}
     lines = plot.newest(record.read(options.json), wanted)
     if not lines:
-        raise SystemExit(f"{options.json} has no line with {describe(options)}; measure first, without --plot")
+        raise SystemExit(f"{options.json} has no line with {wanted}; measure first, without --plot")
     path = options.json.with_suffix(".png")
     plot.save(plot.FIGURES[options.bench](lines, BENCHES[options.bench].groups, options.page_size), path)
     Console().print(f"{path}: drawn from {len(lines)} lines")

@@ -42,6 +42,9 @@ def decode(lines: Lines, groups: Groups, page_size: int) -> Any:
     for panel, name, label in ((lengths, "kv_len", "kv_len, batch 1"), (batches, "batch", "batch size, kv_len 2048")):
         sizes = {case.name: case.kv_lens[0] if name == "kv_len" else case.batch_size for case in groups[name]}
         chosen = of_group(lines, groups[name], page_size)
+        if not chosen:
+            panel.set_axis_off()
+            continue
         floor = [line["read_floor_us"]["median"] for line in chosen]
         panel.plot([sizes[line["case"]] for line in chosen], floor, color="0.3", linewidth=1, label="read floor")
         _curves(panel, chosen, sizes, lambda line, time: time)
@@ -57,9 +60,12 @@ def prefill(lines: Lines, groups: Groups, page_size: int) -> Any:
     _curves(
         curves, of_group(lines, groups["length"]), {case.name: case.kv_lens[0] for case in groups["length"]}, _tflops
     )
-    curves.set(xlabel="sequence length, batch 1, causal", ylabel="TFLOP/s", xscale="log")
-    curves.set_ylim(bottom=0)
-    curves.legend(fontsize=8)
+    if curves.lines:
+        curves.set(xlabel="sequence length, batch 1, causal", ylabel="TFLOP/s", xscale="log")
+        curves.set_ylim(bottom=0)
+        curves.legend(fontsize=8)
+    else:
+        curves.set_axis_off()
     _roofline(roof, lines)
     return figure
 

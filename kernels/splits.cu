@@ -24,8 +24,8 @@ struct SplitsParams {
     DecodeItem* items;        // [max_items]
     int batch;
     int max_batch_size;  // >= batch
-    int max_items;       // >= max_batch_size + most_partials
-    int most_partials;   // places for partial states
+    int extra_items;     // items that splitting may add; what would pass it stays whole
+    int max_items;       // >= max_batch_size + extra_items
     int window_left;     // -1: off
     int ctas_an_item;    // KV heads * blocks of columns
     int whole_ctas;      // with so many CTAs, requests of about equal length stay whole;
@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
     i64 even_splits = 1, tokens_a_split = INT_LARGEST;
     if (p.fixed_splits > 0) even_splits = p.fixed_splits;
     else if (ragged) {
-        const i64 piece = tokens * p.ctas_an_item / (ctas < p.whole_ctas ? 2 * p.split_ctas : p.ragged_ctas);
+        const i64 piece = tokens * p.ctas_an_item / p.ragged_ctas;
         tokens_a_split = clamp((piece + 127) / 128 * 128, 256, INT_LARGEST);
     } else if (ctas < p.whole_ctas && busy > 0) {
         even_splits = p.split_ctas / ctas;
@@ -84,16 +84,15 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
         return int(clamp(wanted, 1, tiles > 1 ? tiles : 1));
     };
 
-    // 3. How many items each class has, then how many come before it; a split request takes places for its partial
-    //    states. What does not fit is left whole.
-    i64 items = 0, partials = 0;
+    // 3. How many items each class has, then how many come before it.
+    i64 items = 0, extra = 0;
     for (int chunk = 0; chunk < p.max_batch_size; chunk += blockDim.x) {
         const int row = chunk + threadIdx.x;
         const int own = row < p.max_batch_size ? tokens_of(p, p.requests[row]) : 0;
-        const int wanted = row < p.max_batch_size ? splits_of(own) : 0;
-        const i64 before = scan_before(wanted > 1 ? wanted : 0, partials, warp_totals, Sum());
-        const int splits = before + wanted > p.most_partials && wanted > 1 ? 1 : wanted;
-        if (splits > 0) atomicAdd(&places[class_of(p, row, own / splits)], splits);
+        const int wanted = row < p.max_batch_size ? splits_of(own) : 1;
+        const i64 before = scan_before(wanted - 1, extra, warp_totals, Sum());
+        const int splits = before + wanted - 1 <= p.extra_items ? wanted : 1;
+        if (row < p.max_batch_size) atomicAdd(&places[class_of(p, row, own / splits)], splits);
     }
     __syncthreads();
     for (int chunk = 0; chunk < CLASSES; chunk += blockDim.x) {
@@ -103,20 +102,22 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
     }
     __syncthreads();
 
-    // 4. The items.
-    partials = 0;
+    // 4. The items. A request that is split takes places for its partial states, in the order of the requests.
+    i64 partials = 0;
+    extra = 0;
     for (int chunk = 0; chunk < p.max_batch_size; chunk += blockDim.x) {
         const int row = chunk + threadIdx.x;
         Request request = {};
         if (row < p.max_batch_size) request = p.requests[row];
         const int own = row < p.max_batch_size ? tokens_of(p, request) : 0;
-        const int wanted = row < p.max_batch_size ? splits_of(own) : 0;
-        const i64 before = scan_before(wanted > 1 ? wanted : 0, partials, warp_totals, Sum());
-        const int splits = before + wanted > p.most_partials && wanted > 1 ? 1 : wanted;
-        if (splits == 0) continue;
+        const int wanted = row < p.max_batch_size ? splits_of(own) : 1;
+        const i64 before = scan_before(wanted - 1, extra, warp_totals, Sum());
+        const int splits = before + wanted - 1 <= p.extra_items ? wanted : 1;
+        const int first_partial = int(scan_before(splits > 1 ? splits : 0, partials, warp_totals, Sum()));
+        if (row >= p.max_batch_size) continue;
         const int place = atomicAdd(&places[class_of(p, row, own / splits)], splits);
         for (int split = 0; split < splits && place + split < p.max_items; ++split)
-            p.items[place + split] = {request, row, split, splits, int(before)};
+            p.items[place + split] = {request, row, split, splits, first_partial};
     }
     for (i64 place = items + threadIdx.x; place < p.max_items; place += blockDim.x) p.items[place].batch_index = -1;
 }

@@ -4,6 +4,7 @@ Nothing here looks at sequence lengths. What depends on them is decided on the d
 (kernels/schedule.cu), so a captured graph replays with new lengths. The constants were measured on an H100.
 """
 
+import functools
 from dataclasses import dataclass
 
 # With this many (request, KV head) pairs, requests of about equal length stay whole: a split costs more than it gives
@@ -12,8 +13,13 @@ WHOLE_CTAS = 64
 # With fewer they are split into this many CTAs: 64 SMs already saturate memory, and more CTAs only add partial states
 # to merge (bs1_4k_g4: 8 splits a head 14.3 us, 16: 14.2, 33: 15.8, 66: 18.2).
 SPLIT_CTAS = 128
-# Ragged requests are cut into pieces, about this many CTAs in all: four for each that an H100 runs at a time.
-RAGGED_CTAS = 1056
+# Ragged requests are cut into pieces, about this many CTAs in all: eight for each that an H100 runs at a time (64
+# requests of 128 to 16000 tokens: 712.8 us; half as many pieces 723.8, a quarter 731.3, whole 741).
+RAGGED_CTAS = 2112
+# Small batches, whose requests all run at once, are cut into fewer: the launch has a CTA for every piece that there
+# could be, and idle ones cost there (16 x 4096: 94.5 us with 128 of them, 104 with 2112; 64 x 2048: 182.5 with either).
+RESIDENT_CTAS = 264
+SMALL_RAGGED_CTAS = 256
 
 
 @dataclass(frozen=True)
@@ -45,21 +51,31 @@ def decode_shape(q_len: int, group_size: int, head_dim: int) -> DecodeShape:
 
 @dataclass(frozen=True)
 class DecodeSplits:
-    """What the device needs to divide a step among CTAs (kernels/splits.cu), and what its answer may need."""
+    """What the device needs to divide a step among CTAs (kernels/splits.cu), and what its answer may take."""
 
     ctas_an_item: int  # KV heads * column blocks
     fixed_splits: int  # splits of every request, or 0: by the lengths
-    most_partials: int  # split items with a partial state, in any step
+    ragged_ctas: int  # CTAs of a step whose requests are ragged, about
+    extra_items: int  # items that splitting may add to one for each request; it grows with the batch
+
+    @property
+    def most_partials(self) -> int:
+        """Items that leave a partial state: a request that is split adds one item at least."""
+        return 2 * self.extra_items
 
 
-def decode_splits(max_batch_size: int, num_kv_heads: int, column_blocks: int, batch_invariant: bool) -> DecodeSplits:
+@functools.cache
+def decode_splits(batch_size: int, num_kv_heads: int, column_blocks: int, batch_invariant: bool) -> DecodeSplits:
     """A batch-invariant plan splits every request as if it were alone, so that its bits do not depend on others."""
     ctas_an_item = num_kv_heads * column_blocks
     if batch_invariant:
         splits = max(1, SPLIT_CTAS // ctas_an_item)
-        return DecodeSplits(ctas_an_item, splits, max_batch_size * splits if splits > 1 else 0)
-    # Pieces of one length: a request that is cut has more than one, and all of them together few more than RAGGED_CTAS.
-    return DecodeSplits(ctas_an_item, 0, max(2 * RAGGED_CTAS // ctas_an_item, SPLIT_CTAS // ctas_an_item))
+        return DecodeSplits(ctas_an_item, splits, SPLIT_CTAS, batch_size * (splits - 1))
+    if batch_size <= 1:
+        ragged_ctas = SPLIT_CTAS
+    else:
+        ragged_ctas = RAGGED_CTAS if batch_size * ctas_an_item > RESIDENT_CTAS else SMALL_RAGGED_CTAS
+    return DecodeSplits(ctas_an_item, 0, ragged_ctas, ragged_ctas // ctas_an_item)
 
 
 @dataclass(frozen=True)

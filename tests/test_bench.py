@@ -1,26 +1,49 @@
-"""The parts of bench/ that need no GPU: counts of work, sampled queries, checks of results, figures and records."""
+"""The parts of bench/ that need no GPU: counts of work, checks of results, peers, figures, records and pictures."""
 
 import itertools
 import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 import paged_attn as pa
-from bench import record
-from bench.__main__ import CASES, H100_READ_FLOOR, is_noisy, parse, select
-from bench.check import check
-from bench.timing import Times
-from bench.workload import TILE, Workload, causal_flops, kv_bytes, random_normal, sampled_queries
-from tests.cases import BENCH_DECODE, BENCH_PREFILL, Case
+from bench import cold, first_result, peers, plot, record
+from bench.__main__ import BENCHES, H100_READ_FLOOR, is_noisy, lacking, main, parse, peer_cells, select
+from bench.check import MOST_KEYS, Expected
+from bench.pools import Append, Merge
+from bench.session import Session, fastest
+from bench.timing import Stopwatch, Times, spread
+from bench.workload import TILE, Workload, causal_flops, kv_bytes, random_normal, sampled_queries, seen_tokens
+from tests.cases import (
+    BENCH_DECODE,
+    BENCH_DECODE_MORE,
+    BENCH_PREFILL_MORE,
+    AppendCase,
+    Case,
+    MergeCase,
+)
 
+ALL_CASES = [*BENCHES["decode"].cases().values(), *BENCHES["prefill"].cases().values()]
 SMALL = Case("small", (70, 33, 16), q_lens=(9, 33, 1), num_qo_heads=4, num_kv_heads=2, head_dim=32)
 
 
 def attend(workload: Workload) -> tuple[np.ndarray, np.ndarray]:
-    return pa.prefill(workload.q, workload.qo_indptr, workload.kv, workload.table, return_lse=True)
+    window = workload.case.window_left
+    return pa.prefill(workload.q, workload.qo_indptr, workload.kv, workload.table, window_left=window, return_lse=True)
+
+
+def line(case: str = "bs1_4k_g4", **changes: Any) -> dict[str, Any]:
+    """A line of decode, as main() writes it."""
+    settings = {"bench": "decode", "case": case, "layout": "NHD", "page_size": 16, "dtype": "float16"}
+    figures = {"kv_mb": 16.8, "gflop": 0.067, "run_us": {"median": 14.0}, "read_floor_us": {"median": 11.0}}
+    return settings | figures | {"card": "H100", "date": "2026-01-01"} | changes
 
 
 def test_kv_bytes_are_those_of_the_tokens() -> None:
@@ -28,16 +51,63 @@ def test_kv_bytes_are_those_of_the_tokens() -> None:
     assert kv_bytes(case) == 64 * 4096 * 8 * 128 * 2 * 2
 
 
-def test_causal_flops_count_the_visible_keys() -> None:
-    visible = sum(
-        key <= kv_len - q_len + query
-        for q_len, kv_len in zip(SMALL.queries, SMALL.kv_lens, strict=True)
-        for query, key in itertools.product(range(q_len), range(kv_len))
-    )
-    assert causal_flops(SMALL) == 4 * 32 * 4 * visible
+def visible_pairs(case: Case) -> list[list[list[bool]]]:
+    """Whether a query sees a key, by request, query and key."""
+    return [
+        [
+            [
+                key <= kv_len - q_len + query
+                and (case.window_left < 0 or key >= kv_len - q_len + query - case.window_left)
+                for key in range(kv_len)
+            ]
+            for query in range(q_len)
+        ]
+        for q_len, kv_len in zip(case.queries, case.kv_lens, strict=True)
+    ]
 
 
-@pytest.mark.parametrize("case", [*BENCH_DECODE, *BENCH_PREFILL], ids=str)
+@pytest.mark.parametrize("window_left", [-1, 0, 7, 40, 1000])
+def test_work_counts_the_visible_keys(window_left: int) -> None:
+    case = replace(SMALL, window_left=window_left)
+    visible = [np.array(pairs) for pairs in visible_pairs(case)]
+    assert causal_flops(case) == 4 * 32 * 4 * sum(int(pairs.sum()) for pairs in visible)
+    assert seen_tokens(case) == sum(int(pairs.any(axis=0).sum()) for pairs in visible)
+
+
+def test_an_empty_request_is_no_work() -> None:
+    case = Case("empty", (0, 5, 0))
+    assert (causal_flops(case), seen_tokens(case)) == (4 * 64 * 8 * 5, 5)
+
+
+def test_a_window_is_read_and_nothing_else() -> None:
+    (case,) = BENCH_DECODE_MORE["window"]
+    assert kv_bytes(case) == 64 * 512 * case.num_kv_heads * 128 * 2 * 2
+
+
+@pytest.mark.parametrize("bench", ["decode", "prefill"])
+def test_a_name_is_one_case(bench: str) -> None:
+    for case in itertools.chain.from_iterable(BENCHES[bench].groups.values()):
+        assert BENCHES[bench].cases()[case.name] == case
+        assert all(q_len <= kv_len or not kv_len for q_len, kv_len in zip(case.queries, case.kv_lens, strict=True))
+        assert case.is_decode == (bench == "decode")
+
+
+def test_cases_at_equal_bytes_and_equal_work() -> None:
+    assert len({kv_bytes(case) for case in BENCH_DECODE_MORE["group"]}) == 1
+    assert [case.num_qo_heads // case.num_kv_heads for case in BENCH_DECODE_MORE["group"]] == [4, 5, 7, 12]
+    work = [causal_flops(case) for case in BENCH_PREFILL_MORE["group"]]
+    assert max(work) < 1.25 * min(work)
+    assert {case.num_qo_heads // case.num_kv_heads for case in BENCH_PREFILL_MORE["group"]} == {1, 4, 5, 7, 8, 12}
+
+
+def test_hostile_raggedness() -> None:
+    one_long, log_uniform, half_empty = (case.kv_lens for case in BENCH_DECODE_MORE["hostile"])
+    assert sorted(one_long) == [500] * 255 + [262144]
+    assert (len(log_uniform), min(log_uniform), max(log_uniform)) == (64, 1, 65536)
+    assert sorted(half_empty) == [0] * 128 + [4096] * 128
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_sampled_queries_lie_in_the_case(case: Case) -> None:
     queries = list(sampled_queries(case))
     assert len(queries) == len(set(queries))
@@ -55,9 +125,37 @@ def test_random_numbers_fill_more_than_a_tile() -> None:
 
 @pytest.mark.parametrize("layout", pa.Layout)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_right_results_pass_the_check(layout: str, dtype: str) -> None:
-    workload = Workload.build(replace(SMALL, layout=layout, dtype=dtype), np)
-    assert check(workload, *attend(workload)) == len(list(sampled_queries(SMALL)))
+@pytest.mark.parametrize("combined", [False, True])
+def test_right_results_pass_the_check(layout: str, dtype: str, combined: bool) -> None:
+    case = replace(SMALL, layout=layout, dtype=dtype)
+    workload = Workload.build(case, np, combined=combined)
+    assert Expected(workload).check(*attend(workload)) == len(list(sampled_queries(SMALL)))
+    dense = workload.contiguous()
+    for request, (start, kv_len) in enumerate(zip((0, 70, 103), case.kv_lens, strict=True)):
+        for array, tokens in zip(dense, workload.tokens(request, kv_len), strict=True):
+            np.testing.assert_array_equal(array[start : start + kv_len], tokens)
+
+
+def test_empty_requests_and_windows_pass_the_check() -> None:
+    workload = Workload.build(Case("mixed", (0, 70, 0, 33), q_lens=(1, 9, 1, 1), window_left=10), np)
+    out, lse = attend(workload)
+    assert Expected(workload).check(out, lse) > 3
+    lse[0] = 0.0
+    with pytest.raises(AssertionError, match="-inf"):
+        Expected(workload).check(out, lse)
+
+
+def test_of_a_long_request_some_heads_are_checked() -> None:
+    case = Case("long", (MOST_KEYS // 2,), num_qo_heads=12, num_kv_heads=6, head_dim=16)
+    workload = Workload.build(case, np)
+    out, lse = attend(workload)
+    expected = Expected(workload)
+    expected.check(out, lse)
+    heads = expected._samples[0].heads
+    assert heads.stop - heads.start == 2 * 2  # the query heads of two KV heads
+    out[0, heads.start] *= 1.01
+    with pytest.raises(AssertionError, match="request 0, query 0"):
+        expected.check(out)
 
 
 def test_pages_are_shuffled() -> None:
@@ -76,7 +174,11 @@ def test_wrong_results_fail_the_check(wrong: str) -> None:
     else:
         lse[5, 1] = np.nan
     with pytest.raises(AssertionError):
-        check(workload, out, lse)
+        Expected(workload).check(out, lse)
+
+
+def test_the_spread_of_times() -> None:
+    assert spread([2.0, 1.0, 3.0]) == {"median": 2, "p10": 1.2, "p90": 2.8, "min": 1}
 
 
 def test_times_are_summarised_by_their_spread() -> None:
@@ -84,27 +186,216 @@ def test_times_are_summarised_by_their_spread() -> None:
     assert times.summary() == {"median": 51, "p10": 11, "p90": 91, "min": 1, "host": 2}
 
 
+# -- pools -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_states", [2, 5])
+def test_merges_are_checked(num_states: int) -> None:
+    inputs = Merge.build(MergeCase("small", 70, num_states, num_heads=3, head_dim=16), np)
+    out, lse = inputs.run()()
+    inputs.check(out, lse)
+    out[-1, 1] *= 1.01
+    with pytest.raises(AssertionError, match="rows are off"):
+        inputs.check(out)
+
+
+@pytest.mark.parametrize("layout", pa.Layout)
+def test_appends_are_checked(layout: str) -> None:
+    inputs = Append.build(AppendCase("small", 42, 3, num_kv_heads=2, head_dim=16, page_size=5, layout=layout), np)
+    np.testing.assert_array_equal(inputs.slots, inputs.table.slots(inputs.batch_indices, inputs.positions))
+    with pytest.raises(AssertionError, match="42 of 42 tokens of k"):
+        inputs.check()
+    pa.append(inputs.kv, inputs.slots, inputs.k, inputs.v)
+    inputs.check()
+    with pytest.raises(AssertionError, match="42 of 42"):  # what the check found is gone for the next one
+        inputs.check()
+    pa.append(inputs.kv, inputs.slots, inputs.k, inputs.v)
+    unused = np.setdiff1d(np.arange(inputs.kv.num_pages * 5), inputs.slots)[:1]
+    pa.append(inputs.kv, unused, inputs.k[:1], inputs.v[:1])
+    with pytest.raises(AssertionError, match="32 elements of k were written beside"):
+        inputs.check()
+
+
+# -- peers -------------------------------------------------------------------------------------------------------------
+
+
+class FakePeer(peers.Peer):
+    """Doubles its input, as a right, a wrong and a refusing kernel."""
+
+    name, versions = "fake", {"fake": "1"}
+
+    def decode(self, workload: Any) -> peers.Kernels:
+        return {
+            "slow": lambda: lambda: 2 * workload,
+            "fast": lambda: lambda: 2 * workload,
+            "wrong": lambda: lambda: 3 * workload,
+            "refusing": self.refuse,
+        }
+
+    def refuse(self) -> peers.Run:
+        raise RuntimeError("no kernel for this\nand a long story")
+
+    def to_cupy(self, result: Any) -> Any:
+        return result
+
+
+class FakeStopwatch(Stopwatch):
+    """Says that everything takes as long as its name has letters."""
+
+    def __init__(self) -> None: ...
+
+    def interleave(self, calls: Mapping[str, Callable[[], object]], reps: int) -> dict[str, Times]:
+        return {name: Times((float(len(name.rpartition("\0")[2])),) * reps, (1.0,) * reps) for name in calls}
+
+
+def is_six(result: int) -> None:
+    assert result == 6, f"{result} is not 6"
+
+
+def test_a_peer_is_as_fast_as_its_fastest_right_kernel() -> None:
+    session = Session(FakeStopwatch(), [FakePeer()], reps=3)
+    figures = session.measure("decode", 3, is_six, {"run_us": lambda: None})
+    assert figures["run_us"]["median"] == 6
+    assert figures["peers"]["fake"]["kernel"] == "slow"
+    assert figures["peers"]["fake"]["medians"] == {"slow": 4, "fast": 4}
+    assert peer_cells(figures, ["fake"]) == ["4.0", "1.500"]
+    assert lacking(figures) == {}
+
+
+def test_a_peer_without_a_right_kernel_has_a_reason_instead_of_a_time() -> None:
+    session = Session(FakeStopwatch(), [FakePeer()], reps=3)
+    figures = session.measure("decode", 1, is_six, {"run_us": lambda: None})
+    reason = lacking(figures)["fake"]
+    assert "slow: wrong result, 2 is not 6" in reason and "refusing: RuntimeError: no kernel for this" in reason
+    assert peer_cells(figures, ["fake"]) == ["-", "-"]
+    assert lacking(session.measure("prefill", 1, is_six, {"run_us": lambda: None})) == {"fake": "no prefill"}
+    assert "peers" not in Session(FakeStopwatch()).measure("decode", 1, is_six, {"run_us": lambda: None})
+
+
+def test_the_fastest_kernel() -> None:
+    found = fastest({"a": {"median": 3.0, "host": 1.0}, "b": {"median": 2.0, "host": 5.0}})
+    assert found == {"median": 2.0, "host": 5.0, "kernel": "b", "medians": {"a": 3.0, "b": 2.0}}
+
+
+def test_peers_that_cannot_be_imported_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(peers.PEERS, "jax", FakePeer)
+    found, missing = peers.load(["flashinfer", "jax", "fa3", "cudnn"])
+    assert [peer.name for peer in found] == ["fake"]
+    assert missing.keys() == {"flashinfer", "fa3", "cudnn"} and "torch" in missing["fa3"]
+
+
+def test_bench_imports_no_peer_and_no_plotting() -> None:
+    code = "import sys, bench.__main__; print({'torch', 'jax', 'flashinfer', 'matplotlib'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=record.ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("peer", "case", "reason"),
+    [
+        (peers.FlashAttention3, SMALL, "bfloat16"),
+        (peers.FlashAttention3, replace(SMALL, dtype="bfloat16", window_left=3), "windows"),
+        (peers.CudnnDense, SMALL, "dense"),
+        (peers.FlashAttention3Jax, replace(SMALL, head_dim=128, layout="HND"), "NHD"),
+        (peers.FlashAttention3Jax, replace(SMALL, head_dim=128), "one number of queries"),
+        (peers.FlashAttention3Jax, Case("empty", (0, 5), q_lens=(1, 1), head_dim=128), "no empty request"),
+    ],
+)
+def test_peers_say_what_they_lack(peer: type[peers.Peer], case: Case, reason: str) -> None:
+    with pytest.raises(NotImplementedError, match=reason):
+        peer.prefill(object.__new__(peer), SimpleNamespace(case=case))
+
+
+# -- the command line, records and pictures ----------------------------------------------------------------------------
+
+
 def test_a_slow_floor_is_noise_on_the_card_that_was_measured() -> None:
-    line = {"bench": "decode", "case": "bs1_4k_g4", "card": "NVIDIA H100 80GB HBM3", "read_floor_us": {"median": 12.0}}
-    assert is_noisy(line)
-    assert not is_noisy(line | {"read_floor_us": {"median": 11.2}})
-    assert not is_noisy(line | {"card": "NVIDIA A100"})
+    slow = line(card="NVIDIA H100 80GB HBM3", read_floor_us={"median": 12.0})
+    assert is_noisy(slow)
+    assert not is_noisy(slow | {"read_floor_us": {"median": 11.2}})
+    assert not is_noisy(slow | {"card": "NVIDIA A100"})
+    assert not is_noisy(slow | {"case": "1x128"})
     assert H100_READ_FLOOR.keys() == {case.name for case in BENCH_DECODE}
 
 
 def test_the_command_line_chooses_cases_and_settings() -> None:
-    options = parse(["prefill", "--cases", "1x8192", "--page-size", "64", "--layout", "HND", "--dtype", "bfloat16"])
-    (case,) = select(CASES["prefill"], options)
-    assert (case.name, case.page_size, case.layout, case.dtype) == ("1x8192", 64, "HND", "bfloat16")
+    options = parse(["prefill", "--cases", "1x8192", "--page-size", "64", "--layout", "HND", "--dtype", "float16"])
+    (case,) = select(BENCHES["prefill"], options)
+    assert (case.name, case.page_size, case.layout, case.dtype) == ("1x8192", 64, "HND", "float16")
     assert options.json == record.RESULTS / "prefill.jsonl"
-    assert select(CASES["decode"], parse(["decode"])) == list(BENCH_DECODE)
+    assert select(BENCHES["decode"], parse(["decode"])) == list(BENCH_DECODE)
+    assert {case.dtype for case in select(BENCHES["prefill"], parse(["prefill"]))} == {"bfloat16"}
 
 
-@pytest.mark.parametrize("arguments", [["decode", "--cases", "1x8192"], ["decode", "--reps", "0"], ["merge"]])
+def test_the_command_line_takes_groups_and_each_case_once() -> None:
+    chosen = select(BENCHES["decode"], parse(["decode", "--cases", "kv_len", "batch", "1x2048"]))
+    names = [case.name for case in chosen]
+    assert len(names) == len(set(names)) == len(BENCH_DECODE_MORE["kv_len"]) + len(BENCH_DECODE_MORE["batch"]) - 1
+    assert [probe.name for probe in select(BENCHES["host"], parse(["host"]))][:1] == ["decode run()"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["decode", "--cases", "16x1024"],
+        ["decode", "--reps", "0"],
+        ["decode", "--peer", "flashinfer,nobody"],
+        ["merge", "--plot"],
+        ["sort"],
+    ],
+)
 def test_the_command_line_refuses_what_it_does_not_know(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse(arguments)
     assert stopped.value.code == 2
+
+
+def test_the_newest_line_of_a_case_counts() -> None:
+    lines = [
+        line("a", card="old"), line("b", reps=1), line("a"), line("b", reps=2), line("b", page_size=64),
+        line("b", lse=True), line("b", layout="HND", card="other"),
+    ]  # fmt: skip
+    found = plot.newest(lines, {"layout": "NHD", "lse": None})
+    kept = {(x["case"], x["page_size"]): x.get("reps") for x in found}
+    assert kept == {("a", 16): None, ("b", 16): 2, ("b", 64): None} and len(found) == 3
+    assert plot.newest([], {"layout": "NHD"}) == []
+
+
+@pytest.mark.parametrize("recorded", ["headline", "everything"])
+@pytest.mark.parametrize("bench", ["decode", "prefill"])
+def test_pictures_are_drawn_from_what_is_recorded(bench: str, recorded: str, tmp_path: Path) -> None:
+    path, named = tmp_path / f"{bench}.jsonl", BENCHES[bench]
+    arguments = [bench, "--plot", "--json", f"{path}"]
+    with pytest.raises(SystemExit, match="measure first"):
+        main(arguments)
+    groups = ["headline", "kv_len", "batch", "length"] if recorded == "everything" else ["headline"]
+    cases = itertools.chain.from_iterable(named.groups.get(group, ()) for group in groups)
+    for i, case in enumerate(cases):
+        found = {} if i % 2 else {"flashinfer": {"median": 20.0 + i, "kernel": "x"}, "fa3": {"none": "no"}}
+        record.append(path, line(case.name, bench=bench, dtype=named.dtype, peers=found))
+    assert main(arguments) == 0
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_first_result_is_right_on_the_reference() -> None:
+    """The child's one-shot calls, on NumPy instead of CuPy."""
+    assert not first_result.decode(np).any() and not first_result.prefill(np).any()
+
+
+def test_cold_reports_children_that_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"KeyError: 'nothing'|No module named 'cupy'|cudaError"):
+        cold.first_result("nothing", f"{tmp_path}")
+    monkeypatch.setattr(
+        cold, "first_result", lambda name, folder: {"first_result": 1.2346, "import_cupy_and_context": 2}
+    )
+    figures = cold.measure_cold(cold.COLD[0], Session(FakeStopwatch()))
+    assert figures["cold_s"] == figures["warm_s"] == {"median": 1.235, "p10": 1.235, "p90": 1.235, "min": 1.235}
+
+
+def test_numerics_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.numerics.main", lambda arguments: 7 if arguments == ["--no-peers"] else 8)
+    assert main(["numerics", "--no-peers"]) == 7
 
 
 def test_the_source_hash_is_of_names_and_contents(tmp_path: Path) -> None:
@@ -127,3 +418,5 @@ def test_lines_are_appended(tmp_path: Path) -> None:
     record.append(path, {"case": "a", "tflops": 1.5})
     record.append(path, {"case": "b"})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"case": "a", "tflops": 1.5}, {"case": "b"}]
+    assert record.read(path) == [{"case": "a", "tflops": 1.5}, {"case": "b"}]
+    assert record.read(tmp_path / "none.jsonl") == []

@@ -482,6 +482,7 @@ class Plan:
         self._write_run: Callable[..., None]
         self._hopper: _HopperPrefill | None = None
         self._plan_splits: compile.Launch | None = None
+        self._splits: Callable[[int], planner.DecodeSplits]  # by the batch size
         self._grid: Callable[[int], tuple[int, ...]]  # rows of q -> CTAs, and the last fields of _write_run
 
     def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: Any) -> None:
@@ -518,7 +519,9 @@ class Plan:
             if self._hopper:
                 self._hopper.order_tiles(stream, 1)
             elif self._plan_splits:
-                self._plan_splits.params["batch"] = batch_size
+                splits, params = self._splits(batch_size), self._plan_splits.params
+                params["batch"], params["extra_items"] = batch_size, splits.extra_items
+                params["ragged_ctas"] = splits.ragged_ctas
                 self._plan_splits(stream, 1)
 
     def _prepare(self, spec: AttentionSpec, page_stride: int, num_requests: int, max_pages: int) -> None:
@@ -584,7 +587,7 @@ class Plan:
             columns, column_blocks = kernel_shape.columns, kernel_shape.column_blocks
             name, last, constants["COLUMNS"] = "decode", "batch", columns
             splits = planner.decode_splits(num_requests, spec.num_kv_heads, column_blocks, self._batch_invariant)
-            most_items = num_requests + splits.most_partials
+            most_items = num_requests + splits.extra_items
             partials = splits.most_partials * splits.ctas_an_item * columns
             items = self._buffer("items", most_items * ITEM_BYTES)
             fields |= {
@@ -596,7 +599,13 @@ class Plan:
                 "arrivals": self._buffer("arrivals", num_requests * splits.ctas_an_item * 4),
             }
             del fields["requests"]
-            self._grid = functools.partial(_decode_grid, spec.q_len, splits)
+            self._splits = functools.partial(
+                planner.decode_splits,
+                num_kv_heads=spec.num_kv_heads,
+                column_blocks=column_blocks,
+                batch_invariant=self._batch_invariant,
+            )
+            self._grid = functools.partial(_decode_grid, spec.q_len, self._splits)
             kernel = compile.kernel("plan_splits", device, shared_bytes=SPLITS_BYTES)
             params = kernel.params(
                 {
@@ -604,12 +613,10 @@ class Plan:
                     "items": items,
                     "max_batch_size": num_requests,
                     "max_items": most_items,
-                    "most_partials": splits.most_partials,
                     "window_left": spec.window_left,
                     "ctas_an_item": splits.ctas_an_item,
                     "whole_ctas": planner.WHOLE_CTAS,
                     "split_ctas": planner.SPLIT_CTAS,
-                    "ragged_ctas": planner.RAGGED_CTAS,
                     "fixed_splits": splits.fixed_splits,
                 }
             )
@@ -751,10 +758,11 @@ def _upload(array: Any, device: str) -> Any:
     return to_backend(array, device) if isinstance(array, np.ndarray) else array
 
 
-def _decode_grid(q_len: int, splits: planner.DecodeSplits, rows: int) -> tuple[int, int]:
+def _decode_grid(q_len: int, splits: Callable[[int], planner.DecodeSplits], rows: int) -> tuple[int, int]:
     """CTAs, and the run's batch: items behind those of the batch belong to rows that q does not have."""
     batch = rows // q_len
-    return (batch + splits.most_partials) * splits.ctas_an_item, batch
+    limits = splits(batch)
+    return (batch + limits.extra_items) * limits.ctas_an_item, batch
 
 
 def _prefill_grid(spec: AttentionSpec, num_requests: int, rows: int) -> tuple[int, int, int]:

@@ -196,7 +196,7 @@ MUTATIONS = [
     Mutation("splits.cu", "rows behind the batch among the others", "return CLASSES - 1;", "return 0;", evens(4)),
     Mutation(
         "splits.cu", "partial states on one another",
-        "{request, row, split, splits, int(before)}", "{request, row, split, splits, 0}",
+        "{request, row, split, splits, first_partial}", "{request, row, split, splits, 0}",
         cuts(1, 8),
     ),
     # -- tiles --
