@@ -546,7 +546,7 @@ def show(console: Console, title: str, findings: list[Finding]) -> None:
     if not console.is_terminal:
         console.print(title)
         for finding in findings:
-            console.print(f"  {finding.verdict:6}  {finding.name:14}  {finding.text}", soft_wrap=True)
+            console.print(f"  {finding.verdict:6}  {finding.name:17}  {finding.text}", soft_wrap=True)
         return
     table = Table(title=title, title_justify="left", show_header=False)
     for column in ("name", "verdict", "text"):

@@ -34,7 +34,7 @@ def diagnose() -> subprocess.CompletedProcess[str]:
 
 
 def verdicts(output: str) -> dict[str, str]:
-    return {name.strip(): verdict for verdict, name in re.findall(r"^  (ok|note|failed) +(.{14})  \S", output, re.M)}
+    return {name: verdict for verdict, name in re.findall(r"^  (ok|note|failed) +(\S.*?) {2,}\S", output, re.M)}
 
 
 # -- this machine ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 NUM_PICTURES = {"01_quickstart": 3}  # the page table, the masks of prefill, decode against the read floor
 
 # Whether the committed outputs are a GPU's: `python notebooks/execute.py` on a machine with a card makes it true.
-COMMITTED_FROM_GPU = False
+COMMITTED_FROM_GPU = True
 
 
 def read(path: Path) -> nbformat.NotebookNode:
