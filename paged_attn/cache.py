@@ -30,6 +30,8 @@ NOT_LIVE = (
 def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
     """first[0], first[0]+1, ... (count[0] of them), first[1], first[1]+1, ... as one array [sum(count)]."""
     end = np.cumsum(count)
+    if count.size and end[-1] == count.size and count.min() == 1:  # a decode step: one of each
+        return first
     return np.repeat(first - end + count, count) + np.arange(end[-1] if end.size else 0)
 
 

@@ -16,10 +16,10 @@ SPLIT_CTAS = 128
 # Ragged requests are cut into pieces, about this many CTAs in all: eight for each that an H100 runs at a time (64
 # requests of 128 to 16000 tokens: 712.8 us; half as many pieces 723.8, a quarter 731.3, whole 741).
 RAGGED_CTAS = 2112
-# Small batches, whose requests all run at once, are cut into fewer: the launch has a CTA for every piece that there
-# could be, and idle ones cost there (16 x 4096: 94.5 us with 128 of them, 104 with 2112; 64 x 2048: 182.5 with either).
+# Small batches, whose requests all run at once, are cut into SPLIT_CTAS instead: the launch has a CTA for every piece
+# that there could be, and idle ones cost there (16 x 4096: 94.5 us with 128 of them, 97.8 with 256, 104 with 2112;
+# 64 x 2048: 182.5 us with 128 or 2112).
 RESIDENT_CTAS = 264
-SMALL_RAGGED_CTAS = 256
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,7 @@ def decode_splits(batch_size: int, num_kv_heads: int, column_blocks: int, batch_
     if batch_invariant:
         splits = max(1, SPLIT_CTAS // ctas_an_item)
         return DecodeSplits(ctas_an_item, splits, SPLIT_CTAS, batch_size * (splits - 1))
-    if batch_size <= 1:
-        ragged_ctas = SPLIT_CTAS
-    else:
-        ragged_ctas = RAGGED_CTAS if batch_size * ctas_an_item > RESIDENT_CTAS else SMALL_RAGGED_CTAS
+    ragged_ctas = RAGGED_CTAS if batch_size * ctas_an_item > RESIDENT_CTAS else SPLIT_CTAS
     return DecodeSplits(ctas_an_item, 0, ragged_ctas, ragged_ctas // ctas_an_item)
 
 

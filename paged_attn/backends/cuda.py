@@ -11,8 +11,7 @@ import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import cupy
@@ -77,15 +76,22 @@ def is_capturing() -> bool:
     return bool(cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr))
 
 
-@contextmanager
-def _on(device: str) -> Iterator[None]:
-    """Make the device the current one; free of charge where it already is."""
-    index = _index(device)
-    if cupy.cuda.runtime.getDevice() == index:
-        yield
-    else:
-        with cupy.cuda.Device(index):
-            yield
+class _on:
+    """`with _on(device)` makes the device the current one; next to nothing where it already is."""
+
+    __slots__ = ("_index", "_previous")
+
+    def __init__(self, device: str) -> None:
+        self._index = _index(device)
+
+    def __enter__(self) -> None:
+        self._previous = cupy.cuda.runtime.getDevice()
+        if self._previous != self._index:
+            cupy.cuda.runtime.setDevice(self._index)
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous != self._index:
+            cupy.cuda.runtime.setDevice(self._previous)
 
 
 @functools.cache
@@ -473,7 +479,6 @@ class Plan:
         self._one_shot = one_shot
         self._status = _device_status(device) if one_shot else zeros((STATUS_BYTES,), np.uint8, device)
         self._capturable = max_batch_size is not None and max_pages is not None
-        self._index = _index(device)
         self._buffers: dict[str, Any] = {}
         self._shape: Any = None  # what the two launches were prepared for
         self._plan_requests: compile.Launch
@@ -646,11 +651,8 @@ class Plan:
             out_itemsize == 4,
             *extents,
         )
-        if cupy.cuda.runtime.getDevice() == self._index:
+        with _on(self._device):
             self._attend(cupy.cuda.get_current_stream().ptr, grid)
-        else:
-            with _on(self._device):
-                self._attend(cupy.cuda.get_current_stream().ptr, grid)
 
     def raise_status(self) -> None:
         """PageTableError for the first fault that the last update met. Waits for the device."""
