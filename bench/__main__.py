@@ -1,6 +1,7 @@
 """`python -m bench NAME`: check each case against the NumPy backend, time it, record it, print a table.
 
-decode    microseconds of run() beside the read floor: the fastest plain kernel that reads the keys and values seen
+decode    microseconds of run() beside two floors: the fastest plain kernels that read as many contiguous bytes as the
+          keys and values seen have, and that read their pages in the order of the table
 prefill   microseconds and TFLOP/s of run(), causal
 merge     microseconds of merge_states beside the read floor of the states
 append    microseconds of append beside a plain copy of as many bytes
@@ -79,6 +80,15 @@ def _spread(name: str) -> Callable[[Figures], str]:
     return cell
 
 
+def _median(name: str) -> Callable[[Figures], str]:
+    """The cell of a median that not every case has."""
+
+    def cell(figures: Figures) -> str:
+        return f"{figures[name]['median']:.1f}" if name in figures else ""
+
+    return cell
+
+
 def _ratio(figures: Figures) -> str:
     return f"{figures['ratio']:.3f}"
 
@@ -108,6 +118,7 @@ BENCHES = {
         {
             "KV MB": lambda figures: f"{figures['kv_mb']:.1f}",
             "floor us (p10 - p90)": _spread("read_floor_us"),
+            "pages us": _median("page_floor_us"),
             "run us (p10 - p90)": _spread("run_us"),
             "run / floor": _ratio,
             "host us": _host,

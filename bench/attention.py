@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,8 @@ from .workload import Workload, causal_flops, kv_bytes
 
 
 def measure_decode(case: Case, session: Session) -> dict[str, Any]:
-    """Microseconds of run() and of the read floor: the fastest plain kernel that reads the keys and values seen."""
+    """Microseconds of run() and of two floors: the fastest plain kernel that reads as many contiguous bytes as the keys
+    and values seen have, and the fastest that reads their pages in the order of the table."""
     import cupy
 
     workload = Workload.build(case, cupy, combined=session.combined)
@@ -42,8 +44,16 @@ def _measure(operation: str, workload: Workload, plan: Any, q: Any, session: Ses
     rows = (-1, case.num_qo_heads)
     expected.check(out.reshape(*rows, case.head_dim), lse.reshape(rows))
     run = partial(plan.run, q, workload.kv, out=out, lse=lse if session.with_lse else None)
-    floor = session.stopwatch.read_floor(workload.storage, kv_bytes(case))
-    figures = session.measure(operation, workload, expected.check, {"read_floor_us": floor, "run_us": run})
+    calls: dict[str, Callable[[], Any]] = {
+        "read_floor_us": session.stopwatch.read_floor(workload.storage, kv_bytes(case)),
+        "run_us": run,
+    }
+    if operation == "decode" and case.window_left < 0:  # every page is read: what do plain loads of pages take?
+        pieces, piece_bytes = workload.pieces()
+        calls["page_floor_us"] = session.stopwatch.read_floor(
+            workload.storage, pieces.size * piece_bytes, pieces, piece_bytes
+        )
+    figures = session.measure(operation, workload, expected.check, calls)
     plan.status()
     median, flops = figures["run_us"]["median"], causal_flops(case)
     return {

@@ -1,6 +1,7 @@
 // Plain memory traffic: the floor that paged attention is measured against, and the L2 flush before every timed call.
 //
-//   read_memory:  every thread xors the 16-byte vectors it loads; nothing is stored, unless the xor happens to be KEEP
+//   read_memory:  every thread xors the 16-byte vectors it loads; nothing is stored, unless the xor happens to be KEEP.
+//                 In order, or piece after piece (a page of K or V) as `pieces` lists them
 //   write_memory: every thread stores 16-byte vectors
 //   spin:         one thread keeps the stream busy, without touching memory, while the host enqueues what is timed
 //
@@ -8,6 +9,8 @@
 //   data              [num_vectors]          uint4    the memory, 16-byte aligned
 //   num_vectors       scalar                 int64    vectors to read or write
 //   vectors_per_block scalar                 int64    vectors of one block, contiguous
+//   pieces            [num_vectors / piece_vectors] int32   which piece of data comes when; null: all in order
+//   piece_vectors     scalar                 uint32   vectors of a piece
 //   sink              [1]                    uint32   keeps the compiler from dropping the loads
 //   cycles            scalar                 int64    clock cycles that spin takes
 //
@@ -21,8 +24,15 @@ static_assert(UNROLL >= 1 && UNROLL <= 32, "each load of a pass takes four regis
 
 constexpr unsigned KEEP = 0x9e3779b9u;
 
+__device__ __forceinline__ const uint4* place(const uint4* data, const int* pieces, unsigned piece_vectors,
+                                              long long vector) {
+    if (!pieces) return data + vector;
+    const unsigned piece = unsigned(vector) / piece_vectors, within = unsigned(vector) - piece * piece_vectors;
+    return data + (long long)__ldg(pieces + piece) * piece_vectors + within;
+}
+
 extern "C" __global__ void read_memory(const uint4* data, long long num_vectors, long long vectors_per_block,
-                                       unsigned* sink) {
+                                       const int* pieces, unsigned piece_vectors, unsigned* sink) {
     const long long first = (long long)blockIdx.x * vectors_per_block;
     const long long end = min(first + vectors_per_block, num_vectors);
     const long long step = blockDim.x;
@@ -31,12 +41,12 @@ extern "C" __global__ void read_memory(const uint4* data, long long num_vectors,
     for (; vector + (UNROLL - 1) * step < end; vector += UNROLL * step) {
         uint4 loaded[UNROLL];
 #pragma unroll
-        for (int i = 0; i < UNROLL; ++i) loaded[i] = __ldg(data + vector + i * step);
+        for (int i = 0; i < UNROLL; ++i) loaded[i] = __ldg(place(data, pieces, piece_vectors, vector + i * step));
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) seen ^= loaded[i].x ^ loaded[i].y ^ loaded[i].z ^ loaded[i].w;
     }
     for (; vector < end; vector += step) {
-        const uint4 loaded = __ldg(data + vector);
+        const uint4 loaded = __ldg(place(data, pieces, piece_vectors, vector));
         seen ^= loaded.x ^ loaded.y ^ loaded.z ^ loaded.w;
     }
     if (seen == KEEP) *sink = seen;

@@ -49,7 +49,8 @@ class Stopwatch:
         self._memory = Memory()
         self._written = cupy.empty(FLUSH_BYTES, np.uint8)
         self._read = cupy.empty(FLUSH_BYTES, np.uint8)
-        self._fastest: dict[int, tuple[int, int, int]] = {}  # unroll, block_size, block_bytes by number of bytes
+        # (unroll, block_size, block_bytes) by the number of bytes and that of a piece
+        self._fastest: dict[tuple[int, int], tuple[int, int, int]] = {}
 
     def flush(self) -> None:
         """Write 256 MB, then read another 256 MB.
@@ -88,21 +89,23 @@ class Stopwatch:
             for name, pairs in events.items()
         }
 
-    def read_floor(self, buffer: Any, num_bytes: int) -> Callable[[], None]:
+    def read_floor(self, buffer: Any, num_bytes: int, pieces: Any = None, piece_bytes: int = 0) -> Callable[[], None]:
         """The fastest of a few plain 16-byte-load kernels over the first `num_bytes` of `buffer`, as a call.
 
-        Which one it is, is measured once for each number of bytes.
+        With `pieces` (int32, of piece_bytes each) they read those in that order, as a page table has them. Which kernel
+        it is, is measured once for each number of bytes.
         """
 
         def variant(shape: tuple[int, int, int]) -> Callable[[], None]:
-            return lambda: self._memory.read(buffer, num_bytes, *shape)
+            return lambda: self._memory.read(buffer, num_bytes, *shape, pieces, piece_bytes)
 
-        if num_bytes not in self._fastest:
+        key = (num_bytes, piece_bytes)
+        if key not in self._fastest:
             shapes = itertools.product((4, 8), (256, 512), (2**15, 2**16, 2**17, 2**18, 2**20))
             variants = {f"{shape}": (shape, variant(shape)) for shape in shapes}
             times = self.interleave({name: call for name, (_, call) in variants.items()}, FLOOR_TRIALS)
-            self._fastest[num_bytes] = variants[min(times, key=lambda name: times[name].summary()["median"])][0]
-        return variant(self._fastest[num_bytes])
+            self._fastest[key] = variants[min(times, key=lambda name: times[name].summary()["median"])][0]
+        return variant(self._fastest[key])
 
 
 @contextmanager
@@ -129,11 +132,20 @@ class Memory:
         self._sink = cupy.zeros(1, np.uint32)
 
     def read(
-        self, buffer: Any, num_bytes: int, unroll: int = 8, block_size: int = 512, block_bytes: int = 2**17
+        self,
+        buffer: Any,
+        num_bytes: int,
+        unroll: int = 8,
+        block_size: int = 512,
+        block_bytes: int = 2**17,
+        pieces: Any = None,
+        piece_bytes: int = 0,
     ) -> None:
-        """Read the first `num_bytes` (a multiple of 16) of `buffer`."""
+        """Read the first `num_bytes` (a multiple of 16) of `buffer`, or as many bytes in `pieces`."""
         kernel = self._modules[unroll].get_function("read_memory")
-        kernel(*_grid(num_bytes, block_size, block_bytes), (buffer, *_vectors(num_bytes, block_bytes), self._sink))
+        order = (np.uint64(0) if pieces is None else pieces, np.uint32(piece_bytes // VECTOR_BYTES))
+        arguments = (buffer, *_vectors(num_bytes, block_bytes), *order, self._sink)
+        kernel(*_grid(num_bytes, block_size, block_bytes), arguments)
 
     def write(self, buffer: Any, block_size: int = 512, block_bytes: int = 2**17) -> None:
         """Write zeros over `buffer`, whose size is a multiple of 16 bytes."""

@@ -85,6 +85,18 @@ class Workload:
             last_page_len=last_page_len,
         )
 
+    def pieces(self) -> tuple[Any, int]:
+        """Pages of K and V in the order of the table, as numbers of equal pieces of `storage`; and a piece's bytes."""
+        page_bytes = self.storage[0, 0].nbytes
+        combined = self.kv.k_pages.strides[0] == 2 * page_bytes
+        step, v_first = (2, 1) if combined else (1, len(self.indices))
+        order = (self.indices[:, None] * step + np.array([0, v_first], np.int32)).ravel().astype(np.int32)
+        if isinstance(self.qo_indptr, np.ndarray):
+            return order, page_bytes
+        import cupy
+
+        return cupy.asarray(order), page_bytes
+
     def tokens(self, request: int, count: int, heads: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """K and V of a request's first `count` tokens, [count, KV heads, head_dim], on the host."""
         first = self.indptr[request]

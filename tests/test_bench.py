@@ -126,6 +126,18 @@ def test_random_numbers_fill_more_than_a_tile() -> None:
 @pytest.mark.parametrize("layout", pa.Layout)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("combined", [False, True])
+def test_pieces_are_the_pages_of_k_and_v_in_the_order_of_the_table(layout: str, dtype: str, combined: bool) -> None:
+    case = Case("pieces", (70, 0, 33), layout=layout, dtype=dtype)
+    workload = Workload.build(case, np, combined=combined)
+    order, piece_bytes = workload.pieces()
+    pieces = workload.storage.view(np.uint8).reshape(-1, piece_bytes)[order]
+    pages = [pool[page] for page in workload.indices for pool in (workload.kv.k_pages, workload.kv.v_pages)]
+    np.testing.assert_array_equal(pieces, [np.ascontiguousarray(page).view(np.uint8).ravel() for page in pages])
+
+
+@pytest.mark.parametrize("layout", pa.Layout)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("combined", [False, True])
 def test_right_results_pass_the_check(layout: str, dtype: str, combined: bool) -> None:
     case = replace(SMALL, layout=layout, dtype=dtype)
     workload = Workload.build(case, np, combined=combined)
