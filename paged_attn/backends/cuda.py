@@ -460,7 +460,8 @@ def _stride(array: Any, axis: int) -> int:
 class Plan:
     """One step's metadata in buffers of its own, and the launches that read them.
 
-    With capacities the buffers are made once (by the first update) and never move; without, they grow by doubling.
+    With capacities the buffers are made once (by the first update) and never move, unless a later step has more heads or
+    other kernels; without, they grow by doubling.
     """
 
     def __init__(
@@ -480,6 +481,7 @@ class Plan:
         self._status = _device_status(device) if one_shot else zeros((STATUS_BYTES,), np.uint8, device)
         self._capturable = max_batch_size is not None and max_pages is not None
         self._buffers: dict[str, Any] = {}
+        self._outgrown: list[Any] = []
         self._shape: Any = None  # what the two launches were prepared for
         self._plan_requests: compile.Launch
         self._write_step: Callable[..., None]
@@ -667,6 +669,8 @@ class Plan:
                     f"plan() needs {num_bytes} bytes for its {name} while the stream is capturing a CUDA graph; "
                     f"call plan() once with these shapes before the capture, which makes the buffers"
                 )
+            if buffer is not None and self._capturable:
+                self._outgrown.append(buffer)  # a graph that was captured with it may still be replayed
             size = num_bytes if buffer is None else max(num_bytes, 2 * buffer.nbytes)
             buffer = self._buffers[name] = zeros((max(size, 16),), np.uint8, self._device)
         return buffer
