@@ -460,8 +460,8 @@ def _stride(array: Any, axis: int) -> int:
 class Plan:
     """One step's metadata in buffers of its own, and the launches that read them.
 
-    With capacities the buffers are made once (by the first update) and never move, unless a later step has more heads or
-    other kernels; without, they grow by doubling.
+    With capacities the buffers are made once (by the first update) and never move, unless a later step has more heads
+    or larger ones; without, they grow by doubling.
     """
 
     def __init__(
