@@ -351,6 +351,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     __syncthreads();
 
     const int cta = column_block * p.num_kv_heads + kv_head, ctas_an_item = p.column_blocks * p.num_kv_heads;
+    auto write_column = [&](int c, int dim, const RowState& state) {
+        const int of_request = column_block * COLUMNS + c, token = of_request / p.group_size;
+        const int q_head = kv_head * p.group_size + of_request - token * p.group_size;
+        write_row(p, batch_index * p.q_len + token, q_head, dim, state);
+    };
+
     // 6. Threads merge the warps' states, four dims each: the result, or this split's partial state.
     const int num_items = num_columns * (HEAD_DIM / 4);
     for (int item = threadIdx.x; item < num_items; item += THREADS) {
@@ -363,9 +369,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             fold(state, other.x, other.y, *reinterpret_cast<const float4*>(from));
         }
         if (active_splits <= 1) {
-            const int q_token = (column_block * COLUMNS + c) / p.group_size;
-            const int q_head = kv_head * p.group_size + column_block * COLUMNS + c - q_token * p.group_size;
-            write_row(p, batch_index * p.q_len + q_token, q_head, dim, state);
+            write_column(c, dim, state);
         } else {
             const i64 at = (i64(work.first_partial + split) * ctas_an_item + cta) * COLUMNS + c;
             *reinterpret_cast<float4*>(p.partial_out + at * HEAD_DIM + dim) = state.out;
@@ -423,9 +427,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
                 }
         }
         if (item < num_items && share == 0) {
-            const int q_token = (column_block * COLUMNS + c) / p.group_size;
-            const int q_head = kv_head * p.group_size + column_block * COLUMNS + c - q_token * p.group_size;
-            write_row(p, batch_index * p.q_len + q_token, q_head, dim, state);
+            write_column(c, dim, state);
         }
     }
 }

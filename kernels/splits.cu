@@ -16,8 +16,8 @@
 #include "page_table.cuh"
 #include "table_rows.cuh"
 
-constexpr int CLASSES = 257;  // the last one: rows behind the batch
-constexpr int TILE = 16;  // tokens that a warp of decode takes at a time
+constexpr int CLASSES = LENGTH_CLASSES + 1;  // the last one: rows behind the batch
+constexpr int TILE = 16;                     // tokens that a warp of decode takes at a time
 
 struct SplitsParams {
     const Request* requests;  // [max_batch_size + 1]
@@ -40,11 +40,9 @@ __device__ __forceinline__ int tokens_of(const SplitsParams& p, const Request& r
     return int(clamp(request.kv_len, 0, window));
 }
 
-// 0 for the most tokens: the upper bits of the number as a float are 8 classes between a power of two and the next.
+// The class of a row's items, 0 for the most tokens.
 __device__ __forceinline__ int class_of(const SplitsParams& p, int row, int tokens) {
-    const int smallest = 127 << 3;  // of 1.0f
-    if (row >= p.batch) return CLASSES - 1;
-    return CLASSES - 2 - (tokens > 0 ? int(__float_as_uint(float(tokens)) >> 20) - smallest + 1 : 0);
+    return row < p.batch ? LENGTH_CLASSES - 1 - length_class(tokens) : CLASSES - 1;
 }
 
 extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_constant__ SplitsParams p) {

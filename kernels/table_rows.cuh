@@ -8,6 +8,15 @@ __device__ __forceinline__ i64 clamp(i64 value, i64 low, i64 high) {
     return value < low ? low : value > high ? high : value;
 }
 
+// A number's class for sorting by size to within an eighth: 0 for none, and 8 classes between a power of two and the
+// next, which are the upper bits of the number as a float.
+constexpr int LENGTH_CLASSES = 256;
+
+__device__ __forceinline__ int length_class(int length) {
+    const int smallest = 127 << 3;  // of 1.0f
+    return length > 0 ? int(__float_as_uint(float(length)) >> 20) - smallest + 1 : 0;
+}
+
 // Entries [begin, end) of a list.
 struct Range {
     int begin;

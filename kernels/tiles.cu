@@ -14,7 +14,7 @@
 #include "page_table.cuh"
 #include "table_rows.cuh"
 
-constexpr int CLASSES = 256;
+constexpr int CLASSES = LENGTH_CLASSES;
 
 struct TilesParams {
     const Request* requests;  // [max_batch_size + 1]
@@ -25,14 +25,10 @@ struct TilesParams {
     int tile_rows;
 };
 
-// The class of a request, 0 for the most tokens a tile: the upper bits of the number as a float, sign left out, are
-// 8 classes between a power of two and the next.
+// The class of a request, 0 for the most tokens a tile.
 __device__ __forceinline__ int class_of(const TilesParams& p, const Request& request) {
     const i64 window = p.window_left < 0 ? INT_LARGEST : i64(p.window_left) + p.tile_rows / p.group_size + 1;
-    const int tokens = int(clamp(request.kv_len, 0, window));
-    const int smallest = 127 << 3;  // of 1.0f
-    const int position = tokens > 0 ? int(__float_as_uint(float(tokens)) >> 20) - smallest + 1 : 0;
-    return CLASSES - 1 - position;
+    return CLASSES - 1 - length_class(int(clamp(request.kv_len, 0, window)));
 }
 
 extern "C" __global__ void __launch_bounds__(1024) plan_tiles(const __grid_constant__ TilesParams p) {

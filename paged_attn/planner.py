@@ -8,10 +8,10 @@ import functools
 from dataclasses import dataclass
 
 # With this many (request, KV head) pairs, requests of about equal length stay whole: a split costs more than it gives
-# (64 pairs: 56.5 us whole, 57.4 us halved).
+# (in an early form of the kernel, 64 pairs: 56.5 us whole, 57.4 us halved).
 WHOLE_CTAS = 64
 # With fewer they are split into this many CTAs: 64 SMs already saturate memory, and more CTAs only add partial states
-# to merge (bs1_4k_g4: 8 splits a head 14.3 us, 16: 14.2, 33: 15.8, 66: 18.2).
+# to merge (the same early form, bs1_4k_g4: 8 splits a head 14.3 us, 16: 14.2, 33: 15.8, 66: 18.2).
 SPLIT_CTAS = 128
 # Ragged requests are cut into pieces, about this many CTAs in all: eight for each that an H100 runs at a time (64
 # requests of 128 to 16000 tokens: 712.8 us; half as many pieces 723.8, a quarter 731.3, whole 741).

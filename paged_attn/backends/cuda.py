@@ -482,7 +482,7 @@ class Plan:
         self._capturable = max_batch_size is not None and max_pages is not None
         self._buffers: dict[str, Any] = {}
         self._outgrown: list[Any] = []
-        self._shape: Any = None  # what the two launches were prepared for
+        self._shape: Any = None  # what the launches were prepared for
         self._plan_requests: compile.Launch
         self._write_step: Callable[..., None]
         self._attend: compile.Launch
@@ -509,7 +509,7 @@ class Plan:
                     "plan() was called while the stream is capturing a CUDA graph, but the plan has no capacity, so "
                     "its buffers may move; make it with max_batch_size= and max_pages="
                 )
-            arrays = [_upload(array, device) for array in _arrays_of(table, qo_indptr)]
+            arrays = [to_backend(array, device) for array in _arrays_of(table, qo_indptr)]
             num_indices = table.indices.size
             num_requests = batch_size if self._max_batch_size is None else self._max_batch_size
             max_pages = num_indices if self._max_pages is None else self._max_pages
@@ -532,7 +532,7 @@ class Plan:
                 self._plan_splits(stream, 1)
 
     def _prepare(self, spec: AttentionSpec, page_stride: int, num_requests: int, max_pages: int) -> None:
-        """The buffers and the two launches for steps of this shape: all that does not change from step to step."""
+        """The buffers and the launches for steps of this shape: all that does not change from step to step."""
         device = self._device
         requests = self._buffer("requests", (num_requests + 1) * REQUEST_BYTES)
         page_ids = self._buffer("page_ids", max_pages * 4)
@@ -728,7 +728,7 @@ class _HopperPrefill:
             return False
         params, rows, q_strides, out_strides = self._launch.params, q.shape[0], q.strides, out.strides
         itemsize = out.dtype.itemsize
-        tiles = rows * self._spec.group_size // self._tile_rows + self._num_requests + 1
+        tiles = _most_tiles(rows * self._spec.group_size, self._tile_rows, self._num_requests)
         params["k"], params["v"] = k, v
         params["q"], params["out"], params["lse"] = q.data.ptr, out.data.ptr, 0 if lse is None else lse.data.ptr
         params["q_row_stride"], params["q_head_stride"] = q_strides[0] // 2, q_strides[1] // 2
@@ -760,10 +760,6 @@ def _arrays_of(table: PageTable, qo_indptr: Any) -> tuple[Any, ...]:
     return table.indptr, table.indices, table.last_page_len, table.page_offset, table.total_len, qo_indptr
 
 
-def _upload(array: Any, device: str) -> Any:
-    return to_backend(array, device) if isinstance(array, np.ndarray) else array
-
-
 def _decode_grid(q_len: int, splits: Callable[[int], planner.DecodeSplits], rows: int) -> tuple[int, int]:
     """CTAs, and the run's batch: items behind those of the batch belong to rows that q does not have."""
     batch = rows // q_len
@@ -771,7 +767,12 @@ def _decode_grid(q_len: int, splits: Callable[[int], planner.DecodeSplits], rows
     return (batch + limits.extra_items) * limits.ctas_an_item, batch
 
 
+def _most_tiles(packed_rows: int, tile_rows: int, num_requests: int) -> int:
+    """No batch of num_requests requests with so many rows has more tiles; the last is for rows behind the batch."""
+    return packed_rows // tile_rows + num_requests + 1
+
+
 def _prefill_grid(spec: AttentionSpec, num_requests: int, rows: int) -> tuple[int, int, int]:
-    """CTAs, and the run's q_rows and num_tiles: no batch of num_requests requests with these rows has more tiles."""
-    tiles = rows * spec.group_size // planner.prefill_shape(spec.head_dim).tile_rows + num_requests + 1
+    """CTAs, and the run's q_rows and num_tiles."""
+    tiles = _most_tiles(rows * spec.group_size, planner.prefill_shape(spec.head_dim).tile_rows, num_requests)
     return tiles * spec.num_kv_heads, rows, tiles

@@ -192,15 +192,15 @@ MUTATIONS = [
         partial(schedule.test_right_tables, "prefill"),
     ),
     # -- splits --
-    Mutation("splits.cu", "the shortest first", "return CLASSES - 2 - (", "return (", cuts(1, 8)),
-    Mutation("splits.cu", "rows behind the batch among the others", "return CLASSES - 1;", "return 0;", evens(4)),
+    Mutation("splits.cu", "the shortest first", "LENGTH_CLASSES - 1 - length_class", "length_class", cuts(1, 8)),
+    Mutation("splits.cu", "rows behind the batch among the others",  ": CLASSES - 1;", ": 0;", evens(4)),
     Mutation(
         "splits.cu", "partial states on one another",
         "{request, row, split, splits, first_partial}", "{request, row, split, splits, 0}",
         cuts(1, 8),
     ),
     # -- tiles --
-    Mutation("tiles.cu", "the shortest first", "CLASSES - 1 - position", "position", tiles(31)),
+    Mutation("tiles.cu", "the shortest first", "CLASSES - 1 - length_class", "length_class", tiles(31)),
     Mutation(
         "tiles.cu", "a started tile does not count",
         "(rows + p.tile_rows - 1) / p.tile_rows", "rows / p.tile_rows",
