@@ -224,16 +224,6 @@ __device__ __forceinline__ void hold(float (&d)[count]) {
 #endif
 }
 
-// Everything that x >= 0 depends on is computed here, and not behind the next wait, where ptxas would like to put it. (A
-// store that never happens; ptxas cannot know.)
-__device__ __forceinline__ void compute_before_wait(float x, shared_address somewhere) {
-#ifdef __CUDACC__
-    asm volatile(
-        "{ .reg .pred never; setp.lt.f32 never, %0, 0f00000000; @never st.shared.f32 [%1], %0; }" ::"f"(x), "r"(somewhere)
-        : "memory");
-#endif
-}
-
 #define WGMMA_8(d, i) \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define WGMMA_32(d, i) WGMMA_8(d, i), WGMMA_8(d, i + 8), WGMMA_8(d, i + 16), WGMMA_8(d, i + 24)

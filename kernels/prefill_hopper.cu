@@ -13,6 +13,7 @@
 // out   out       like q, fp16/bf16 or float32        0 for a row that sees no key
 //       lse       [q_rows, num_qo_heads] float        natural log, -inf for a row that sees no key; or null
 // both  claims    [1] u32                             0 between launches: tiles claimed beyond the first of each CTA
+//                 [3] u32 with -DCOUNT_FALLBACKS      behind it, how often a warp scaled and repeated a block (below)
 //
 // The query heads of one KV head and the tokens of a request are packed into one axis of rows: packed row r is token
 // r / group_size, head r % group_size of the group. A tile is 128 packed rows of a request and a KV head; its tokens
@@ -21,16 +22,18 @@
 //
 // One CTA an SM works through many tiles. Its 12 warps are specialists who never meet at one place after the start:
 //
-//   warp 0    deals tiles: claims one, describes it in `tiles`, gathers its rows of q
-//   warp 1    orders K from the pool, block after block, a TMA operation a page (a box); warp 2 orders V; warp 3 rests
-//   warps 4-7 and 8-11, two warpgroups of 64 rows each, compute. They get most of the registers: Q, S, P and O live there.
+//   warp 0    deals tiles: claims one and describes it in `tiles`
+//   warp 1    orders K from the pool, block after block, a TMA operation a page (a box); warp 2 orders V
+//   warp 3    gathers a tile's rows of q, and works out which tokens each of them sees
+//   warps 4-7 and 8-11, two warpgroups of 64 rows each, compute. They get most of the registers: Q, S, P, O live there.
 //
-//        claims ---> warp 0 ==== tiles[4] ====> warps 1, 2        ==== >  data, <----  "may be overwritten"
-//                      | cp.async                 | TMA            (each pair is a pair of mbarriers full, empty)
-//                      v                          v
-//                   Q (32 KB)          K (3 x 32 KB)  V (3 x 32 KB)
-//                      |                          |
-//                      v                          v
+//        claims ---> warp 0 ==== tiles[4] ====> warps 1, 2, 3     ==== >  data, <----  "may be overwritten"
+//                                                  |                (each pair is a pair of mbarriers full, empty)
+//                      +------- cp.async ----------+---- TMA ---+
+//                      v                           v            v
+//                   Q (32 KB), limits      K (3 x 32 KB)  V (3 x 32 KB)
+//                      |                           |            |
+//                      v                           v            v
 //                  registers       S = Q K^T -> P = 2^(S - max) -> O += P V -> out
 //
 // K and V are two rings of three blocks, which run through the tiles without a break: both are being filled for the
@@ -42,6 +45,16 @@
 // While one burst runs, the softmax of the block before is done; the two warpgroups take turns at the tensor cores
 // (named barriers ORDER + 0, 1), so that one computes exponentials while the other multiplies. The last product of a
 // tile runs together with the first of the next, and what a tile gives is stored during the next one's first softmax.
+//
+// The softmax is lazy: `max` is no more than a reference that keeps powers of two in range, and any other gives the same
+// out. A block whose rows are all seen in full is therefore done without looking for its maximum: P = 2^(S - max) with
+// the max of the blocks before. P >= 0, so the sum of a row bounds each of its P, and where it is at most MOST_SUM they
+// fit into 16 bits as they are. Else, which is rare, the warp alone does one of two things:
+//   all sums below 2^125   every P is known to 24 bits: it is scaled down, with O and the sum, and max goes up
+//   one is not             S is lost; the warp computes it again from its Q and the K that it has not given back yet
+//                          (mma.sync), and takes its maximum
+// The first block of a tile and blocks with masked tokens look for the maximum first. A row that sees a block in full
+// without a mask has always seen a token before (see `edge` below), so its max is that of a real score.
 //
 // In shared memory 8 tokens of a block are HEAD_DIM / 64 halves of 8 lines of 128 bytes, swizzled: a tensor map of five
 // dimensions (64 numbers, 8 tokens, halves, groups of 8 tokens, pages and heads) makes it so in one operation a page.
@@ -75,22 +88,32 @@ constexpr int V_STEPS = BLOCK / 16;                     // k-steps of P V
 typedef SharedRows<CHUNKS> Rows;                        // of Q
 constexpr int K_OFFSET = TILE_ROWS * Rows::BYTES;       // Q stands at 0
 constexpr int V_OFFSET = K_OFFSET + STAGES * BLOCK_BYTES;
-constexpr int TILES_OFFSET = V_OFFSET + STAGES * BLOCK_BYTES;  // [TILE_SLOTS] Tile
+constexpr int LIMITS_OFFSET = V_OFFSET + STAGES * BLOCK_BYTES;    // [2] KvLimits of TILE_ROWS rows
+constexpr int TILES_OFFSET = LIMITS_OFFSET + 2 * TILE_ROWS * 8;  // [TILE_SLOTS] Tile
 constexpr int TILE_SLOTS = 4;
-constexpr int BARRIERS_OFFSET = TILES_OFFSET + TILE_SLOTS * 64;
-constexpr int TILE_FULL = BARRIERS_OFFSET;              // [TILE_SLOTS]
-constexpr int TILE_WANTED = TILE_FULL + TILE_SLOTS * 8;
+constexpr int TILE_FULL = TILES_OFFSET + TILE_SLOTS * 64;  // [TILE_SLOTS], from here on mbarriers
+constexpr int TILE_EMPTY = TILE_FULL + TILE_SLOTS * 8;
+constexpr int TILE_WANTED = TILE_EMPTY + TILE_SLOTS * 8;
 constexpr int Q_FULL = TILE_WANTED + 8, Q_EMPTY = Q_FULL + 8;
 constexpr int K_FULL = Q_EMPTY + 8, K_EMPTY = K_FULL + STAGES * 8;
 constexpr int V_FULL = K_EMPTY + STAGES * 8, V_EMPTY = V_FULL + STAGES * 8;
 static_assert(SHARED_BYTES >= V_EMPTY + STAGES * 8, "SHARED_BYTES must be what planner.py says");
 static_assert(SHARED_BYTES <= 227 * 1024, "the shared memory of a CTA");
 
+constexpr int CLAIM_AHEAD = 3;           // blocks of a tile that are not ordered yet when the next tile is claimed
 constexpr int ORDER = 1, WARPGROUP = 3;  // named barriers, two of each
 constexpr int SECTION_BYTES = 6 << 20;   // of K and V: tiles that run together share what stays in L2
 constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr float NO_KEY = -0x1.fffffep127f;  // max of a row before its first key: -INF - NO_KEY is -INF, as it has to be
-constexpr float RESCALE_STEP = 8.f;         // P stays below 2^8: far from overflow in fp16, and the rescale is rare
+constexpr float RESCALE_STEP = 8.f;  // a maximum that is looked for moves only by more than this: the rescale is rare
+#if BFLOAT16
+constexpr float MOST_SUM = 0x1p40f;  // of a row's P in a block, a thread's share; out and its sum stay far from 2^128
+#else
+constexpr float MOST_SUM = 65504.f;  // the largest fp16. P of the max is 1: were it less, with more room above, then
+                                     // many weights of 2^-17 beside it, which count together, would be lost below
+#endif
+constexpr float MOST_SCALED = 0x1p125f;  // its inverse is a normal number: one that is not is a zero to the hardware
+constexpr float CROWDED = 0x1p8f;        // a sum above this is scaled down along with one above MOST_SUM
 
 // A pool as TMA sees it. Box (page, row, head) has index page * page_step + row / 8 * rows_step + head * head_step.
 struct PoolMap {
@@ -137,7 +160,7 @@ struct __align__(16) Tile {
     int first_block;  // blocks first_block .. first_block + num_blocks - 1 hold them
     int num_blocks;   // 0: no tile any more
 };
-static_assert(sizeof(Tile) == 64, "as BARRIERS_OFFSET has it");
+static_assert(sizeof(Tile) == 64, "as TILE_FULL has it");
 
 // Where a ring stands: its slot, and how often that one has been used before.
 struct Ring {
@@ -204,7 +227,7 @@ __device__ __forceinline__ Tile find_tile(const PrefillHopperParams& p, int work
 }
 
 __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* tiles, shared_address shared) {
-    const int lane = threadIdx.x & 31, chunk = lane % CHUNKS;
+    const int lane = threadIdx.x & 31;
     const Request total = p.requests[p.num_requests];
     // Tiles of the rows that q has behind the planned ones, and never more than such a q can have.
     const i64 rows_behind = p.q_rows > total.first_query ? p.q_rows - total.first_query : 0;
@@ -212,32 +235,21 @@ __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* t
     const int num_work = int(num_tiles < p.num_tiles ? num_tiles : p.num_tiles) * p.num_kv_heads;
 
     int work = blockIdx.x;
+    u32 num_long = 0;
     for (u32 number = 0;; ++number) {
-        // Slot `number` is free: Q of tile number - 2 has been taken (it was waited for before Q of number - 1 was
-        // gathered), hence everybody is through with tile number - 4, whose slot this is.
         const Tile tile = find_tile(p, work, num_work);
+        barrier_wait(shared + TILE_EMPTY + number % TILE_SLOTS * 8, number / TILE_SLOTS - 1);
         if (lane == 0) {
             tiles[number % TILE_SLOTS] = tile;
             barrier_arrive(shared + TILE_FULL + number % TILE_SLOTS * 8);
         }
         if (tile.num_blocks == 0) return;
 
-        barrier_wait(shared + Q_EMPTY, number - 1);
-#pragma unroll 4
-        for (int row = lane / CHUNKS; row < TILE_ROWS; row += 32 / CHUNKS) {
-            const int packed = tile.first_row + row < tile.num_rows ? tile.first_row + row : tile.num_rows - 1;
-            const int token = divide(packed < 0 ? 0 : packed, p.group_size);
-            const int head = tile.kv_head * p.group_size.divisor + packed - token * p.group_size.divisor;
-            const i64 from = (tile.request.first_query + token) * p.q_row_stride + head * p.q_head_stride + chunk * 8;
-            copy_async_16(shared + Rows::at(row, chunk), p.q + (packed < 0 ? 0 : from), packed >= 0);
-        }
-        barrier_arrive_after_copies(shared + Q_FULL);
-
         // The next tile is claimed late, when K of this one is nearly all ordered: then the long tiles at the head of
         // the list go to whoever is free. Every tile makes one claim, so the counter ends where it began.
-        barrier_wait(shared + TILE_WANTED, number);
+        if (tile.num_blocks > CLAIM_AHEAD) barrier_wait(shared + TILE_WANTED, num_long++);
         u32 claim = 0;
-        if (lane == 0) claim = atomic_inc_acq_rel(p.claims, num_work - 1);
+        if (lane == 0) claim = atomicInc(p.claims, num_work - 1);
         work = int(gridDim.x + __shfl_sync(~0u, claim, 0));
     }
 }
@@ -276,8 +288,46 @@ __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const
             }
             __syncwarp();
             ring.advance();
-            if (asks && lane == 0 && left == (tile.num_blocks > 1 ? 2 : 1)) barrier_arrive(shared + TILE_WANTED);
+            if (asks && lane == 0 && left == CLAIM_AHEAD + 1) barrier_arrive(shared + TILE_WANTED);
         }
+    }
+}
+
+// -- warp 3 ------------------------------------------------------------------------------------------------------------
+
+// Rows behind the last one are copies of it; where q has none at all, zeros.
+__device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, const Tile* tiles, shared_address shared,
+                                               KvLimits* limits) {
+    constexpr int STEP = 32 / CHUNKS;  // rows that the warp copies at a time
+    const int lane = threadIdx.x & 31, chunk = lane % CHUNKS;
+    for (u32 number = 0;; ++number) {
+        barrier_wait(shared + TILE_FULL + number % TILE_SLOTS * 8, number / TILE_SLOTS);
+        const Tile& tile = tiles[number % TILE_SLOTS];
+        if (tile.num_blocks == 0) return;
+        const bool stands = tile.num_rows > 0;
+
+        // A lane finds four rows, and all lanes copy them.
+        i64 from[TILE_ROWS / 32];
+        KvLimits seen[TILE_ROWS / 32];
+#pragma unroll
+        for (int i = 0; i < TILE_ROWS / 32; ++i) {
+            const int row = i * 32 + lane, token = token_of(tile, row, p.group_size);
+            const int packed = tile.first_row + row < tile.num_rows ? tile.first_row + row : tile.num_rows - 1;
+            const int head = tile.kv_head * int(p.group_size.divisor) + packed - token * int(p.group_size.divisor);
+            from[i] = stands ? (tile.request.first_query + token) * p.q_row_stride + head * p.q_head_stride : 0;
+            seen[i] = kv_limits(token, tile.request, p.positions);
+        }
+        barrier_wait(shared + Q_EMPTY, number - 1);
+#pragma unroll
+        for (int i = 0; i < TILE_ROWS / 32; ++i) {
+            limits[number % 2 * TILE_ROWS + i * 32 + lane] = seen[i];
+#pragma unroll
+            for (int j = lane / CHUNKS; j < 32; j += STEP)
+                copy_async_16(shared + Rows::at(i * 32 + j, chunk), p.q + __shfl_sync(~0u, from[i], j) + chunk * 8,
+                              stands);
+        }
+        barrier_arrive_after_copies(shared + Q_FULL);
+        barrier_arrive(shared + Q_FULL);  // and after the limits
     }
 }
 
@@ -317,10 +367,10 @@ __device__ __forceinline__ u32 columns_below(int limit) {
 }
 
 // Tokens outside of what the two rows see become -INF, whatever they were. `first` is the thread's first column.
-__device__ __forceinline__ void mask_scores(float (&s)[BLOCK / 2], const KvLimits (&seen)[2], int first) {
+__device__ __forceinline__ void mask_scores(float (&s)[BLOCK / 2], const KvLimits* seen, int first) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        const u32 visible = columns_below(seen[row].end - first) & ~columns_below(seen[row].begin - first);
+        const u32 visible = columns_below(seen[8 * row].end - first) & ~columns_below(seen[8 * row].begin - first);
 #pragma unroll
         for (int i = 0; i < BLOCK / 8; ++i) {
             float& low = s[4 * i + 2 * row];
@@ -331,22 +381,25 @@ __device__ __forceinline__ void mask_scores(float (&s)[BLOCK / 2], const KvLimit
     }
 }
 
-// The running maximum (base 2) and sum of a thread's rows; the sum is over the thread's own columns.
+// The state of a thread's rows: P is 2^(S - max), where max (base 2) is about the largest S; sum is that of P over the
+// thread's own columns.
 struct Softmax {
     float max[2];
     float sum[2];
 };
 
-// S becomes 2^(S - max). The maximum moves only when a score passes it by more than RESCALE_STEP: then, and only then,
-// the lanes of a row agree on a new one. Returns whether it did, and how much smaller old results become by it.
-__device__ __forceinline__ bool exponentials(float (&s)[BLOCK / 2], Softmax& softmax, float (&keep)[2], float scale) {
+// The maximum moves only when a score passes it by more than RESCALE_STEP: then, and only then, the lanes of a row agree
+// on a new one. Returns whether it did, and how much smaller old results become by it.
+__device__ __forceinline__ bool raise_max(const float (&s)[BLOCK / 2], Softmax& softmax, float (&keep)[2],
+                                          float scale) {
     float top[2];
     bool passed = false;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         top[row] = s[2 * row];
 #pragma unroll
-        for (int i = 0; i < BLOCK / 8; ++i) top[row] = fmaxf(top[row], fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]));
+        for (int i = 0; i < BLOCK / 8; ++i)
+            top[row] = fmaxf(top[row], fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]));
         top[row] *= scale;
         passed |= top[row] > softmax.max[row] + RESCALE_STEP;
     }
@@ -362,11 +415,62 @@ __device__ __forceinline__ bool exponentials(float (&s)[BLOCK / 2], Softmax& sof
             softmax.sum[row] *= keep[row];
         }
     }
+    return passed;
+}
+
+// S becomes P; gives the sum of the thread's columns.
+__device__ __forceinline__ void exponentials(float (&s)[BLOCK / 2], const Softmax& softmax, float (&sum)[2],
+                                             float scale) {
 #pragma unroll
     for (int i = 0; i < BLOCK / 2; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -softmax.max[i / 2 % 2]));
+    sum[0] = sum[1] = 0.f;
 #pragma unroll
-    for (int i = 0; i < BLOCK / 2; ++i) softmax.sum[i / 2 % 2] += s[i];
-    return passed;
+    for (int i = 0; i < BLOCK / 2; ++i) sum[i / 2 % 2] += s[i];
+}
+
+// P that is finite but large is scaled down; the maximum goes up by as much.
+__device__ __forceinline__ void scale_down(float (&s)[BLOCK / 2], Softmax& softmax, float (&sum)[2], float (&keep)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        float most = fmaxf(sum[row], __shfl_xor_sync(~0u, sum[row], 1));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+        const float shift = most > CROWDED ? log2_fast(most) : 0.f;
+        keep[row] = exp2_fast(-shift);
+        softmax.max[row] += shift;
+        softmax.sum[row] *= keep[row];
+        sum[row] *= keep[row];
+#pragma unroll
+        for (int i = 0; i < BLOCK / 8; ++i) {
+            s[4 * i + 2 * row] *= keep[row];
+            s[4 * i + 2 * row + 1] *= keep[row];
+        }
+    }
+}
+
+// S = Q K^T of the warp's own 16 rows, without wgmma. `k_block` is the block of K in shared memory. Eight columns at a
+// time come in at the end of S and move up: a loop is short, and registers have no index.
+__device__ __forceinline__ void repeat_scores(float (&s)[BLOCK / 2], const u32 (&q)[K_STEPS * 4],
+                                              shared_address k_block) {
+    const int lane = threadIdx.x & 31, line = lane % 8;
+#pragma unroll 1
+    for (int i = 0; i < BLOCK / 8; ++i) {
+        float scores[4] = {};
+#pragma unroll
+        for (int step = 0; step < K_STEPS; step += 2) {  // two k-steps are four chunks, one for each 8 lanes
+            const int chunk = step % 4 * 2 + lane / 8;
+            u32 k[4];
+            load_matrix_x4(k, k_block + i * GROUP_BYTES + step / 4 * HALF_BYTES + line * 128 + (chunk ^ line) * 16);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int at = (step + half) * 4;
+                mma_m16n8k16(scores, {q[at], q[at + 1], q[at + 2], q[at + 3]}, k[2 * half], k[2 * half + 1]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < BLOCK / 2 - 4; ++j) s[j] = s[j + 4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) s[BLOCK / 2 - 4 + j] = scores[j];
+    }
 }
 
 // The accumulators of S are the A fragments of P, by rounding alone.
@@ -437,6 +541,13 @@ __device__ __forceinline__ void finish(const PrefillHopperParams& p, const Tile&
         }
 }
 
+// Which fallback of the lazy softmax the warp has taken, for tests.
+__device__ __forceinline__ void count_fallback(const PrefillHopperParams& p, int which) {
+#ifdef COUNT_FALLBACKS
+    if ((threadIdx.x & 31) == 0) atomicAdd(p.claims + which, 1u);
+#endif
+}
+
 // Zeros for the tokens from `used` on in a block of V, as far as a box has brought anything. By one warpgroup.
 __device__ __forceinline__ void clear_unused_tokens(unsigned char* block, int used, int box_tokens, int thread) {
     const int end = (used + box_tokens - 1) / box_tokens * box_tokens;
@@ -460,20 +571,33 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
 #else
     const float scale = p.sm_scale * LOG2_E;
 #endif
-    float s[BLOCK / 2], o[HEAD_DIM / 2], keep[2];
+    float s[BLOCK / 2], o[HEAD_DIM / 2], keep[2], added[2];
     u32 q[K_STEPS * 4], weights[V_STEPS * 4];
     Softmax softmax;
+    const KvLimits* seen;  // of the thread's rows, 0 and 8
+    int first_end, last_begin;
     Results results;
     results.target[0] = results.target[1] = nullptr;
     Ring k_ring = {}, v_ring = {};
-    auto release = [&](int empty, const Ring& ring) {
-        if (lane == 0) barrier_arrive(shared + empty + ring.slot * 8);
+    auto release = [&](int empty, u32 slot) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared + empty + slot * 8);
     };
+    // Q of a tile, and what the thread's rows see: limits grow with the row.
     auto take_q = [&](u32 number) {
         barrier_wait(shared + Q_FULL, number);
         load_q(q, q_matrix);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared + Q_EMPTY);
+        seen = reinterpret_cast<const KvLimits*>(shared_memory + LIMITS_OFFSET) + number % 2 * TILE_ROWS + first_row;
+        first_end = __shfl_sync(~0u, seen[0].end, 0);
+        last_begin = __shfl_sync(~0u, seen[8].begin, 31);
+        release(Q_EMPTY, 0);
+    };
+    auto prepare_scores = [&](int block, bool edge) {
+#if SOFT_CAP
+#pragma unroll
+        for (int i = 0; i < BLOCK / 2; ++i) s[i] = from_cap * tanh_fast(s[i] * to_cap);
+#endif
+        if (edge) mask_scores(s, seen, block + 2 * pair);
     };
 
     // 1. The first scores of the first tile.
@@ -488,48 +612,35 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
     wgmma_commit();
     wgmma_wait<0>();
     hold(s);
-    release(K_EMPTY, k_ring);
+    release(K_EMPTY, 0);
     k_ring.advance();
 
     for (u32 number = 0;; ++number) {
         const Tile& tile = tiles[number % TILE_SLOTS];
 
-        // 2. What the thread's rows see. Only blocks at an edge of what some row of the warp sees need a mask.
-        KvLimits seen[2];
-#pragma unroll
-        for (int row = 0; row < 2; ++row)
-            seen[row] = kv_limits(token_of(tile, first_row + row * 8, p.group_size), tile.request, p.positions);
-        const int first_end = __shfl_sync(~0u, seen[0].end, 0), last_begin = __shfl_sync(~0u, seen[1].begin, 31);
-        auto prepare_scores = [&](int block) {
-#if SOFT_CAP
-#pragma unroll
-            for (int i = 0; i < BLOCK / 2; ++i) s[i] = from_cap * tanh_fast(s[i] * to_cap);
-#endif
-            if (block + BLOCK > first_end || block < last_begin) mask_scores(s, seen, block + 2 * pair);
-        };
-
-        // 3. The last block: its scores are there already. Meanwhile the tile before is stored.
+        // 2. The last block: its scores are there already. Meanwhile the tile before is stored.
         const int first_block = tile.first_block * BLOCK;
         int block = first_block + (tile.num_blocks - 1) * BLOCK;
         softmax.max[0] = softmax.max[1] = NO_KEY;
         softmax.sum[0] = softmax.sum[1] = 0.f;
         results.store<0>();
-        prepare_scores(block);
+        prepare_scores(block, true);
         results.store<1>();
-        exponentials(s, softmax, keep, scale);
+        raise_max(s, softmax, keep, scale);
+        exponentials(s, softmax, softmax.sum, scale);
         results.store<2>();
         round_weights(weights, s);
         results.store<3>();
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.f;
         const int used = tile.request.kv_len - block;
-        if (used > 0 && used < BLOCK && used % p.box_tokens) {
+        if (used > 0 && used < BLOCK && (used & (p.box_tokens - 1))) {
             barrier_wait(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
             clear_unused_tokens(shared_memory + V_OFFSET + v_ring.slot * BLOCK_BYTES, used, p.box_tokens, thread);
             named_barrier_sync(WARPGROUP + warpgroup, 128);
         }
 
-        // 4. The other blocks: scores of this one and results of the one before, in one burst.
+        // 3. The other blocks: scores of this one and results of the one before, in one burst.
 #pragma unroll 1
         while (block > first_block) {
             block -= BLOCK;
@@ -546,34 +657,51 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             wgmma_commit();
             named_barrier_arrive(ORDER + 1 - warpgroup, 256);
 
+            // At an edge of what the warp's rows see some tokens are masked. >=: a row whose last token is the block's
+            // last has seen nothing so far.
+            const bool edge = block + BLOCK >= first_end || block < last_begin;
             wgmma_wait<1>();
             hold(s);
-            release(K_EMPTY, k_ring);
+            prepare_scores(block, edge);
+            bool moved = edge && raise_max(s, softmax, keep, scale);
+            exponentials(s, softmax, added, scale);
+            if (__any_sync(~0u, !(added[0] <= MOST_SUM) || !(added[1] <= MOST_SUM))) {
+                moved = true;
+                if (__all_sync(~0u, added[0] < MOST_SCALED && added[1] < MOST_SCALED)) {
+                    scale_down(s, softmax, added, keep);
+                    count_fallback(p, 1);
+                } else {
+                    repeat_scores(s, q, shared + K_OFFSET + k_ring.slot * BLOCK_BYTES);
+                    prepare_scores(block, edge);
+                    keep[0] = keep[1] = 1.f;
+                    raise_max(s, softmax, keep, scale);
+                    exponentials(s, softmax, added, scale);
+                    count_fallback(p, 2);
+                }
+            }
+            softmax.sum[0] += added[0];
+            softmax.sum[1] += added[1];
+            release(K_EMPTY, k_ring.slot);
             k_ring.advance();
-            prepare_scores(block);
-            const bool passed = exponentials(s, softmax, keep, scale);
-            hold(s);
-            compute_before_wait(softmax.sum[0] + softmax.sum[1], shared + TILES_OFFSET);
 
             wgmma_wait<0>();
             hold(o);
-            release(V_EMPTY, v_ring);
+            release(V_EMPTY, v_ring.slot);
             v_ring.advance();
             round_weights(weights, s);
-            if (passed) {
+            if (moved) {
 #pragma unroll
                 for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] *= keep[i / 2 % 2];
             }
         }
 
-        // 5. The last results of this tile with the first scores of the next one. Where none follows, those are of
+        // 4. The last results of this tile with the first scores of the next one. Where none follows, those are of
         // whatever stands there, and nobody looks at them: no wgmma under a condition, which would serialise them all.
         const Tile& next = tiles[(number + 1) % TILE_SLOTS];
         barrier_wait(shared + TILE_FULL + (number + 1) % TILE_SLOTS * 8, (number + 1) / TILE_SLOTS);
         const bool more = next.num_blocks > 0;
         if (more) {
-            barrier_wait(shared + Q_FULL, number + 1);
-            load_q(q, q_matrix);
+            take_q(number + 1);
             barrier_wait(shared + K_FULL + k_ring.slot * 8, k_ring.turn);
         }
         barrier_wait(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
@@ -588,15 +716,14 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         named_barrier_arrive(ORDER + 1 - warpgroup, 256);
         wgmma_wait<1>();
         hold(o);
-        release(V_EMPTY, v_ring);
+        release(V_EMPTY, v_ring.slot);
         v_ring.advance();
         finish(p, tile, first_row, o, softmax, results);
-        __syncwarp();
-        if (more && lane == 0) barrier_arrive(shared + Q_EMPTY);  // only now: its slot of `tiles` may go, too
+        release(TILE_EMPTY, number % TILE_SLOTS);
         wgmma_wait<0>();
         hold(s);
         if (!more) break;
-        release(K_EMPTY, k_ring);
+        release(K_EMPTY, k_ring.slot);
         k_ring.advance();
     }
     results.store<0>();
@@ -613,9 +740,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_hopper(const __
 
     // 1. The barriers: how many arrivals end a phase. TMA adds the bytes that it was told to expect.
     if (threadIdx.x == 0) {
-        for (int i = 0; i < TILE_SLOTS; ++i) barrier_init(shared + TILE_FULL + i * 8, 1);
+        for (int i = 0; i < TILE_SLOTS; ++i) {
+            barrier_init(shared + TILE_FULL + i * 8, 1);
+            barrier_init(shared + TILE_EMPTY + i * 8, CONSUMER_WARPS);
+        }
         barrier_init(shared + TILE_WANTED, 1);
-        barrier_init(shared + Q_FULL, 32);
+        barrier_init(shared + Q_FULL, 64);
         barrier_init(shared + Q_EMPTY, CONSUMER_WARPS);
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(shared + K_FULL + i * 8, 1);
@@ -631,6 +761,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_hopper(const __
     if (warp < 4) {
         shrink_registers<PRODUCER_REGISTERS>();
         if (warp == 0) deal_tiles(p, tiles, shared);
+        if (warp == 3)
+            gather_queries(p, tiles, shared, reinterpret_cast<KvLimits*>(shared_memory + LIMITS_OFFSET));
         if (warp == 1 || warp == 2)
             order_blocks(p, warp == 1 ? p.k : p.v, tiles, shared, warp == 1 ? K_OFFSET : V_OFFSET,
                          warp == 1 ? K_FULL : V_FULL, warp == 1 ? K_EMPTY : V_EMPTY, warp == 1);

@@ -96,8 +96,8 @@ def prefill_hopper_shape(head_dim: int) -> PrefillShape | None:
     """The Hopper kernel's tile, or None for a head_dim that the portable kernel serves."""
     if head_dim not in (64, 128):
         return None
-    # Q and three blocks each of K and V, 128 rows all; then tile records and barriers.
-    return PrefillShape(tile_rows=128, threads=384, shared_bytes=7 * 128 * head_dim * 2 + 1024)
+    # Q and three blocks each of K and V, 128 rows all; then what the rows see, tile records and barriers.
+    return PrefillShape(tile_rows=128, threads=384, shared_bytes=7 * 128 * head_dim * 2 + 3072)
 
 
 def _ceil_div(a: int, b: int) -> int:

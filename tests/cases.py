@@ -113,11 +113,12 @@ class Inputs:
         return options if self.case.is_decode else options | {"causal": self.case.causal}
 
 
-def build(case: Case, *, needle: int | None = None) -> Inputs:
+def build(case: Case, *, needle: int | None = None, scores: str | None = None) -> Inputs:
     """Inputs of a case, the same at every call.
 
     With a needle, every query scores NEEDLE_SCORE on that local token of every request that has it, whose values are
-    all its own, so that an answer which misses the token (or sees it behind a mask) is wholly wrong.
+    all its own, so that an answer which misses the token (or sees it behind a mask) is wholly wrong. `scores` is one of
+    SCORES, or "background".
     """
     random = np.random.default_rng(zlib.crc32(case.name.encode()))
     dtype, heads, dim, page_size = DTYPES[case.dtype], case.num_kv_heads, case.head_dim, case.page_size
@@ -135,6 +136,9 @@ def build(case: Case, *, needle: int | None = None) -> Inputs:
                 keys[needle] = 0
                 keys[needle, :, 0] = NEEDLE_SCORE / (4 * case.sm_scale)
                 values[needle] = needle_values(case)
+
+    if scores is not None:
+        _shape_scores(case, scores, random, q, k, v)
 
     pages = [-(-kv_len // page_size) for kv_len in case.kv_lens]
     indptr = np.concatenate([[0], np.cumsum(pages)]).astype(np.int32)
@@ -164,6 +168,50 @@ def build(case: Case, *, needle: int | None = None) -> Inputs:
         page_offset=None if case.page_offsets is None else np.array(case.page_offsets, np.int32),
         total_len=None if case.total_lens is None else np.array(case.total_lens, np.int32),
     )
+
+
+# Scores that are hard on a softmax which goes through the keys block by block, from the last to the first.
+SCORES = (
+    "sigma1", "sigma5", "sigma25", "sigma50", "outlier_a_row", "outlier_in_a_block", "growing", "falling",
+    "falling_fast", "equal", "all_low",
+)  # fmt: skip
+
+
+def _shape_scores(
+    case: Case, scores: str, random: np.random.Generator, q: np.ndarray, k: list[np.ndarray], v: list[np.ndarray]
+) -> None:
+    """Change queries and keys so that the scores are of a kind; the first column of q and k adds a number a token."""
+    first = 0
+    for keys, values, queries in zip(k, v, case.queries, strict=True):
+        rows, length = q[first : first + queries], len(keys)
+        first += queries
+        if not length or not queries:
+            continue
+        token = np.arange(length)
+        if scores.startswith("sigma"):
+            keys *= keys.dtype.type(float(scores.removeprefix("sigma")))
+            continue
+        if scores == "outlier_a_row":  # every row has a key of its own direction somewhere: a score of about 60
+            for row in rows:
+                for head in range(case.num_kv_heads):
+                    like = row[head * case.num_qo_heads // case.num_kv_heads].astype(np.float32)
+                    keys[random.integers(length), head] = like * (60 / (case.sm_scale * (like @ like)))
+            continue
+        added = {
+            "outlier_in_a_block": np.where(token // 128 == length // 256, 60.0, 0.0),
+            "growing": token / length * 300,
+            "falling": (length - token) / length * 40 * (length / 128),
+            "falling_fast": (length - token) / length * 150 * (length / 128),
+            "equal": np.zeros(length),
+            "all_low": np.full(length, -1e4),
+            "background": np.where(token == length - 1, 12.1, 0.0),
+        }[scores]
+        if scores in ("equal", "all_low", "background"):
+            keys[...] = 0
+        if scores == "background":
+            values[...] = needle_values(case)
+        rows[..., 0] = 4
+        keys[..., 0] = (added / (4 * case.sm_scale))[:, None]
 
 
 def needle_values(case: Case) -> np.ndarray:

@@ -78,6 +78,7 @@ static Warp warps[max_warps];
 static Barrier barriers[16];
 static unsigned ready[max_threads], ready_begin, num_ready, current, num_threads, num_returned, shared_bytes;
 static bool reverse;
+static unsigned num_polls;  // of threads that wait for shared memory to change, since it last did
 static void (*body)(const void*);
 static const void* body_params;
 static jmp_buf home;
@@ -124,6 +125,18 @@ __attribute__((noinline, unused)) static void switch_away() {
     if (fibers[current].entered) _longjmp(fibers[current].context, 1);
     fibers[current].entered = true;
     setcontext(&fibers[current].entry);
+}
+
+// Lets the others run, while this thread waits for something in shared memory.
+inline void poll(const char* what) {
+    if (++num_polls > 1000 * num_threads) {
+        fibers[current].waits_in = what;
+        fail_stuck();
+    }
+    make_ready(current);
+    fibers[current].waits_in = what;
+    switch_away();
+    fibers[current].waits_in = nullptr;
 }
 
 inline void stop_reading() {
@@ -176,8 +189,8 @@ inline const T* gather(const char* what, const T& value, unsigned mask = ~0u) {
     return values;
 }
 
-// Waits until `expected` threads have come to barrier `id`; returns the sum of what they brought.
-inline int barrier(const char* what, unsigned id, unsigned expected, int value = 0) {
+// Waits (if `waits`) until `expected` threads have come to barrier `id`; returns the sum of what they brought.
+inline int barrier(const char* what, unsigned id, unsigned expected, int value = 0, bool waits = true) {
     Barrier& here = barriers[id];
     if (here.arrived == 0) here.what = what, here.expected = expected, here.sum = 0, here.num_waiting = 0;
     if (here.expected != expected || strcmp(here.what, what))
@@ -187,7 +200,7 @@ inline int barrier(const char* what, unsigned id, unsigned expected, int value =
         here.arrived = 0, here.result = here.sum;
         for (unsigned i = 0; i < here.num_waiting; ++i)
             make_ready(here.waiting[reverse ? here.num_waiting - 1 - i : i]);
-    } else {
+    } else if (waits) {
         here.waiting[here.num_waiting++] = current;
         fibers[current].waits_in = what;
         switch_away();
@@ -338,6 +351,7 @@ inline void __threadfence_block() {}
 
 template <typename T> inline T atomicExch(T* p, std::common_type_t<T> x) { return simt::atomic<T>(p, x); }
 template <typename T> inline T atomicAdd(T* p, std::common_type_t<T> x) { return simt::atomic<T>(p, *p + x); }
+inline unsigned atomicInc(unsigned* p, unsigned bound) { return simt::atomic(p, *p >= bound ? 0u : *p + 1); }
 template <typename T> inline T atomicMax(T* p, std::common_type_t<T> x) { return simt::atomic<T>(p, x > *p ? x : *p); }
 template <typename T> inline T atomicMin(T* p, std::common_type_t<T> x) { return simt::atomic<T>(p, x < *p ? x : *p); }
 template <typename T> inline T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> x) {

@@ -29,11 +29,13 @@ def expected(inputs: Inputs, sm_scale: float | None = None) -> tuple[np.ndarray,
             scores = q[first : first + queries, head] @ k.T * (case.sm_scale if sm_scale is None else sm_scale)
             if case.logits_soft_cap:
                 scores = case.logits_soft_cap * np.tanh(scores / case.logits_soft_cap)
-            weights = np.where(seen, np.exp(scores), 0)
+            scores = np.where(seen, scores, -np.inf)
+            some = seen.any(axis=1)
+            top = scores[some].max(axis=1, initial=-np.inf)
+            weights = np.exp(scores[some] - top[:, None])
             total = weights.sum(axis=1)
-            some = total > 0
-            out[first : first + queries, head][some] = (weights[some] @ v) / total[some, None]
-            lse[first : first + queries, head][some] = np.log(total[some])
+            out[first : first + queries, head][some] = (weights @ v) / total[:, None]
+            lse[first : first + queries, head][some] = np.log(total) + top
     return out, lse
 
 

@@ -1,0 +1,104 @@
+"""The Hopper prefill on a card: scores that are hard on its lazy softmax, and needles at all of its borders."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import paged_attn as pa
+from paged_attn import compile as kernels
+from tests import cases
+from tests.gpu.answers import answer, assert_right, expected, on_gpu
+
+cupy = pytest.importorskip("cupy")
+
+DTYPES = ("float16", "bfloat16")
+
+
+def case(name: str, kv_lens: tuple[int, ...], q_lens: tuple[int, ...], **fields: Any) -> cases.Case:
+    options = {"num_qo_heads": 8, "num_kv_heads": 2, "head_dim": 128} | fields
+    return cases.Case(name, kv_lens, q_lens=q_lens, **options)
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel counts, behind its claims, how often a warp scaled a block down and how often it repeated one."""
+    plain = kernels.kernel
+
+    def kernel(name: str, device: str, **options: Any) -> kernels.Kernel:
+        return plain(name, device, **options, **({"COUNT_FALLBACKS": 1} if name == "prefill_hopper" else {}))
+
+    monkeypatch.setattr(kernels, "kernel", kernel)
+
+
+def run(inputs: cases.Inputs) -> tuple[int, int]:
+    """Plan and run; the answer is checked, lse to what float32 gives at its size. The two counts; 0 on other cards."""
+    attention = pa.BatchPrefillWithPagedKVCache()
+    kv = inputs.kv(on_gpu)
+    attention.plan(kv, inputs.table(on_gpu), on_gpu(inputs.qo_indptr), inputs.case.num_qo_heads, **inputs.options())
+    out, lse = attention.run(on_gpu(inputs.q), kv, return_lse=True)
+    right_out, right_lse = expected(inputs)
+    largest = float(np.abs(right_lse[np.isfinite(right_lse)]).max(initial=0))
+    cases.assert_close(
+        out.get(), right_out, lse.get(), right_lse,
+        tolerance=cases.OUT_TOLERANCE[inputs.case.dtype], lse_tolerance=cases.LSE_TOLERANCE + 1e-6 * largest,
+    )  # fmt: skip
+    claims = attention._plan._buffers.get("claims")
+    if claims is None:
+        return 0, 0
+    begun, scaled, repeated = claims[:12].view(np.uint32).get().tolist()
+    assert begun == 0, "not ready for the next launch"
+    return scaled, repeated
+
+
+def is_hopper() -> bool:
+    return bool(cupy.cuda.Device().compute_capability == "90")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scores", cases.SCORES)
+def test_scores_of_every_kind(scores: str, dtype: str, head_dim: int, counting: None) -> None:
+    shape = case("scores", (1950, 700), (260, 300), dtype=dtype, head_dim=head_dim)
+    scaled, repeated = run(cases.build(shape, scores=scores))
+    if scores in ("sigma1", "equal", "all_low", "growing"):
+        assert (scaled, repeated) == (0, 0)
+    if is_hopper():
+        assert scores != "falling" or scaled > 0
+        assert scores != "falling_fast" or repeated > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_small_weights_count_beside_a_large_one(dtype: str, counting: None) -> None:
+    """One token outweighs each other one by 2^17, but not all of them together."""
+    shape = case("background", (8192,), (100,), num_kv_heads=1, num_qo_heads=4, dtype=dtype, causal=False)
+    run(cases.build(shape, scores="background"))
+
+
+@pytest.mark.parametrize("scores", ["sigma5", "falling", "falling_fast"])
+def test_the_first_block_of_a_window(scores: str, counting: None) -> None:
+    """Blocks at both edges of a window are masked, and those between them are not."""
+    for dtype in DTYPES:
+        for page_size in (8, 48):
+            shape = case("window", (1500,), (300,), window_left=500, dtype=dtype, page_size=page_size)
+            run(cases.build(shape, scores=scores))
+
+
+# K and V of three heads are about a section (6 MB): the eight heads fall into three.
+SECTIONS = case("sections", (3300, 129), (70, 129), num_qo_heads=16, num_kv_heads=8, page_size=16, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 64])
+def test_a_needle_at_any_border_is_seen(page_size: int) -> None:
+    """Both sides of every page, box, block of 128 and tile."""
+    shape = case("needles", (650, 131), (150, 131), page_size=page_size, layout="HND")
+    step = max(page_size, 32)
+    for needle in sorted({*range(0, 650, step), *range(step - 1, 650, step), *range(499, 650, 32), 649}):
+        inputs = cases.build(shape, needle=needle)
+        assert_right(inputs, *answer(inputs))
+
+
+@pytest.mark.parametrize("needle", [0, 127, 128, 1535, 1536, 3229, 3230, 3299])
+def test_a_needle_is_seen_in_every_section(needle: int) -> None:
+    inputs = cases.build(SECTIONS, needle=needle)
+    assert_right(inputs, *answer(inputs))

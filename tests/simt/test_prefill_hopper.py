@@ -1,0 +1,255 @@
+"""The Hopper prefill, run on a CPU by the twins in hopper.cuh, against a float64 loop over dense keys and values."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paged_attn import compile as kernels
+from paged_attn import planner, tensor_map
+from tests.cases import DTYPES, OUT_TOLERANCE, SCORES, Case, Inputs, assert_close, build
+from tests.simt.driver import SimtError, launch
+from tests.simt.test_prefill import expected
+
+TILES_BYTES = 256 * 4 + 256  # shared memory of plan_tiles
+
+
+def pool_map(pool: np.ndarray, case: Case) -> dict[str, Any]:
+    """A PoolMap whose words are a HostTensorMap: address, strides, dims, box."""
+    page, slot, head = (0, 1, 2) if case.layout == "NHD" else (0, 2, 1)
+    strides = (pool.strides[page], pool.strides[slot], pool.strides[head])
+    geometry = tensor_map.pool_geometry(len(pool), case.page_size, case.num_kv_heads, case.head_dim, strides)
+    assert geometry is not None
+    words = (pool.ctypes.data, *geometry.strides, *geometry.dims, *geometry.box)
+    return tensor_map.pool_fields(geometry, words + (0,) * (16 - len(words)))
+
+
+def run(
+    inputs: Inputs,
+    *,
+    ctas: int = 2,
+    reverse: bool = False,
+    spare_rows: int = 0,
+    spare_requests: int = 0,
+    float32: bool = False,
+    source: str | None = None,
+) -> tuple[int, int]:
+    """One launch, checked; how many blocks warps have scaled down, and how many they have repeated."""
+    case = inputs.case
+    shape = planner.prefill_hopper_shape(case.head_dim)
+    assert shape is not None
+    batch, capacity = case.batch_size, case.batch_size + spare_requests
+    group_size = case.num_qo_heads // case.num_kv_heads
+    requests = np.zeros(capacity + 1, kernels.params_dtype(kernels.load_source("prefill_hopper"), "Request"))
+    requests["first_page"][:batch] = inputs.indptr[:-1]
+    requests["num_pages"][:batch] = np.diff(inputs.indptr)
+    requests["kv_len"][:batch] = case.kv_lens
+    requests["total_len"][:batch] = [case.total_len(request) for request in range(batch)]
+    if inputs.page_offset is not None:
+        requests["page_offset"][:batch] = inputs.page_offset
+    requests["num_queries"][:batch] = case.queries
+    requests["first_query"] = np.pad(inputs.qo_indptr, (0, spare_requests), "edge")
+    ordered = np.zeros_like(requests)
+    tiles = {
+        "requests": requests,
+        "sorted": ordered,
+        "max_batch_size": capacity,
+        "window_left": case.window_left,
+        "group_size": group_size,
+        "tile_rows": shape.tile_rows,
+    }
+    launch("plan_tiles", 1, 1024, tiles, TILES_BYTES, reverse=reverse)
+
+    rows = len(inputs.q)
+    q = np.pad(inputs.q, ((0, spare_rows), (0, 0), (0, 0)))
+    out = np.full(q.shape, np.nan, np.float32 if float32 else DTYPES[case.dtype])
+    lse = np.full(q.shape[:2], np.nan, np.float32)
+    claims = np.zeros(3, np.uint32)
+    params = {
+        "k": pool_map(inputs.k_pages, case),
+        "v": pool_map(inputs.v_pages, case),
+        "q": q,
+        "out": out,
+        "lse": lse,
+        "requests": ordered,
+        "page_ids": inputs.indices,
+        "claims": claims,
+        "positions": {
+            "page_size": kernels.fast_divide(case.page_size),
+            "page_stride": case.page_stride,
+            "causal": case.causal,
+            "window_left": case.window_left,
+        },
+        "group_size": kernels.fast_divide(group_size),
+        "q_row_stride": q.strides[0] // q.itemsize,
+        "q_head_stride": q.strides[1] // q.itemsize,
+        "out_row_stride": out.strides[0] // out.itemsize,
+        "out_head_stride": out.strides[1] // out.itemsize,
+        "num_requests": capacity,
+        "q_rows": len(q),
+        "num_qo_heads": case.num_qo_heads,
+        "num_kv_heads": case.num_kv_heads,
+        "num_tiles": len(q) * group_size // shape.tile_rows + capacity + 1,
+        "box_tokens": tensor_map.box_tokens(case.page_size),
+        "out_float32": float32,
+        "sm_scale": case.sm_scale,
+        "logits_soft_cap": case.logits_soft_cap,
+    }
+    launch(
+        "prefill_hopper",
+        ctas,
+        shape.threads,
+        params,
+        shape.shared_bytes,
+        source=source,
+        reverse=reverse,
+        HEAD_DIM=case.head_dim,
+        BFLOAT16=case.dtype == "bfloat16",
+        SOFT_CAP=case.logits_soft_cap > 0,
+        SHARED_BYTES=shape.shared_bytes,
+        COUNT_FALLBACKS=1,
+    )
+    right_out, right_lse = expected(inputs)
+    largest = np.abs(right_lse[np.isfinite(right_lse)]).max(initial=0.0)
+    assert_close(
+        out[:rows], right_out, lse[:rows], right_lse,
+        tolerance=OUT_TOLERANCE[case.dtype], lse_tolerance=(1e-3 if case.logits_soft_cap else 1e-4) + 1e-6 * largest,
+    )  # fmt: skip
+    assert (out[rows:] == 0).all()
+    assert np.isneginf(lse[rows:]).all()
+    assert claims[0] == 0, "not ready for the next launch"
+    return int(claims[1]), int(claims[2])
+
+
+def case(name: str, kv_lens: tuple[int, ...], q_lens: tuple[int, ...], heads: tuple[int, int], **fields: Any) -> Case:
+    options = {"head_dim": 128, "num_qo_heads": heads[0], "num_kv_heads": heads[1]} | fields
+    return Case(name, kv_lens, q_lens=q_lens, **options)
+
+
+CASES = [
+    case("one_tile", (128,), (128,), (1, 1)),
+    case("a_part_of_a_tile", (40,), (40,), (2, 1), dtype="bfloat16"),
+    case("many_tiles", (300, 77), (150, 77), (4, 1)),
+    case("page8", (300,), (100,), (3, 1), page_size=8, head_dim=64, dtype="bfloat16"),
+    case("page24_window", (900,), (200,), (2, 1), page_size=24, window_left=300),
+    case("page48_window", (300, 129), (100, 40), (3, 1), page_size=48, window_left=60),
+    case("page256", (300, 20), (30, 20), (2, 1), page_size=256, layout="HND"),
+    case("soft_cap", (150,), (60,), (2, 2), page_size=64, layout="HND", logits_soft_cap=2.0),
+    case("not_causal", (140, 0, 3, 100), (40, 5, 9, 17), (8, 2), head_dim=64, causal=False),
+    case("ends_at_a_block", (256, 128), (40, 128), (1, 1), dtype="bfloat16", causal=False),
+    case("group7_long", (800,), (20,), (7, 1)),
+    case("window0", (300,), (140,), (1, 1), window_left=0),
+    case("no_keys", (0, 0), (3, 200), (1, 1)),
+    case("more_queries_than_keys", (20, 3, 0), (70, 9, 5), (4, 2), dtype="bfloat16"),
+    case("every_third_page", (72, 16, 0, 1), (100, 33, 1, 9), (4, 2), page_size=8, page_offsets=(1, 1, 1, 1),
+         page_stride=3, total_lens=(200, 45, 3, 9), window_left=90, layout="HND"),
+    case("middle_chunk", (48, 64, 16), (60, 30, 20), (4, 2), page_offsets=(2, 1, 0), total_lens=(130, 65, 16)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_float64_loop(case: Case) -> None:
+    inputs = build(case)
+    run(inputs)
+    run(inputs, ctas=3, reverse=True)
+
+
+RAGGED = case("ragged", (130, 0, 1, 16, 33, 77), (33, 1, 0, 5, 70, 18), (10, 2), layout="HND")
+
+
+def test_rows_behind_the_plan_are_empty() -> None:
+    run(build(RAGGED), ctas=3, spare_rows=70, spare_requests=2)
+
+
+def test_float32_out() -> None:
+    run(build(RAGGED), float32=True)
+
+
+@pytest.mark.parametrize("needle", [0, 7, 8, 127, 128, 255, 256, 399])
+def test_no_token_is_skipped(needle: int) -> None:
+    run(build(case("needle", (400, 70), (40, 5), (4, 2), page_size=8, dtype="bfloat16"), needle=needle))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("scores", SCORES)
+def test_scores_of_every_kind(scores: str, dtype: str) -> None:
+    """What the old maximum is good for, and what it is not: each way out is taken, and the answer is right."""
+    inputs = build(case("scores", (650, 300), (60, 150), (2, 1), dtype=dtype), scores=scores)
+    scaled, repeated = run(inputs)
+    if scores in ("sigma1", "equal", "all_low", "growing"):
+        assert (scaled, repeated) == (0, 0)
+    assert scores != "falling" or scaled > 0
+    assert scores != "falling_fast" or repeated > 0
+    run(build(replace(inputs.case, head_dim=64), scores=scores), reverse=True)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_many_small_weights_count_beside_a_large_one(dtype: str) -> None:
+    """One token outweighs each other one by 2^17, but not all of them together; fp16 has to hold both."""
+    inputs = build(case("background", (4096,), (8,), (1, 1), dtype=dtype, causal=False), scores="background")
+    run(inputs)
+
+
+LATE = """
+struct LateBox { shared_address target; const TensorMap* map; int last; shared_address barrier; };
+static LateBox late[4096];
+static unsigned num_late, random_state = 1;
+// One box or none arrives, whichever it is.
+static void land() {
+    if (num_late == 0) return;
+    random_state = random_state * 1664525u + 1013904223u;
+    simt::num_polls = 0;
+    if ((random_state >> 16) % 3) return;
+    const unsigned i = (random_state >> 8) % num_late;
+    const LateBox box = late[i];
+    late[i] = late[--num_late];
+    copy_box_now(box.target, box.map, box.last, box.barrier);
+}
+inline void copy_box_5d(shared_address target, const TensorMap* map, int last, shared_address barrier) {
+    late[num_late++] = {target, map, last, barrier};
+}
+"""
+
+
+@pytest.mark.parametrize("name", ["many_tiles", "page24_window", "every_third_page"])
+def test_boxes_may_arrive_late_and_in_any_order(name: str) -> None:
+    source = kernels.load_source("prefill_hopper")
+    for place, changed in (
+        ("__device__ __forceinline__ void copy_box_5d(", "void copy_box_now("),
+        ('simt::poll("barrier_wait")', '(land(), simt::poll("barrier_wait"))'),
+        ("// -- mbarriers:", "static void land();\n// -- mbarriers:"),
+        ("// What this thread wrote to shared memory is seen by TMA", LATE + "//"),
+    ):
+        assert source.count(place) == 1
+        source = source.replace(place, changed)
+    (found,) = [case for case in CASES if case.name == name]
+    run(build(found), source=source)
+    run(build(found), source=source, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("if (used > 0 && used < BLOCK", "if (false && used < BLOCK"),
+        ("o[i] *= keep[i / 2 % 2]", "o[i] *= 1.f"),
+        ("block < last_begin", "false"),
+        ("block + BLOCK >= first_end", "block + BLOCK > first_end + 1"),
+        ("barrier_wait(shared + Q_EMPTY, number - 1)", "barrier_wait(shared + Q_EMPTY, number)"),
+        ("release(TILE_EMPTY, number % TILE_SLOTS);", ""),
+        ("left == CLAIM_AHEAD + 1", "left == CLAIM_AHEAD + 2"),
+        ("softmax.max[row] += shift", "softmax.max[row] += 0.f"),
+        ("repeat_scores(s, q,", "if (false) repeat_scores(s, q,"),
+        ("line * 128 + (chunk ^ line) * 16", "line * 128 + chunk * 16"),
+        ("raise_max(s, softmax, keep, scale);\n                    exponentials", "exponentials"),
+    ],
+)  # fmt: skip
+def test_what_breaks_the_kernel_is_seen(right: str, wrong: str) -> None:
+    source = kernels.load_source("prefill_hopper")
+    assert source.count(right) == 1, source.count(right)
+    source = source.replace(right, wrong)
+    with pytest.raises((AssertionError, SimtError)):
+        for name in ("many_tiles", "group7_long", "page24_window", "more_queries_than_keys"):
+            run(build(next(case for case in CASES if case.name == name)), source=source)
+        for scores in ("falling", "falling_fast"):
+            run(build(case("scores", (650, 300), (60, 150), (2, 1)), scores=scores), source=source)
