@@ -141,16 +141,16 @@ struct HostTensorMap {
 };
 #endif
 
-// Copies the box at index `last` of the map's fifth dimension (0 in the others) to shared memory, in the order of the
-// box and swizzled: chunk c of 16 bytes of line r of 128 bytes stands at chunk c ^ (r % 8). Completes its bytes on
-// `barrier`. A box outside the tensor is filled with zeros.
-__device__ __forceinline__ void copy_box_5d(shared_address target, const TensorMap* map, int last,
+// Copies the box at index `first` of the map's first dimension and `last` of its fifth (0 in the others) to shared
+// memory, in the order of the box and swizzled: chunk c of 16 bytes of line r of 128 bytes stands at chunk c ^ (r % 8).
+// Completes its bytes on `barrier`. What is outside the tensor is filled with zeros.
+__device__ __forceinline__ void copy_box_5d(shared_address target, const TensorMap* map, int first, int last,
                                             shared_address barrier) {
 #ifdef __CUDACC__
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%3, %3, %3, %3, %4}], [%2];" ::"r"(target),
-        "l"(map), "r"(barrier), "r"(0), "r"(last)
+        " [%0], [%1, {%3, %4, %4, %4, %5}], [%2];" ::"r"(target),
+        "l"(map), "r"(barrier), "r"(first), "r"(0), "r"(last)
         : "memory");
 #else
     const HostTensorMap& from = *reinterpret_cast<const HostTensorMap*>(map->words);
@@ -161,8 +161,8 @@ __device__ __forceinline__ void copy_box_5d(shared_address target, const TensorM
                 for (u32 chunk = 0; chunk < 8; ++chunk) {
                     const shared_address to = target + line * 128;
                     const unsigned char* source = from.data + b * from.strides[0] + c * from.strides[1] +
-                                                  d * from.strides[2] + last * from.strides[3] + chunk * 16;
-                    const bool inside = last >= 0 && u64(last) < from.dims[4];
+                                                  d * from.strides[2] + last * from.strides[3] + first * 2 + chunk * 16;
+                    const bool inside = last >= 0 && u64(last) < from.dims[4] && first + chunk * 8 < from.dims[0];
                     *simt::shared_at<uint4>(to + ((chunk ^ (to >> 7 & 7)) << 4)) =
                         inside ? *simt::aligned<uint4>(source) : uint4{0, 0, 0, 0};
                 }
@@ -226,13 +226,14 @@ __device__ __forceinline__ void hold(float (&d)[count]) {
 
 #define WGMMA_8(d, i) \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define WGMMA_32(d, i) WGMMA_8(d, i), WGMMA_8(d, i + 8), WGMMA_8(d, i + 16), WGMMA_8(d, i + 24)
-#define WGMMA_REGISTERS_0_31                                                                        \
+#define WGMMA_32(d) WGMMA_8(d, 0), WGMMA_8(d, 8), WGMMA_8(d, 16), WGMMA_8(d, 24)
+#define WGMMA_REGISTERS_32                                                                          \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
     "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define WGMMA_REGISTERS_32_63                                                                          \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
-    "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_REGISTERS_40 WGMMA_REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define WGMMA_REGISTERS_48 WGMMA_REGISTERS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_REGISTERS_56 WGMMA_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define WGMMA_REGISTERS_64 WGMMA_REGISTERS_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #if BFLOAT16
 #define WGMMA_TYPES ".f32.bf16.bf16 "
 #else
@@ -259,29 +260,31 @@ void wgmma_on_host(float (&d)[count], u32 a0, u32 a1, u32 a2, u32 a3, u64 descri
 }
 #endif
 
-// N = 64. Not accumulate: d = A B.
-template <int TRANSPOSED>
-__device__ __forceinline__ void wgmma(float (&d)[32], u32 a0, u32 a1, u32 a2, u32 a3, u64 descriptor, bool accumulate) {
+// Not accumulate: d = A B. One function for each N; the operands of the instruction are numbered, so N tells a0 .. a3,
+// the descriptor and so on from each other.
 #ifdef __CUDACC__
-    asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPES
-                 "{" WGMMA_REGISTERS_0_31 "}, {%32, %33, %34, %35}, %36, accumulate, 1, 1, %38; }"
-                 : WGMMA_32(d, 0)
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(descriptor), "r"(int(accumulate)), "n"(TRANSPOSED));
+#define WGMMA(N, registers, outputs, a, descriptor_number, accumulate_number, transposed_number)                      \
+    template <int TRANSPOSED>                                                                                         \
+    __device__ __forceinline__ void wgmma(float (&d)[N / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 descriptor,          \
+                                          bool accumulate) {                                                          \
+        asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, %" #accumulate_number ", 0; "                  \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16" WGMMA_TYPES "{" registers "}, {" a "}, "            \
+                     "%" #descriptor_number ", accumulate, 1, 1, %" #transposed_number "; }"                          \
+                     : outputs                                                                                        \
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(descriptor), "r"(int(accumulate)), "n"(TRANSPOSED));   \
+    }
+#define WGMMA_OUTPUTS_80 WGMMA_32(d), WGMMA_8(d, 32)
+#define WGMMA_OUTPUTS_96 WGMMA_OUTPUTS_80, WGMMA_8(d, 40)
+#define WGMMA_OUTPUTS_112 WGMMA_OUTPUTS_96, WGMMA_8(d, 48)
+#define WGMMA_OUTPUTS_128 WGMMA_OUTPUTS_112, WGMMA_8(d, 56)
+WGMMA(64, WGMMA_REGISTERS_32, WGMMA_32(d), "%32, %33, %34, %35", 36, 37, 38)
+WGMMA(80, WGMMA_REGISTERS_40, WGMMA_OUTPUTS_80, "%40, %41, %42, %43", 44, 45, 46)
+WGMMA(96, WGMMA_REGISTERS_48, WGMMA_OUTPUTS_96, "%48, %49, %50, %51", 52, 53, 54)
+WGMMA(112, WGMMA_REGISTERS_56, WGMMA_OUTPUTS_112, "%56, %57, %58, %59", 60, 61, 62)
+WGMMA(128, WGMMA_REGISTERS_64, WGMMA_OUTPUTS_128, "%64, %65, %66, %67", 68, 69, 70)
 #else
+template <int TRANSPOSED, int count>
+void wgmma(float (&d)[count], u32 a0, u32 a1, u32 a2, u32 a3, u64 descriptor, bool accumulate) {
     wgmma_on_host<TRANSPOSED>(d, a0, a1, a2, a3, descriptor, accumulate);
-#endif
 }
-
-// N = 128.
-template <int TRANSPOSED>
-__device__ __forceinline__ void wgmma(float (&d)[64], u32 a0, u32 a1, u32 a2, u32 a3, u64 descriptor, bool accumulate) {
-#ifdef __CUDACC__
-    asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPES
-                 "{" WGMMA_REGISTERS_0_31 ", " WGMMA_REGISTERS_32_63
-                 "}, {%64, %65, %66, %67}, %68, accumulate, 1, 1, %70; }"
-                 : WGMMA_32(d, 0), WGMMA_32(d, 32)
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(descriptor), "r"(int(accumulate)), "n"(TRANSPOSED));
-#else
-    wgmma_on_host<TRANSPOSED>(d, a0, a1, a2, a3, descriptor, accumulate);
 #endif
-}

@@ -6,6 +6,7 @@
 //
 // in    q         [q_rows, num_qo_heads, HEAD_DIM]    rows first_query .. first_query + num_queries are a request's
 //       k, v      pools of pages, by tensor maps      page_size is a multiple of 8 (paged_attn/tensor_map.py)
+//                 -DGATHER=1: by pointers             any page_size; copied by threads, 16 bytes at a time
 //       requests  [num_requests + 1] Request          the longest first, as plan_tiles orders them (tiles.cu). The last
 //                                                     one is a sentinel without keys: first_tile counts the tiles of
 //                                                     all requests, first_query their rows
@@ -68,7 +69,8 @@
 #include "page_table.cuh"
 #include "shared_rows.cuh"
 
-static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "HEAD_DIM must be 64 or 128");
+static_assert(HEAD_DIM == 64 || HEAD_DIM % 16 == 0 && HEAD_DIM > 64 && HEAD_DIM <= 128, "HEAD_DIM must be 64, 80 ... 128");
+static_assert(GATHER == 0 || GATHER == 1, "GATHER must be 0 or 1");
 static_assert(SOFT_CAP == 0 || SOFT_CAP == 1, "SOFT_CAP must be 0 or 1");
 
 constexpr int TILE_ROWS = 128;
@@ -79,10 +81,13 @@ constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 static_assert(128 * PRODUCER_REGISTERS + 256 * CONSUMER_REGISTERS <= 168 * THREADS, "168 a thread at launch");
 constexpr int CONSUMER_WARPS = 8;
 
-constexpr int CHUNKS = HEAD_DIM / 8;                    // 16-byte pieces of a row
-constexpr int GROUP_BYTES = 8 * HEAD_DIM * 2;           // 8 tokens of K or V
-constexpr int HALF_BYTES = 1024;                        // 64 of their HEAD_DIM columns
-constexpr int BLOCK_BYTES = BLOCK / 8 * GROUP_BYTES;
+constexpr int CHUNKS = HEAD_DIM / 8;             // 16-byte pieces of a row
+constexpr int HALVES = (HEAD_DIM + 63) / 64;     // lines of 128 bytes that a row of K or V takes
+constexpr int BLOCK_BYTES = BLOCK * HALVES * 128;
+// A box holds both halves where both are whole. Else each is a box of its own, filled up with zeros on the right.
+constexpr int BOXES = HEAD_DIM % 64 ? HALVES : 1;
+constexpr int GROUP_BYTES = HALVES / BOXES * 1024;               // from 8 tokens to the next 8
+constexpr int HALF_BYTES = BOXES > 1 ? BLOCK_BYTES / 2 : 1024;  // from a half to the other
 constexpr int K_STEPS = HEAD_DIM / 16;                  // k-steps of Q K^T
 constexpr int V_STEPS = BLOCK / 16;                     // k-steps of P V
 typedef SharedRows<CHUNKS> Rows;                        // of Q
@@ -100,7 +105,10 @@ constexpr int V_FULL = K_EMPTY + STAGES * 8, V_EMPTY = V_FULL + STAGES * 8;
 static_assert(SHARED_BYTES >= V_EMPTY + STAGES * 8, "SHARED_BYTES must be what planner.py says");
 static_assert(SHARED_BYTES <= 227 * 1024, "the shared memory of a CTA");
 
-constexpr int CLAIM_AHEAD = 3;           // blocks of a tile that are not ordered yet when the next tile is claimed
+#ifndef CLAIM_AHEAD
+#define CLAIM_AHEAD 3
+#endif
+__device__ __forceinline__ int claim_ahead(int num_blocks) { return CLAIM_AHEAD; }
 constexpr int ORDER = 1, WARPGROUP = 3;  // named barriers, two of each
 constexpr int SECTION_BYTES = 6 << 20;   // of K and V: tiles that run together share what stays in L2
 constexpr float LOG2_E = 1.44269504088896340736f;
@@ -116,17 +124,19 @@ constexpr float MOST_SCALED = 0x1p125f;  // its inverse is a normal number: one 
 constexpr float CROWDED = 0x1p8f;        // a sum above this is scaled down along with one above MOST_SUM
 
 // A pool as TMA sees it. Box (page, row, head) has index page * page_step + row / 8 * rows_step + head * head_step.
-struct PoolMap {
+struct Pool {
     TensorMap map;
     int page_step;
     int rows_step;
     int head_step;
-    int outside;  // an index behind the last box: reads as zeros
+    int outside;       // an index behind the last box: reads as zeros
+    const u16* pages;  // GATHER: the pool as it is
+    PoolStrides strides;
 };
 
 struct PrefillHopperParams {
-    PoolMap k;
-    PoolMap v;
+    Pool k;
+    Pool v;
     const u16* q;
     void* out;
     float* lse;
@@ -144,7 +154,7 @@ struct PrefillHopperParams {
     int num_qo_heads;
     int num_kv_heads;
     int num_tiles;   // upper bound of the tiles of one KV head, times num_kv_heads < 2^31
-    int box_tokens;  // tokens of a box: the largest power of two that divides page_size, at most BLOCK
+    int box_tokens;  // tokens of a box: the largest power of two that divides page_size, at most BLOCK; 8 at least
     int out_float32;
     float sm_scale;
     float logits_soft_cap;
@@ -247,7 +257,7 @@ __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* t
 
         // The next tile is claimed late, when K of this one is nearly all ordered: then the long tiles at the head of
         // the list go to whoever is free. Every tile makes one claim, so the counter ends where it began.
-        if (tile.num_blocks > CLAIM_AHEAD) barrier_wait(shared + TILE_WANTED, num_long++);
+        if (tile.num_blocks > claim_ahead(tile.num_blocks)) barrier_wait(shared + TILE_WANTED, num_long++);
         u32 claim = 0;
         if (lane == 0) claim = atomicInc(p.claims, num_work - 1);
         work = int(gridDim.x + __shfl_sync(~0u, claim, 0));
@@ -256,39 +266,90 @@ __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* t
 
 // -- warps 1 and 2 -----------------------------------------------------------------------------------------------------
 
-// Keeps the ring at `ring_offset` filled with blocks of one pool. Lane i orders box i of a block; boxes of which no token
-// is seen read as zeros.
-__device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const PoolMap& pool, const Tile* tiles,
+// The warp copies 32 rows: lane i knows where row i begins, in units of 16 bytes, or NOWHERE, which gives zeros.
+// place(row, chunk) is where a chunk goes.
+constexpr u32 NOWHERE = ~0u;
+template <typename Place>
+__device__ __forceinline__ void copy_32_rows(const u16* base, u32 begin, Place place) {
+    constexpr int LANES = HEAD_DIM > 64 ? 16 : 8;  // for a row: as many as it has chunks, or more
+    constexpr int AHEAD = 4;                       // a shuffle takes long, and none waits for another
+    const int lane = threadIdx.x & 31, chunk = lane % LANES;
+#pragma unroll
+    for (int turn = 0; turn < LANES; turn += AHEAD) {
+        u32 from[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) from[i] = __shfl_sync(~0u, begin, (turn + i) * (32 / LANES) + lane / LANES);
+        if (chunk < CHUNKS)
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i)
+                copy_async_16(place((turn + i) * (32 / LANES) + lane / LANES, chunk), base + u64(from[i] + chunk) * 8,
+                              from[i] != NOWHERE);
+    }
+}
+
+// Keeps the ring at `ring_offset` filled with blocks of one pool. A block comes in pieces, a lane's among them: boxes, or
+// with GATHER single tokens. A piece of which no token is seen becomes zeros.
+__device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const Pool& pool, const Tile* tiles,
                                              shared_address shared, int ring_offset, int full, int empty, bool asks) {
-    const int lane = threadIdx.x & 31;
-    const bool orders = lane * p.box_tokens < BLOCK;
+    constexpr int PIECES = GATHER ? BLOCK / 32 : 1;  // of a lane: numbers lane, lane + 32, ...
+    const int lane = threadIdx.x & 31, tokens = GATHER ? 1 : p.box_tokens;
+    const FastDivide& page_size = p.positions.page_size;
+    const bool orders = lane * tokens < BLOCK;
     Ring ring = {};
     for (u32 number = 0;; ++number) {
         barrier_wait(shared + TILE_FULL + number % TILE_SLOTS * 8, number / TILE_SLOTS);
         const Tile tile = tiles[number % TILE_SLOTS];
         if (tile.num_blocks == 0) return;
 
-        // The page of the lane's box in the block that comes next is read while this one waits for its slot.
-        int token = (tile.first_block + tile.num_blocks - 1) * BLOCK + lane * p.box_tokens;
-        auto page_of = [&](int token) -> int {
-            if (!orders || token >= tile.end || token + p.box_tokens <= tile.begin) return -1;
-            return __ldg(p.page_ids + tile.request.first_page + divide(token, p.positions.page_size));
-        };
-        int next_page = page_of(token);
-        for (int left = tile.num_blocks; left > 0; --left, token -= BLOCK) {
-            const int page = next_page, row = token % int(p.positions.page_size.divisor);
-            if (left > 1) next_page = page_of(token - BLOCK);
-            barrier_wait(shared + empty + ring.slot * 8, ring.turn - 1);
-            if (lane == 0) barrier_arrive_expect(shared + full + ring.slot * 8, BLOCK_BYTES);
-            __syncwarp();
-            if (orders) {
-                const int index = page * pool.page_step + row / 8 * pool.rows_step + tile.kv_head * pool.head_step;
-                copy_box_5d(shared + ring_offset + ring.slot * BLOCK_BYTES + lane * p.box_tokens / 8 * GROUP_BYTES,
-                            &pool.map, page < 0 ? pool.outside : index, shared + full + ring.slot * 8);
+        // The pages of the block that comes next are read while this one waits for its slot.
+        int block = (tile.first_block + tile.num_blocks - 1) * BLOCK, pages[PIECES];
+        auto find_pages = [&](int block) {
+#pragma unroll
+            for (int i = 0; i < PIECES; ++i) {
+                const int token = block + (i * 32 + lane) * tokens;
+                const bool seen = orders && token < tile.end && token + tokens > tile.begin;
+                pages[i] = seen ? __ldg(p.page_ids + tile.request.first_page + divide(token, page_size)) : -1;
             }
+        };
+        find_pages(block);
+        for (int left = tile.num_blocks; left > 0; --left, block -= BLOCK) {
+            u32 places[PIECES];  // of the pieces, as their copies count
+#pragma unroll
+            for (int i = 0; i < PIECES; ++i) {
+                const int token = block + (i * 32 + lane) * tokens;
+                const int slot = token - divide(token, page_size) * int(page_size.divisor);
+#if GATHER
+                places[i] = u32(pages[i]) * pool.strides.page + slot * pool.strides.slot + tile.kv_head * pool.strides.head;
+                if (pages[i] < 0) places[i] = NOWHERE;
+#else
+                places[i] = pages[i] * pool.page_step + slot / 8 * pool.rows_step + tile.kv_head * pool.head_step;
+                if (pages[i] < 0) places[i] = pool.outside;
+#endif
+            }
+            if (left > 1) find_pages(block - BLOCK);
+            const shared_address target = shared + ring_offset + ring.slot * BLOCK_BYTES;
+            const shared_address ready = shared + full + ring.slot * 8;
+            barrier_wait(shared + empty + ring.slot * 8, ring.turn - 1);
+#if GATHER
+#pragma unroll
+            for (int i = 0; i < PIECES; ++i)
+                copy_32_rows(pool.pages, places[i], [&](int row, int chunk) {
+                    return target + (i * 4 + row / 8) * GROUP_BYTES + chunk / 8 * HALF_BYTES + row % 8 * 128 +
+                           (chunk % 8 ^ row % 8) * 16;
+                });
+            barrier_arrive_after_copies(ready);
+#else
+            if (lane == 0) barrier_arrive_expect(ready, BLOCK_BYTES);
             __syncwarp();
+            if (orders)
+#pragma unroll
+                for (int box = 0; box < BOXES; ++box)
+                    copy_box_5d(target + lane * tokens / 8 * GROUP_BYTES + box * HALF_BYTES, &pool.map, box * 64,
+                                places[0], ready);
+            __syncwarp();
+#endif
             ring.advance();
-            if (asks && lane == 0 && left == CLAIM_AHEAD + 1) barrier_arrive(shared + TILE_WANTED);
+            if (asks && lane == 0 && left == claim_ahead(tile.num_blocks) + 1) barrier_arrive(shared + TILE_WANTED);
         }
     }
 }
@@ -298,33 +359,28 @@ __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const
 // Rows behind the last one are copies of it; where q has none at all, zeros.
 __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, const Tile* tiles, shared_address shared,
                                                KvLimits* limits) {
-    constexpr int STEP = 32 / CHUNKS;  // rows that the warp copies at a time
-    const int lane = threadIdx.x & 31, chunk = lane % CHUNKS;
+    const int lane = threadIdx.x & 31;
     for (u32 number = 0;; ++number) {
         barrier_wait(shared + TILE_FULL + number % TILE_SLOTS * 8, number / TILE_SLOTS);
         const Tile& tile = tiles[number % TILE_SLOTS];
         if (tile.num_blocks == 0) return;
-        const bool stands = tile.num_rows > 0;
 
-        // A lane finds four rows, and all lanes copy them.
-        i64 from[TILE_ROWS / 32];
+        u32 from[TILE_ROWS / 32];  // of rows lane, lane + 32, ...
         KvLimits seen[TILE_ROWS / 32];
 #pragma unroll
         for (int i = 0; i < TILE_ROWS / 32; ++i) {
             const int row = i * 32 + lane, token = token_of(tile, row, p.group_size);
             const int packed = tile.first_row + row < tile.num_rows ? tile.first_row + row : tile.num_rows - 1;
             const int head = tile.kv_head * int(p.group_size.divisor) + packed - token * int(p.group_size.divisor);
-            from[i] = stands ? (tile.request.first_query + token) * p.q_row_stride + head * p.q_head_stride : 0;
+            from[i] = u32(((tile.request.first_query + token) * p.q_row_stride + head * p.q_head_stride) / 8);
+            if (tile.num_rows == 0) from[i] = NOWHERE;
             seen[i] = kv_limits(token, tile.request, p.positions);
         }
         barrier_wait(shared + Q_EMPTY, number - 1);
 #pragma unroll
         for (int i = 0; i < TILE_ROWS / 32; ++i) {
             limits[number % 2 * TILE_ROWS + i * 32 + lane] = seen[i];
-#pragma unroll
-            for (int j = lane / CHUNKS; j < 32; j += STEP)
-                copy_async_16(shared + Rows::at(i * 32 + j, chunk), p.q + __shfl_sync(~0u, from[i], j) + chunk * 8,
-                              stands);
+            copy_32_rows(p.q, from[i], [&](int row, int chunk) { return shared + Rows::at(i * 32 + row, chunk); });
         }
         barrier_arrive_after_copies(shared + Q_FULL);
         barrier_arrive(shared + Q_FULL);  // and after the limits
@@ -461,7 +517,7 @@ __device__ __forceinline__ void repeat_scores(float (&s)[BLOCK / 2], const u32 (
             u32 k[4];
             load_matrix_x4(k, k_block + i * GROUP_BYTES + step / 4 * HALF_BYTES + line * 128 + (chunk ^ line) * 16);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
+            for (int half = 0; half < 2 && step + half < K_STEPS; ++half) {
                 const int at = (step + half) * 4;
                 mma_m16n8k16(scores, {q[at], q[at + 1], q[at + 2], q[at + 3]}, k[2 * half], k[2 * half + 1]);
             }
@@ -487,9 +543,9 @@ struct Results {
     // A quarter of the stores.
     template <int quarter>
     __device__ __forceinline__ void store() const {
-        constexpr int COUNT = HEAD_DIM / 64;
+        constexpr int COUNT = HEAD_DIM / 16;
 #pragma unroll
-        for (int i = quarter * COUNT; i < (quarter + 1) * COUNT; ++i)
+        for (int i = quarter * COUNT / 4; i < (quarter + 1) * COUNT / 4; ++i)
 #pragma unroll
             for (int row = 0; row < 2; ++row)
                 if (target[row])
@@ -548,11 +604,20 @@ __device__ __forceinline__ void count_fallback(const PrefillHopperParams& p, int
 #endif
 }
 
+// Waits for a block of K or V.
+__device__ __forceinline__ void wait_for(shared_address full, u32 turn) {
+    barrier_wait(full, turn);
+#if GATHER
+    fence_shared_for_async();
+#endif
+}
+
 // Zeros for the tokens from `used` on in a block of V, as far as a box has brought anything. By one warpgroup.
 __device__ __forceinline__ void clear_unused_tokens(unsigned char* block, int used, int box_tokens, int thread) {
     const int end = (used + box_tokens - 1) / box_tokens * box_tokens;
-    for (int i = used * CHUNKS + thread; i < end * CHUNKS; i += 128) {
-        const int token = i / CHUNKS, chunk = i % CHUNKS;  // whole lines: their swizzle does not matter
+    constexpr int CHUNKS_OF_LINES = HALVES * 8;
+    for (int i = used * CHUNKS_OF_LINES + thread; i < end * CHUNKS_OF_LINES; i += 128) {
+        const int token = i / CHUNKS_OF_LINES, chunk = i % CHUNKS_OF_LINES;  // all of a line: its swizzle does not matter
         *reinterpret_cast<uint4*>(block + token / 8 * GROUP_BYTES + chunk / 8 * HALF_BYTES + token % 8 * 128 +
                                   chunk % 8 * 16) = uint4{0, 0, 0, 0};
     }
@@ -605,7 +670,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
     barrier_wait(shared + TILE_FULL, 0);
     if (tiles[0].num_blocks == 0) return;
     take_q(0);
-    barrier_wait(shared + K_FULL, 0);
+    wait_for(shared + K_FULL, 0);
     hold(s);
     wgmma_fence();
     multiply_q_k(s, q, k_matrix);
@@ -634,8 +699,8 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.f;
         const int used = tile.request.kv_len - block;
-        if (used > 0 && used < BLOCK && (used & (p.box_tokens - 1))) {
-            barrier_wait(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
+        if (!GATHER && used > 0 && used < BLOCK && (used & (p.box_tokens - 1))) {
+            wait_for(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
             clear_unused_tokens(shared_memory + V_OFFSET + v_ring.slot * BLOCK_BYTES, used, p.box_tokens, thread);
             named_barrier_sync(WARPGROUP + warpgroup, 128);
         }
@@ -644,13 +709,13 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
 #pragma unroll 1
         while (block > first_block) {
             block -= BLOCK;
-            barrier_wait(shared + K_FULL + k_ring.slot * 8, k_ring.turn);
+            wait_for(shared + K_FULL + k_ring.slot * 8, k_ring.turn);
             named_barrier_sync(ORDER + warpgroup, 256);
             hold(s);
             wgmma_fence();
             multiply_q_k(s, q, k_matrix + k_ring.slot * (BLOCK_BYTES / 16));
             wgmma_commit();
-            barrier_wait(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
+            wait_for(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
             hold(o);
             wgmma_fence();
             multiply_p_v(o, weights, v_matrix + v_ring.slot * (BLOCK_BYTES / 16));
@@ -702,9 +767,9 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         const bool more = next.num_blocks > 0;
         if (more) {
             take_q(number + 1);
-            barrier_wait(shared + K_FULL + k_ring.slot * 8, k_ring.turn);
+            wait_for(shared + K_FULL + k_ring.slot * 8, k_ring.turn);
         }
-        barrier_wait(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
+        wait_for(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
         named_barrier_sync(ORDER + warpgroup, 256);
         hold(o);
         hold(s);
@@ -748,9 +813,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_hopper(const __
         barrier_init(shared + Q_FULL, 64);
         barrier_init(shared + Q_EMPTY, CONSUMER_WARPS);
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(shared + K_FULL + i * 8, 1);
+            barrier_init(shared + K_FULL + i * 8, GATHER ? 32 : 1);
             barrier_init(shared + K_EMPTY + i * 8, CONSUMER_WARPS);
-            barrier_init(shared + V_FULL + i * 8, 1);
+            barrier_init(shared + V_FULL + i * 8, GATHER ? 32 : 1);
             barrier_init(shared + V_EMPTY + i * 8, CONSUMER_WARPS);
         }
         barrier_init_done();

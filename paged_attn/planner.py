@@ -94,10 +94,13 @@ def prefill_shape(head_dim: int) -> PrefillShape:
 
 def prefill_hopper_shape(head_dim: int) -> PrefillShape | None:
     """The Hopper kernel's tile, or None for a head_dim that the portable kernel serves."""
-    if head_dim not in (64, 128):
+    if not 64 <= head_dim <= 128:
         return None
-    # Q and three blocks each of K and V, 128 rows all; then what the rows see, tile records and barriers.
-    return PrefillShape(tile_rows=128, threads=384, shared_bytes=7 * 128 * head_dim * 2 + 3072)
+    # Q and three blocks each of K and V, 128 rows all, those of K and V of whole lines of 128 bytes; then what the rows
+    # see, tile records and barriers.
+    row, line = 2 * head_dim, 128
+    shared_bytes = 128 * (row + 6 * _ceil_div(row, line) * line) + 3072
+    return PrefillShape(tile_rows=128, threads=384, shared_bytes=shared_bytes)
 
 
 def _ceil_div(a: int, b: int) -> int:

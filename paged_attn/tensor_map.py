@@ -6,6 +6,8 @@ order of a tensor's dimensions, so the pool is described as one of five:
 
     64 columns | 8 tokens | halves of head_dim | groups of 8 tokens | everything else
 
+Where head_dim is no multiple of 64 there is one half, as wide as head_dim: a box takes 64 columns of it all the same, and
+columns that do not exist become zeros.
 The last dimension counts in steps of ``unit`` bytes, the greatest that every page, head and box starts at a multiple
 of; any strided pool, NHD or HND, is thus one tensor. The driver is touched inside functions only.
 """
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import gcd
 from typing import Any
+
+LEAST_BOX_TOKENS = 8  # pages of fewer, or of odd numbers, are nothing for TMA
 
 _BLOCK = 128  # tokens that the kernel takes at a time
 _GROUP = 8  # tokens of one swizzle pattern: 8 lines of 128 bytes
@@ -58,11 +62,10 @@ def pool_geometry(
 ) -> PoolGeometry | None:
     """The tensor of a pool of 16-bit numbers with ``strides`` (page, token, head) in bytes, multiples of 16.
 
-    None where TMA cannot read it: a page size that is no multiple of 8, a head_dim that is none of 64, more boxes than
-    an index can count.
+    None where TMA cannot read it: a page size that is no multiple of 8, more boxes than an index can count.
     """
     tokens = box_tokens(page_size)
-    if tokens < _GROUP or head_dim % _COLUMNS:
+    if tokens < LEAST_BOX_TOKENS:
         return None
     page, token, head = strides
     # Strides of axes along which no box is counted may be anything.
@@ -77,11 +80,12 @@ def pool_geometry(
     boxes = 1 + (num_pages - 1) * steps["page"] + last_rows * steps["rows"] + (num_kv_heads - 1) * steps["head"]
     if boxes >= _MOST_BOXES:
         return None
-    inner = (_COLUMNS, _GROUP, head_dim // _COLUMNS, tokens // _GROUP)
+    columns = head_dim if head_dim % _COLUMNS else _COLUMNS
+    inner = (_GROUP, head_dim // columns, tokens // _GROUP)
     return PoolGeometry(
-        dims=(*inner, boxes),
+        dims=(columns, *inner, boxes),
         strides=(token, _COLUMNS * 2, token * _GROUP, unit),
-        box=(*inner, 1),
+        box=(_COLUMNS, *inner, 1),
         page_step=steps["page"],
         rows_step=steps["rows"],
         head_step=steps["head"],
@@ -90,7 +94,7 @@ def pool_geometry(
 
 @lru_cache(maxsize=1024)
 def pool_map(pointer: int, geometry: PoolGeometry, bfloat16: bool) -> dict[str, Any]:
-    """The fields of the kernel's ``PoolMap`` for the pool at ``pointer``. Pools live long: the driver is asked once."""
+    """The fields of the kernel's ``Pool`` for the pool at ``pointer``. Pools live long: the driver is asked once."""
     rank = len(geometry.dims)
     memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     address = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
@@ -115,7 +119,7 @@ def pool_map(pointer: int, geometry: PoolGeometry, bfloat16: bool) -> dict[str, 
 
 
 def pool_fields(geometry: PoolGeometry, words: tuple[int, ...]) -> dict[str, Any]:
-    """The fields of ``PoolMap``: the map's 16 words, and how to count in it."""
+    """The fields of ``Pool``: the map's 16 words, and how to count in it."""
     return {
         "map": {"words": words},
         "page_step": geometry.page_step,

@@ -583,7 +583,7 @@ class Plan:
             name, last = "prefill", "num_tiles"
             fields["num_requests"] = num_requests
             hopper_shape = planner.prefill_hopper_shape(spec.head_dim)
-            if hopper_shape and _is_hopper(device) and tensor_map.box_tokens(spec.page_size) >= 8:
+            if hopper_shape and _is_hopper(device):
                 ordered = self._buffer("ordered", (num_requests + 1) * REQUEST_BYTES)
                 claims = self._buffer("claims", 4)
                 self._hopper = _HopperPrefill(spec, device, hopper_shape, constants, fields, ordered, claims)
@@ -707,9 +707,9 @@ class _HopperPrefill:
                 }
             ),
         )
-        kernel = compile.kernel(
-            "prefill_hopper", device, shared_bytes=shape.shared_bytes, SHARED_BYTES=shape.shared_bytes, **constants
-        )
+        self._gather = tensor_map.box_tokens(spec.page_size) < tensor_map.LEAST_BOX_TOKENS
+        constants |= {"SHARED_BYTES": shape.shared_bytes, "GATHER": self._gather}
+        kernel = compile.kernel("prefill_hopper", device, shared_bytes=shape.shared_bytes, **constants)
         own = {
             "requests": ordered,
             "claims": claims,
@@ -717,13 +717,13 @@ class _HopperPrefill:
             "box_tokens": tensor_map.box_tokens(spec.page_size),
         }
         self._launch = compile.Launch(kernel, shape.threads, kernel.params(fields | own))
-        self._pool_map = functools.lru_cache(maxsize=1024)(self._make_pool_map)
+        self._pool = functools.lru_cache(maxsize=1024)(self._make_pool)
 
     def run(self, q: Any, kv: PagedKV, out: Any, lse: Any) -> bool:
-        """Launch; or say no, where TMA cannot count in a pool of such strides."""
+        """Launch; or say no, where the kernel cannot count in a pool of such strides."""
         shape = (kv.num_pages, kv.page_size, kv.num_kv_heads, kv.head_dim)
-        k = self._pool_map(kv.k_pages.data.ptr, shape, kv.k_strides)
-        v = self._pool_map(kv.v_pages.data.ptr, shape, kv.v_strides)
+        k = self._pool(kv.k_pages.data.ptr, shape, kv.k_strides)
+        v = self._pool(kv.v_pages.data.ptr, shape, kv.v_strides)
         if k is None or v is None:
             return False
         params, rows, q_strides, out_strides = self._launch.params, q.shape[0], q.strides, out.strides
@@ -739,15 +739,21 @@ class _HopperPrefill:
             self._launch(cupy.cuda.get_current_stream().ptr, grid)
         return True
 
-    def _make_pool_map(self, pointer: int, shape: tuple[int, int, int, int], strides: tuple[int, int, int]) -> Any:
-        """The kernel's PoolMap as a structured array, made once for a layer's pool; None where TMA cannot read it."""
+    def _make_pool(self, pointer: int, shape: tuple[int, int, int, int], strides: tuple[int, int, int]) -> Any:
+        """The kernel's Pool as a structured array, made once for a layer's pool; None where there are too many places."""
+        pool = np.zeros((), self._launch.params.dtype["k"])
+        if self._gather:
+            units = _units(strides)
+            if sum(extent * stride for extent, stride in zip(shape, units, strict=False)) >= 2**32 - 1:
+                return None
+            compile.fill(pool, {"pages": pointer, "strides": units})
+            return pool
         page, slot, head = strides
         geometry = tensor_map.pool_geometry(*shape, (page * 2, slot * 2, head * 2))
         if geometry is None:
             return None
-        pool_map = np.zeros((), self._launch.params.dtype["k"])
-        compile.fill(pool_map, tensor_map.pool_map(pointer, geometry, self._spec.dtype == _BFLOAT16))
-        return pool_map
+        compile.fill(pool, tensor_map.pool_map(pointer, geometry, self._spec.dtype == _BFLOAT16))
+        return pool
 
 
 @functools.cache
