@@ -267,23 +267,22 @@ __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* t
 // -- warps 1 and 2 -----------------------------------------------------------------------------------------------------
 
 // The warp copies 32 rows: lane i knows where row i begins, in units of 16 bytes, or NOWHERE, which gives zeros.
-// place(row, chunk) is where a chunk goes.
+// place(row, chunk) is where a chunk goes. Four lanes share a row, 64 bytes at a time: they learn its place by one
+// shuffle, and each lane stays within one line of a swizzle pattern, so that all places are a constant apart.
 constexpr u32 NOWHERE = ~0u;
 template <typename Place>
 __device__ __forceinline__ void copy_32_rows(const u16* base, u32 begin, Place place) {
-    constexpr int LANES = HEAD_DIM > 64 ? 16 : 8;  // for a row: as many as it has chunks, or more
-    constexpr int AHEAD = 4;                       // a shuffle takes long, and none waits for another
-    const int lane = threadIdx.x & 31, chunk = lane % LANES;
+    const int lane = threadIdx.x & 31, first_row = lane / 4, first_chunk = lane % 4;
+    u32 from[4];
 #pragma unroll
-    for (int turn = 0; turn < LANES; turn += AHEAD) {
-        u32 from[AHEAD];
+    for (int i = 0; i < 4; ++i) from[i] = __shfl_sync(~0u, begin, i * 8 + first_row);
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) from[i] = __shfl_sync(~0u, begin, (turn + i) * (32 / LANES) + lane / LANES);
-        if (chunk < CHUNKS)
+    for (int i = 0; i < 4; ++i) {
+        const u16* const source = base + (u64(from[i]) + first_chunk) * 8;
 #pragma unroll
-            for (int i = 0; i < AHEAD; ++i)
-                copy_async_16(place((turn + i) * (32 / LANES) + lane / LANES, chunk), base + u64(from[i] + chunk) * 8,
-                              from[i] != NOWHERE);
+        for (int chunk = 0; chunk < CHUNKS; chunk += 4)
+            if (chunk + first_chunk < CHUNKS)
+                copy_async_16(place(i * 8 + first_row, chunk + first_chunk), source + chunk * 8, from[i] != NOWHERE);
     }
 }
 
