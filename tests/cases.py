@@ -474,7 +474,7 @@ BENCH_PREFILL_MORE = {
     "window": (_of_prefill("1x16384"), _bench_prefill("1x16384_window1024", 1, 16384, 16384, window_left=1023)),
     "chunk": (_of_prefill("1x16384"), _bench_prefill("1x512_on_32768", 1, 512, 32768)),
     "mixed": (
-        _bench_prefill("64x1_on_4096", 64, 1, 4096),
+        _bench_decode("64_on_4096_by_decode", (4096,) * 64),
         _bench_prefill("4x1024", 4, 1024, 1024),
         _bench_prefill(
             "64x1_on_4096_and_4x1024", 68, 0, 0, kv_lens=(4096,) * 64 + (1024,) * 4, q_lens=(1,) * 64 + (1024,) * 4
@@ -494,7 +494,7 @@ BENCH_BASES = {
         (BENCH_PREFILL_MORE["head_dim"][6:], ("16x1024",)),
         (BENCH_PREFILL_MORE["window"], ("1x16384",)),
         (BENCH_PREFILL_MORE["chunk"], ("1x16384",)),
-        (BENCH_PREFILL_MORE["mixed"], ("64x1_on_4096", "4x1024")),
+        (BENCH_PREFILL_MORE["mixed"], ("64_on_4096_by_decode", "4x1024")),
     )
     for case in group
     if case.name not in bases
