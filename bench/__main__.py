@@ -2,6 +2,8 @@
 
 decode    microseconds of run() beside two floors: the fastest plain kernels that read as many contiguous bytes as the
           keys and values seen have, and that read their pages in the order of the table
+grid      the same for 206 points of batch size, KV heads and kv_len, against 1.5 x floor + 8 us
+layers    a step of 32 layers, plan, append and decode in one CUDA graph, beside the sum of the floors
 prefill   microseconds and TFLOP/s of run(), causal
 merge     microseconds of merge_states beside the read floor of the states
 append    microseconds of append beside a plain copy of as many bytes
@@ -11,13 +13,18 @@ numerics  the study of errors (its own options: python -m bench numerics --help)
 
 On the device, all is timed by events in turns, after a clean flush of the L2 cache and behind a spin of the stream that
 hides the host's part, peers included. Each case is one line of JSON with card, versions, date, source hash and command.
+
+"run / bases" is our time over what other cases of the run make one expect: tests/cases.py names the cases at whose rate
+(bytes of decode, operations of prefill) a case is to do its work; any other case is compared with itself in the first
+of several pools. "run / plain" is that of a run with --combined, --batch-invariant or --lse over one without.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,15 +39,19 @@ from tests.cases import (
     BENCH_APPEND,
     BENCH_DECODE,
     BENCH_DECODE_MORE,
+    BENCH_GRID,
+    BENCH_LAYERS,
     BENCH_MERGE,
     BENCH_PREFILL,
     BENCH_PREFILL_MORE,
 )
 
 from . import plot, record
-from .attention import measure_decode, measure_prefill
+from .attention import BOUND_FLOORS, BOUND_US, measure, measure_point
 from .cold import COLD, measure_cold
+from .compare import POOL, over_bases
 from .host import HOST, measure_host
+from .layers import ALLOWED_US, measure_layers
 from .peers import PEERS, load
 from .pools import measure_append, measure_merge
 from .session import Session
@@ -89,12 +100,30 @@ def _median(name: str) -> Callable[[Figures], str]:
     return cell
 
 
-def _ratio(figures: Figures) -> str:
-    return f"{figures['ratio']:.3f}"
+def _ratio(name: str) -> Callable[[Figures], str]:
+    """The cell of a ratio that not every case has."""
+
+    def cell(figures: Figures) -> str:
+        return f"{figures[name]:.3f}" if name in figures else ""
+
+    return cell
 
 
 def _host(figures: Figures) -> str:
     return f"{figures['run_us']['host']:.1f}"
+
+
+def _kv_mb(figures: Figures) -> str:
+    return f"{figures['kv_mb']:.1f}"
+
+
+COMPARED = {
+    "run / bases": _ratio("over_bases"),
+    "plain us": _median("plain_us"),
+    "run / plain": _ratio("over_plain"),
+    "plan us": _median("plan_us"),
+    "host us": _host,
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +134,8 @@ class Bench:
     measure: Callable[[Any, Session], dict[str, Any]]
     columns: Mapping[str, Callable[[Figures], str]]
     dtype: str = "float16"
+    reps: int = 30
+    work: str | None = None  # the figure that counts a case's work, for comparison with its bases
 
     def cases(self) -> dict[str, Any]:
         """All cases by name; a case may be in several groups."""
@@ -114,26 +145,53 @@ class Bench:
 BENCHES = {
     "decode": Bench(
         {HEADLINE: BENCH_DECODE, **BENCH_DECODE_MORE},
-        measure_decode,
+        measure,
         {
-            "KV MB": lambda figures: f"{figures['kv_mb']:.1f}",
+            "KV MB": _kv_mb,
             "floor us (p10 - p90)": _spread("read_floor_us"),
             "pages us": _median("page_floor_us"),
             "run us (p10 - p90)": _spread("run_us"),
-            "run / floor": _ratio,
-            "host us": _host,
+            "run / floor": _ratio("ratio"),
+            **COMPARED,
+        },
+        work="kv_mb",
+    ),
+    "grid": Bench(
+        {HEADLINE: BENCH_GRID},
+        measure_point,
+        {
+            "KV MB": _kv_mb,
+            "floor us": _median("read_floor_us"),
+            "run us (p10 - p90)": _spread("run_us"),
+            "run / floor": _ratio("ratio"),
+            f"run / ({BOUND_FLOORS} floor + {BOUND_US:.0f} us)": _ratio("over_bound"),
+        },
+        reps=7,
+    ),
+    "layers": Bench(
+        {HEADLINE: BENCH_LAYERS},
+        measure_layers,
+        {
+            "KV MB": _kv_mb,
+            "floor of a layer us": _median("read_floor_us"),
+            "floors us": lambda figures: f"{figures['floors_us']:.1f}",
+            "reads in a graph us": _median("reads_us"),
+            "run us (p10 - p90)": _spread("run_us"),
+            "run / floors": _ratio("ratio"),
+            f"(run - {ALLOWED_US:.0f} us a layer) / floors": _ratio("over_allowed"),
         },
     ),
     "prefill": Bench(
         {HEADLINE: BENCH_PREFILL, **BENCH_PREFILL_MORE},
-        measure_prefill,
+        measure,
         {
             "run us (p10 - p90)": _spread("run_us"),
             "TFLOP/s": lambda figures: f"{figures['tflops']:.0f}",
-            "floor us": lambda figures: f"{figures['read_floor_us']['median']:.1f}",
-            "host us": _host,
+            "floor us": _median("read_floor_us"),
+            **COMPARED,
         },
         dtype="bfloat16",
+        work="gflop",
     ),
     "merge": Bench(
         {HEADLINE: BENCH_MERGE},
@@ -142,7 +200,7 @@ BENCHES = {
             "read MB": lambda figures: f"{figures['read_mb']:.1f}",
             "floor us (p10 - p90)": _spread("read_floor_us"),
             "run us (p10 - p90)": _spread("run_us"),
-            "run / floor": _ratio,
+            "run / floor": _ratio("ratio"),
             "host us": _host,
         },
     ),
@@ -153,7 +211,7 @@ BENCHES = {
             "written MB": lambda figures: f"{figures['written_mb']:.3f}",
             "copy us (p10 - p90)": _spread("copy_us"),
             "run us (p10 - p90)": _spread("run_us"),
-            "run / copy": _ratio,
+            "run / copy": _ratio("ratio"),
             "host us": _host,
         },
     ),
@@ -197,14 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for peer in peers:
         environment["versions"] |= peer.versions
     cases = select(bench, options)
-    table = Table(title=f"{options.bench}, {environment['card']}, {describe(cases[0], options)}")
-    for name in (
-        "case",
-        *bench.columns,
-        *(f"{peer.name} us" for peer in peers),
-        *(f"run / {peer.name}" for peer in peers),
-    ):
-        table.add_column(name, no_wrap=name == "case")
+    names = [peer.name for peer in peers]
+    lines: list[dict[str, Any]] = []
+    rows: dict[str, list[str]] = {}
     wrong = 0
     with Progress(console=console, transient=True) as progress:
         for case in progress.track(cases, description=options.bench):
@@ -212,22 +265,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 figures = bench.measure(case, session)
             except AssertionError as error:
                 wrong += 1
-                progress.console.print(f"[red]{case}: wrong result, no time.[/] {escape(str(error))}")
+                progress.console.print(f"[red]{label(case, options)}: wrong result, no time.[/] {escape(str(error))}")
                 continue
             finally:
                 cupy.get_default_memory_pool().free_all_blocks()  # what a peer allocates comes from elsewhere
             line = {"bench": options.bench, "case": case.name, **settings(case, options), **figures, **environment}
+            if bench.work:
+                line |= over_bases(line, lines, bench.work)
             record.append(options.json, line)
-            if is_noisy(line):
-                progress.console.print(
-                    f"[yellow]{case}: the read floor is more than {NOISE} x that of a quiet card; run again[/]"
-                )
-            for name, reason in lacking(figures).items():
-                progress.console.print(f"[yellow]{case}: no time of {name}:[/] {escape(reason)}")
-            cells = [cell(figures) for cell in bench.columns.values()]
-            table.add_row(case.name, *cells, *peer_cells(figures, [peer.name for peer in peers]))
-    console.print(table)
-    console.print(f"{len(table.rows)} lines appended to {options.json}")
+            lines.append(line)
+            for remark in remarks(line):
+                progress.console.print(f"[yellow]{label(case, options)}:[/] {escape(remark)}")
+            rows[label(case, options)] = [*(cell(line) for cell in bench.columns.values()), *peer_cells(line, names)]
+    headers = [*bench.columns, *(f"{name} us" for name in names), *(f"run / {name}" for name in names)]
+    title = f"{options.bench}, {environment['card']}, {describe(cases[0], options)}"
+    console.print(tabulate(title, headers, rows))
+    if points := [line for line in lines if "over_bound" in line]:
+        worst = max(points, key=lambda line: line["over_bound"])
+        console.print(f"the worst of {len(points)} points: {worst['case']}, {worst['over_bound']:.3f} x the bound")
+    console.print(f"{len(lines)} lines appended to {options.json}")
     return int(wrong > 0)
 
 
@@ -245,9 +301,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=[HEADLINE],
         help=f"cases or groups of cases (default: headline)\n{groups}",
     )
-    parser.add_argument("--layout", choices=[layout.value for layout in pa.Layout], default="NHD")
-    parser.add_argument("--page-size", type=int, default=16)
-    parser.add_argument("--dtype", choices=["float16", "bfloat16"], help="default: float16, for prefill bfloat16")
+    layouts, dtypes = [layout.value for layout in pa.Layout], ["float16", "bfloat16"]
+    parser.add_argument("--layout", nargs="+", choices=layouts, default=layouts[:1], help="default: NHD")
+    parser.add_argument("--page-size", nargs="+", type=int, default=[16], metavar="TOKENS", help="default: 16")
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, help="default: float16, for prefill bfloat16")
     parser.add_argument("--combined", action="store_true", help="one pool with K and V of a page side by side")
     parser.add_argument("--batch-invariant", action="store_true", help="plans with batch_invariant=True")
     parser.add_argument("--lse", action="store_true", help="have lse written, too")
@@ -255,7 +312,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--peer", type=lambda text: text.split(","), default=[], metavar="NAME,...",
         help=f"time these beside ours, where they can be imported: {', '.join(PEERS)}",
     )  # fmt: skip
-    parser.add_argument("--reps", type=int, default=30, help="timed calls a case (default: 30)")
+    parser.add_argument("--reps", type=int, help="timed calls a case (default: 30, for the grid 7)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="append here (default: bench/results/BENCH.jsonl)")
     parser.add_argument(
         "--plot", action="store_true", help="measure nothing; draw what is recorded, beside it, as .png"
@@ -268,37 +325,36 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     ):
         if unknown := sorted(set(chosen) - set(known)):
             parser.error(f"unknown {what} {', '.join(unknown)}; there are {', '.join(known)}")
-    if options.reps < 1 or options.page_size < 1:
+    options.reps = bench.reps if options.reps is None else options.reps
+    options.dtype = options.dtype or [bench.dtype]
+    if min(options.reps, *options.page_size) < 1:
         parser.error(f"--reps and --page-size are 1 or more, not {options.reps} and {options.page_size}")
     if options.plot and options.bench not in plot.FIGURES:
         parser.error(f"--plot draws {' and '.join(plot.FIGURES)}, not {options.bench}")
-    options.dtype = options.dtype or bench.dtype
     options.json = options.json or record.RESULTS / f"{options.bench}.jsonl"
     return options
 
 
 def select(bench: Bench, options: argparse.Namespace) -> list[Any]:
-    """The chosen cases, each once, with the chosen layout, page size and dtype where a case has such a thing."""
+    """The chosen cases, each once in each of the chosen pools (layout, page size and dtype, where a case has them)."""
     named = bench.cases()
     chosen = {case.name: case for name in options.cases for case in bench.groups.get(name, ()) or [named[name]]}
-    return [
-        replace(case, **{name: value for name, value in _pool(options).items() if _has(case, name)})
-        for case in chosen.values()
-    ]
+    pools = [dict(zip(POOL, values, strict=True)) for values in itertools.product(*(getattr(options, x) for x in POOL))]
+    placed = (
+        replace(case, **{name: pool[name] for name in pool_of(case)}) for case in chosen.values() for pool in pools
+    )
+    return list(dict.fromkeys(placed))
 
 
-def _pool(options: argparse.Namespace) -> dict[str, Any]:
-    return {"layout": options.layout, "page_size": options.page_size, "dtype": options.dtype}
-
-
-def _has(case: Any, name: str) -> bool:
-    return name in {field.name for field in fields(case)}
+def pool_of(case: Any) -> dict[str, Any]:
+    """What a case says of its pool."""
+    names = {field.name for field in fields(case)}
+    return {name: getattr(case, name) for name in POOL if name in names}
 
 
 def settings(case: Any, options: argparse.Namespace) -> dict[str, Any]:
     """What a line says about how it was measured."""
-    pool = {name: value for name, value in _pool(options).items() if _has(case, name)}
-    return {**pool, **{name: True for name in FLAGS if _flag(options, name)}, "reps": options.reps}
+    return {**pool_of(case), **{name: True for name in FLAGS if _flag(options, name)}, "reps": options.reps}
 
 
 def _flag(options: argparse.Namespace, name: str) -> bool | None:
@@ -306,9 +362,39 @@ def _flag(options: argparse.Namespace, name: str) -> bool | None:
     return getattr(options, name) or None
 
 
+def _varies(options: argparse.Namespace, name: str) -> bool:
+    return name in POOL and len(getattr(options, name)) > 1
+
+
 def describe(case: Any, options: argparse.Namespace) -> str:
-    """The settings of a case, for a title."""
-    return ", ".join(f"{name} {value}" for name, value in settings(case, options).items())
+    """The settings that all cases share, for a title."""
+    found = settings(case, options)
+    return ", ".join(f"{name} {value}" for name, value in found.items() if not _varies(options, name))
+
+
+def label(case: Any, options: argparse.Namespace) -> str:
+    """A case's name, and what tells its pool from the others."""
+    return ", ".join([case.name, *(f"{value}" for name, value in pool_of(case).items() if _varies(options, name))])
+
+
+def remarks(line: Figures) -> Iterable[str]:
+    """What is to be said about a measurement."""
+    if is_noisy(line):
+        yield f"the read floor is more than {NOISE} x that of a quiet card; run again"
+    if line.get("over_bound", 0) > 1:
+        yield f"{line['run_us']['median']} us are above {BOUND_FLOORS} x floor + {BOUND_US:.0f} us"
+    for name, reason in lacking(line).items():
+        yield f"no time of {name}: {reason}"
+
+
+def tabulate(title: str, headers: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:
+    """A table of rows by their names, without the columns that are empty in all of them."""
+    filled = [i for i in range(len(headers)) if any(row[i] for row in rows.values())]
+    table = Table("case", *(headers[i] for i in filled), title=title)
+    table.columns[0].no_wrap = True
+    for name, row in rows.items():
+        table.add_row(name, *(row[i] for i in filled))
+    return table
 
 
 def lacking(figures: Figures) -> dict[str, str]:
@@ -323,7 +409,7 @@ def peer_cells(figures: Figures, names: Sequence[str]) -> list[str]:
     return times + ["-" if median is None else f"{figures['run_us']['median'] / median:.3f}" for median in medians]
 
 
-def is_noisy(line: dict[str, Any]) -> bool:
+def is_noisy(line: Figures) -> bool:
     """Whether a decode line of an H100 shows a read floor that a quiet card does not."""
     if line["bench"] != "decode" or "H100" not in line["card"] or line["case"] not in H100_READ_FLOOR:
         return False
@@ -331,13 +417,13 @@ def is_noisy(line: dict[str, Any]) -> bool:
 
 
 def draw(options: argparse.Namespace) -> int:
-    """Draw the recorded lines of a benchmark."""
-    wanted = {"layout": options.layout, "dtype": options.dtype} | {name: _flag(options, name) for name in FLAGS}
+    """Draw the recorded lines of a benchmark, in the first of the chosen pools."""
+    wanted = {"layout": options.layout[0], "dtype": options.dtype[0]} | {name: _flag(options, name) for name in FLAGS}
     lines = plot.newest(record.read(options.json), wanted)
     if not lines:
         raise SystemExit(f"{options.json} has no line with {wanted}; measure first, without --plot")
     path = options.json.with_suffix(".png")
-    plot.save(plot.FIGURES[options.bench](lines, BENCHES[options.bench].groups, options.page_size), path)
+    plot.save(plot.FIGURES[options.bench](lines, BENCHES[options.bench].groups, options.page_size[0]), path)
     Console().print(f"{path}: drawn from {len(lines)} lines")
     return 0
 

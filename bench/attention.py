@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,53 +14,85 @@ from .check import Expected
 from .session import Session
 from .workload import Workload, causal_flops, kv_bytes
 
-
-def measure_decode(case: Case, session: Session) -> dict[str, Any]:
-    """Microseconds of run() and of two floors: the fastest plain kernel that reads as many contiguous bytes as the keys
-    and values seen have, and the fastest that reads their pages in the order of the table."""
-    import cupy
-
-    workload = Workload.build(case, cupy, combined=session.combined)
-    plan = pa.BatchDecodeWithPagedKVCache(batch_invariant=session.batch_invariant)
-    plan.plan(workload.kv, workload.table, case.num_qo_heads, q_len=case.q_len, window_left=case.window_left)
-    q = workload.q if case.q_len == 1 else workload.q.reshape(case.batch_size, case.q_len, *workload.q.shape[1:])
-    return _measure("decode", workload, plan, q, session)
+BOUND_FLOORS, BOUND_US = 1.5, 8.0  # no point of the grid is to take longer than so many read floors and microseconds
 
 
-def measure_prefill(case: Case, session: Session) -> dict[str, Any]:
-    """Microseconds and TFLOP/s of a causal run(), and the read floor of its keys and values."""
-    import cupy
+@dataclass(frozen=True)
+class Call:
+    """A case with its arrays and its plan, whose result was right."""
 
-    workload = Workload.build(case, cupy, combined=session.combined)
-    plan = pa.BatchPrefillWithPagedKVCache(batch_invariant=session.batch_invariant)
-    plan.plan(
-        workload.kv, workload.table, workload.qo_indptr, case.num_qo_heads, causal=True, window_left=case.window_left
-    )
-    return _measure("prefill", workload, plan, workload.q, session)
+    workload: Workload
+    plan: Callable[[], None]  # once a step
+    run: Callable[[], Any]  # once a layer
+    check: Callable[[Any], object]  # AssertionError where another's result is wrong
+    status: Callable[[], None]
+
+    @classmethod
+    def build(cls, case: Case, session: Session) -> Call:
+        import cupy
+
+        workload = Workload.build(case, cupy, combined=session.combined)
+        q, kv, table, heads = workload.q, workload.kv, workload.table, case.num_qo_heads
+        wrapper: Any
+        if case.is_decode:
+            wrapper = pa.BatchDecodeWithPagedKVCache(batch_invariant=session.batch_invariant)
+            plan = partial(wrapper.plan, kv, table, heads, q_len=case.q_len, window_left=case.window_left)
+            q = q if case.q_len == 1 else q.reshape(case.batch_size, case.q_len, *q.shape[1:])
+        else:
+            wrapper = pa.BatchPrefillWithPagedKVCache(batch_invariant=session.batch_invariant)
+            plan = partial(wrapper.plan, kv, table, workload.qo_indptr, heads, window_left=case.window_left)
+        plan()
+        out, lse = wrapper.run(q, kv, return_lse=True)
+        expected, rows = Expected(workload), (-1, heads)
+        expected.check(out.reshape(*rows, case.head_dim), lse.reshape(rows))
+        run = partial(wrapper.run, q, kv, out=out, lse=lse if session.with_lse else None)
+        return cls(workload, plan, run, expected.check, wrapper.status)
 
 
-def _measure(operation: str, workload: Workload, plan: Any, q: Any, session: Session) -> dict[str, Any]:
-    case, expected = workload.case, Expected(workload)
-    out, lse = plan.run(q, workload.kv, return_lse=True)
-    rows = (-1, case.num_qo_heads)
-    expected.check(out.reshape(*rows, case.head_dim), lse.reshape(rows))
-    run = partial(plan.run, q, workload.kv, out=out, lse=lse if session.with_lse else None)
+def measure(case: Case, session: Session) -> dict[str, Any]:
+    """Microseconds of run(), of plan(), and of the fastest plain kernel that reads as many contiguous bytes as the keys
+    and values seen have.
+
+    Decode without a window has a second floor: plain loads of the pages, in the order of the table. Where the session
+    is not plain, the run() of a plain one is timed in turns with its own.
+    """
+    call = Call.build(case, session)
+    workload, stopwatch = call.workload, session.stopwatch
     calls: dict[str, Callable[[], Any]] = {
-        "read_floor_us": session.stopwatch.read_floor(workload.storage, kv_bytes(case)),
-        "run_us": run,
+        "read_floor_us": stopwatch.read_floor(workload.storage, kv_bytes(case)),
+        "run_us": call.run,
+        "plan_us": call.plan,
     }
-    if operation == "decode" and case.window_left < 0:  # every page is read: what do plain loads of pages take?
+    if case.is_decode and case.window_left < 0:
         pieces, piece_bytes = workload.pieces()
-        calls["page_floor_us"] = session.stopwatch.read_floor(
-            workload.storage, pieces.size * piece_bytes, pieces, piece_bytes
-        )
-    figures = session.measure(operation, workload, expected.check, calls)
-    plan.status()
+        num_bytes = pieces.size * piece_bytes
+        calls["page_floor_us"] = stopwatch.read_floor(workload.storage, num_bytes, pieces, piece_bytes)
+    if session != session.plain:
+        calls["plain_us"] = Call.build(case, session.plain).run
+    figures = session.measure("decode" if case.is_decode else "prefill", workload, call.check, calls)
+    call.status()
     median, flops = figures["run_us"]["median"], causal_flops(case)
-    return {
+    found = {
         "kv_mb": round(kv_bytes(case) / 1e6, 4),
         "gflop": round(flops / 1e9, 6),
         **figures,
         "ratio": round(median / figures["read_floor_us"]["median"], 4),
         "tflops": round(flops / median / 1e6, 1),
+    }
+    return found | ({"over_plain": round(median / figures["plain_us"]["median"], 4)} if "plain_us" in figures else {})
+
+
+def measure_point(case: Case, session: Session) -> dict[str, Any]:
+    """Microseconds of run() and of reading as many bytes, as one of many points: both with little effort."""
+    call = Call.build(case, session)
+    floor = session.stopwatch.read_floor(call.workload.storage, kv_bytes(case), coarse=True)
+    calls = {"read_floor_us": floor, "run_us": call.run}
+    figures = session.measure("decode", call.workload, call.check, calls)
+    call.status()
+    median, floor_us = figures["run_us"]["median"], figures["read_floor_us"]["median"]
+    return {
+        "kv_mb": round(kv_bytes(case) / 1e6, 4),
+        **figures,
+        "ratio": round(median / floor_us, 4),
+        "over_bound": round(median / (BOUND_FLOORS * floor_us + BOUND_US), 4),
     }

@@ -9,6 +9,8 @@ from typing import Any
 Lines = Sequence[dict[str, Any]]
 Groups = Mapping[str, Sequence[Any]]
 OURS = "paged_attn"
+CONTIGUOUS = ("fa3", "cudnn")  # peers whose keys and values have no pages
+STYLES = ("o-", "s--", "^:", "v-.", "x-")  # of page sizes, the smallest first
 
 
 def newest(lines: Iterable[dict[str, Any]], wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -123,12 +125,15 @@ def _bars(panel: Any, lines: Lines, label: str, value: Callable[[dict[str, Any],
 def _curves(
     panel: Any, lines: Lines, sizes: Mapping[str, int], value: Callable[[dict[str, Any], float], float]
 ) -> None:
-    """A curve for each library and page size."""
+    """A curve for each library and page size; one for a library that has no pages."""
+    page_sizes = sorted({line["page_size"] for line in lines})
     for color, library in enumerate(_libraries(lines)):
-        for page_size, style in zip(sorted({line["page_size"] for line in lines}), ("o-", "s--", "^:"), strict=False):
+        without_pages = library in CONTIGUOUS
+        for page_size, style in zip(page_sizes[:1] if without_pages else page_sizes, STYLES, strict=False):
             here = [line for line in lines if line["page_size"] == page_size and library in times(line)]
             x, y = [sizes[line["case"]] for line in here], [value(line, times(line)[library]) for line in here]
-            panel.plot(x, y, style, color=f"C{color}", markersize=3, label=f"{library}, page {page_size}")
+            label = f"{library}, {'contiguous' if without_pages else f'page {page_size}'}"
+            panel.plot(x, y, style, color=f"C{color}", markersize=3, label=label)
 
 
 def _roofline(panel: Any, lines: Lines) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .peers import Peer, Run
@@ -20,6 +20,11 @@ class Session:
     combined: bool = False  # pools with K and V of a page side by side
     batch_invariant: bool = False
     with_lse: bool = False
+
+    @property
+    def plain(self) -> Session:
+        """The same with separate pools, no promise of bits, no lse."""
+        return replace(self, combined=False, batch_invariant=False, with_lse=False)
 
     def measure(
         self, operation: str, inputs: Any, check: Callable[[Any], object], own: Mapping[str, Run]

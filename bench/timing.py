@@ -49,8 +49,8 @@ class Stopwatch:
         self._memory = Memory()
         self._written = cupy.empty(FLUSH_BYTES, np.uint8)
         self._read = cupy.empty(FLUSH_BYTES, np.uint8)
-        # (unroll, block_size, block_bytes) by the number of bytes and that of a piece
-        self._fastest: dict[tuple[int, int], tuple[int, int, int]] = {}
+        # (unroll, block_size, block_bytes) by the number of bytes (coarse: of its bits) and that of a piece
+        self._fastest: dict[tuple[int, int, bool], tuple[int, int, int]] = {}
 
     def flush(self) -> None:
         """Write 256 MB, then read another 256 MB.
@@ -89,17 +89,19 @@ class Stopwatch:
             for name, pairs in events.items()
         }
 
-    def read_floor(self, buffer: Any, num_bytes: int, pieces: Any = None, piece_bytes: int = 0) -> Callable[[], None]:
+    def read_floor(
+        self, buffer: Any, num_bytes: int, pieces: Any = None, piece_bytes: int = 0, *, coarse: bool = False
+    ) -> Callable[[], None]:
         """The fastest of a few plain 16-byte-load kernels over the first `num_bytes` of `buffer`, as a call.
 
         With `pieces` (int32, of piece_bytes each) they read those in that order, as a page table has them. Which kernel
-        it is, is measured once for each number of bytes.
+        it is, is measured once for each number of bytes; coarse: once for all between two powers of two.
         """
 
         def variant(shape: tuple[int, int, int]) -> Callable[[], None]:
             return lambda: self._memory.read(buffer, num_bytes, *shape, pieces, piece_bytes)
 
-        key = (num_bytes, piece_bytes)
+        key = (num_bytes.bit_length() if coarse else num_bytes, piece_bytes, coarse)
         if key not in self._fastest:
             shapes = itertools.product((4, 8), (256, 512), (2**15, 2**16, 2**17, 2**18, 2**20))
             variants = {f"{shape}": (shape, variant(shape)) for shape in shapes}

@@ -439,8 +439,12 @@ def _bench_prefill(
     return Case(name, **{**lengths, **heads, "head_dim": 128, **options})
 
 
+def _of_prefill(name: str) -> Case:
+    return next(case for case in BENCH_PREFILL if case.name == name)
+
+
 def _bench_grid() -> Iterable[Case]:
-    """206 points; none has more than 2 GB of keys and values."""
+    """206 points of batch size, KV heads and kv_len; none has more than 2 GB of keys and values."""
     for batch_size in (1, 2, 5, 12, 31, 64, 130, 512):
         for num_kv_heads in (1, 2, 4, 8, 32):
             for kv_len in (64, 500, 1024, 3000, 8192, 32768):
@@ -485,8 +489,9 @@ BENCH_DECODE_MORE = {
     ),
     "kv_len": tuple(_bench_decode(f"1x{2**power}", (2**power,)) for power in range(7, 20)),
     "batch": tuple(_bench_decode(f"{2**power}x2048", (2048,) * 2**power) for power in range(10)),
-    "grid": tuple(_bench_grid()),
 }
+BENCH_GRID = tuple(_bench_grid())
+BENCH_LAYERS = tuple(case for case in BENCH_DECODE if case.name in ("bs1_4k_g4", "bs16_4k_g4"))
 BENCH_PREFILL = (
     _bench_prefill("1x8192", 1, 8192, 8192),
     _bench_prefill("4x4096", 4, 4096, 4096),
@@ -496,30 +501,51 @@ BENCH_PREFILL = (
     _bench_prefill("64x128_on_2048", 64, 128, 2048),
 )
 BENCH_PREFILL_MORE = {
-    "group": tuple(  # 30 to 36 query heads: about the same work, whose rates compare
-        _bench_prefill(f"1x8192_g{group}", 1, 8192, 8192, group, num_kv_heads)
-        for group, num_kv_heads in ((4, 8), (1, 32), (5, 6), (7, 5), (8, 4), (12, 3))
+    "group": (  # 30 to 36 query heads: about the same work, whose rates compare
+        _of_prefill("1x8192"),
+        *(
+            _bench_prefill(f"1x8192_g{group}", 1, 8192, 8192, group, num_kv_heads)
+            for group, num_kv_heads in ((1, 32), (5, 6), (7, 5), (8, 4), (12, 3))
+        ),
     ),
     "short": (
+        _of_prefill("1x8192"),
         _bench_prefill("256x4_on_2048", 256, 4, 2048),
         _bench_prefill("64x17_on_4096", 64, 17, 4096),
         _bench_prefill("32x64_on_8192", 32, 64, 8192),
     ),
     "head_dim": tuple(
-        _bench_prefill(f"{name}_dim{head_dim}", batch_size, length, length, head_dim=head_dim)
-        for head_dim in (64, 80, 96, 112, 256)
-        for name, batch_size, length in (("1x8192", 1, 8192), ("16x1024", 16, 1024))
+        replace(_of_prefill(name), name=name if head_dim == 128 else f"{name}_dim{head_dim}", head_dim=head_dim)
+        for name in ("1x8192", "16x1024")
+        for head_dim in (128, 64, 80, 96, 112, 256)
     ),
-    "window": (_bench_prefill("1x16384_window1024", 1, 16384, 16384, window_left=1023),),
-    "chunk": (_bench_prefill("1x512_on_32768", 1, 512, 32768),),
+    "window": (_of_prefill("1x16384"), _bench_prefill("1x16384_window1024", 1, 16384, 16384, window_left=1023)),
+    "chunk": (_of_prefill("1x16384"), _bench_prefill("1x512_on_32768", 1, 512, 32768)),
     "mixed": (
+        _bench_decode("64_on_4096_by_decode", (4096,) * 64),
+        _bench_prefill("4x1024", 4, 1024, 1024),
         _bench_prefill(
             "64x1_on_4096_and_4x1024", 68, 0, 0, kv_lens=(4096,) * 64 + (1024,) * 4, q_lens=(1,) * 64 + (1024,) * 4
         ),
-        _bench_prefill("64x1_on_4096", 64, 1, 4096),
-        _bench_prefill("4x1024", 4, 1024, 1024),
     ),
     "length": tuple(_bench_prefill(f"length_{2**power}", 1, 2**power, 2**power) for power in range(9, 16)),
+}
+# A case is to do its work at the rate of these, which stand before it in its group: the bytes of a decode case, the
+# operations of a prefill case. Those of a mixed batch are all its work.
+BENCH_BASES = {
+    case.name: bases
+    for group, bases in (
+        (BENCH_DECODE_MORE["group"], ("bs64_4k_4h_g4",)),
+        (BENCH_PREFILL_MORE["group"], ("1x8192",)),
+        (BENCH_PREFILL_MORE["short"], ("1x8192",)),
+        (BENCH_PREFILL_MORE["head_dim"][:6], ("1x8192",)),
+        (BENCH_PREFILL_MORE["head_dim"][6:], ("16x1024",)),
+        (BENCH_PREFILL_MORE["window"], ("1x16384",)),
+        (BENCH_PREFILL_MORE["chunk"], ("1x16384",)),
+        (BENCH_PREFILL_MORE["mixed"], ("64_on_4096_by_decode", "4x1024")),
+    )
+    for case in group
+    if case.name not in bases
 }
 
 

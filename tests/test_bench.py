@@ -14,23 +14,42 @@ import numpy as np
 import pytest
 
 import paged_attn as pa
-from bench import cold, first_result, peers, plot, record
-from bench.__main__ import BENCHES, H100_READ_FLOOR, is_noisy, lacking, main, parse, peer_cells, select
+from bench import cold, first_result, layers, peers, plot, record
+from bench.__main__ import (
+    BENCHES,
+    H100_READ_FLOOR,
+    describe,
+    is_noisy,
+    label,
+    lacking,
+    main,
+    parse,
+    peer_cells,
+    remarks,
+    select,
+    settings,
+    tabulate,
+)
+from bench.attention import measure, measure_point
 from bench.check import MOST_KEYS, Expected
+from bench.compare import over_bases
 from bench.pools import Append, Merge
 from bench.session import Session, fastest
 from bench.timing import Stopwatch, Times, spread
 from bench.workload import TILE, Workload, causal_flops, kv_bytes, random_normal, sampled_queries, seen_tokens
 from tests.cases import (
+    BENCH_BASES,
     BENCH_DECODE,
     BENCH_DECODE_MORE,
+    BENCH_GRID,
     BENCH_PREFILL_MORE,
     AppendCase,
     Case,
     MergeCase,
 )
 
-ALL_CASES = [*BENCHES["decode"].cases().values(), *BENCHES["prefill"].cases().values()]
+ATTENTION = ("decode", "grid", "layers", "prefill")
+ALL_CASES = [case for name in ("decode", "prefill") for case in BENCHES[name].cases().values()]
 SMALL = Case("small", (70, 33, 16), q_lens=(9, 33, 1), num_qo_heads=4, num_kv_heads=2, head_dim=32)
 
 
@@ -84,12 +103,12 @@ def test_a_window_is_read_and_nothing_else() -> None:
     assert kv_bytes(case) == 64 * 512 * case.num_kv_heads * 128 * 2 * 2
 
 
-@pytest.mark.parametrize("bench", ["decode", "prefill"])
+@pytest.mark.parametrize("bench", ATTENTION)
 def test_a_name_is_one_case(bench: str) -> None:
     for case in itertools.chain.from_iterable(BENCHES[bench].groups.values()):
         assert BENCHES[bench].cases()[case.name] == case
         assert all(q_len <= kv_len or not kv_len for q_len, kv_len in zip(case.queries, case.kv_lens, strict=True))
-        assert case.is_decode == (bench == "decode")
+        assert case.is_decode or bench == "prefill"
 
 
 def test_cases_at_equal_bytes_and_equal_work() -> None:
@@ -98,6 +117,23 @@ def test_cases_at_equal_bytes_and_equal_work() -> None:
     work = [causal_flops(case) for case in BENCH_PREFILL_MORE["group"]]
     assert max(work) < 1.25 * min(work)
     assert {case.num_qo_heads // case.num_kv_heads for case in BENCH_PREFILL_MORE["group"]} == {1, 4, 5, 7, 8, 12}
+
+
+def test_the_grid_has_200_points_and_fits_into_a_card() -> None:
+    assert len(BENCH_GRID) >= 200
+    assert max(kv_bytes(case) for case in BENCH_GRID) <= 2**31
+    for values in ({case.batch_size for case in BENCH_GRID}, {case.num_kv_heads for case in BENCH_GRID}):
+        assert len(values) >= 5
+
+
+def test_bases_stand_before_their_cases_and_do_the_work_of_a_mixed_batch() -> None:
+    for group in (*BENCHES["decode"].groups.values(), *BENCHES["prefill"].groups.values()):
+        names = [case.name for case in group]
+        for i, name in enumerate(names):
+            assert set(BENCH_BASES.get(name, ())) <= set(names[:i])
+    *parts, mixed = BENCH_PREFILL_MORE["mixed"]
+    assert BENCH_BASES[mixed.name] == tuple(case.name for case in parts)
+    assert causal_flops(mixed) == sum(map(causal_flops, parts)) and kv_bytes(mixed) == sum(map(kv_bytes, parts))
 
 
 def test_hostile_raggedness() -> None:
@@ -256,8 +292,59 @@ class FakeStopwatch(Stopwatch):
 
     def __init__(self) -> None: ...
 
+    def read_floor(self, *buffer: Any, **options: Any) -> Callable[[], None]:
+        return lambda: None
+
     def interleave(self, calls: Mapping[str, Callable[[], object]], reps: int) -> dict[str, Times]:
+        for call in calls.values():
+            call()
         return {name: Times((float(len(name.rpartition("\0")[2])),) * reps, (1.0,) * reps) for name in calls}
+
+
+@pytest.fixture
+def numpy_as_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements take NumPy for CuPy, and the NumPy backend for ours."""
+    monkeypatch.setitem(sys.modules, "cupy", np)
+    monkeypatch.setattr(layers, "captured", lambda work: SimpleNamespace(launch=work))
+    monkeypatch.setattr(pa, "status", lambda: None)
+
+
+@pytest.mark.usefixtures("numpy_as_cupy")
+@pytest.mark.parametrize("case", [SMALL, replace(SMALL, q_lens=None, q_len=2), replace(SMALL, q_lens=None)], ids=str)
+def test_a_session_with_options_is_timed_beside_a_plain_one(case: Case) -> None:
+    plain = measure(case, Session(FakeStopwatch()))
+    assert plain.keys() >= {"read_floor_us", "run_us", "plan_us", "ratio", "tflops"}
+    assert ("page_floor_us" in plain) == case.is_decode and "plain_us" not in plain
+    found = measure(case, Session(FakeStopwatch(), with_lse=True, combined=True))
+    assert (found["plain_us"]["median"], found["run_us"]["median"], found["over_plain"]) == (8, 6, 0.75)
+
+
+@pytest.mark.usefixtures("numpy_as_cupy")
+def test_a_point_is_set_against_its_bound() -> None:
+    figures = measure_point(replace(SMALL, q_lens=None), Session(FakeStopwatch(), reps=1))
+    assert figures["over_bound"] == round(6 / (1.5 * len("read_floor_us") + 8), 4)
+
+
+@pytest.mark.usefixtures("numpy_as_cupy")
+def test_layers_are_set_against_the_sum_of_their_floors() -> None:
+    case = Case("layers", (33, 70), num_qo_heads=4, num_kv_heads=2, head_dim=32)
+    figures = layers.measure_layers(case, Session(FakeStopwatch(), reps=1))
+    assert figures["floors_us"] == layers.LAYERS * len("read_floor_us")
+    assert figures["over_allowed"] == round((6 - 2 * layers.LAYERS) / figures["floors_us"], 4)
+
+
+@pytest.mark.usefixtures("numpy_as_cupy")
+def test_a_wrong_layer_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stale(pa.BatchDecodeWithPagedKVCache):
+        runs = 0
+
+        def run(self, q: Any, kv: pa.PagedKV, **options: Any) -> Any:
+            Stale.runs += 1
+            return None if Stale.runs == 6 else super().run(q, kv, **options)
+
+    monkeypatch.setattr(pa, "BatchDecodeWithPagedKVCache", Stale)
+    with pytest.raises(AssertionError, match="layer 5: request 0"):
+        layers.measure_layers(Case("layers", (33,), num_kv_heads=8, head_dim=16), Session(FakeStopwatch()))
 
 
 def is_six(result: int) -> None:
@@ -338,6 +425,58 @@ def test_the_command_line_chooses_cases_and_settings() -> None:
     assert options.json == record.RESULTS / "prefill.jsonl"
     assert select(BENCHES["decode"], parse(["decode"])) == list(BENCH_DECODE)
     assert {case.dtype for case in select(BENCHES["prefill"], parse(["prefill"]))} == {"bfloat16"}
+
+
+def test_the_command_line_takes_several_pools() -> None:
+    options = parse(["decode", "--cases", "bs1_4k_g4", "window", "--page-size", "16", "1", "--layout", "NHD", "HND"])
+    chosen = select(BENCHES["decode"], options)
+    pools = [("NHD", 16), ("NHD", 1), ("HND", 16), ("HND", 1)]
+    assert [(case.layout, case.page_size) for case in chosen] == 2 * pools
+    assert label(chosen[3], options) == "bs1_4k_g4, HND, 1"
+    assert describe(chosen[3], options) == "dtype float16, reps 30"
+    assert settings(chosen[3], options) == {"layout": "HND", "page_size": 1, "dtype": "float16", "reps": 30}
+    merges = select(BENCHES["merge"], parse(["merge", "--page-size", "16", "1"]))  # they have no pages
+    assert len(merges) == len(BENCHES["merge"].cases())
+    assert (parse(["grid"]).reps, parse(["grid", "--reps", "3"]).reps) == (BENCHES["grid"].reps, 3)
+
+
+def test_our_time_over_that_of_the_bases() -> None:
+    def timed(case: str, gflop: float, time: float, **changes: Any) -> dict[str, Any]:
+        return line(case, gflop=gflop, run_us={"median": time}, **changes)
+
+    base = timed("1x16384", 100.0, 1000.0)
+    window = timed("1x16384_window1024", 12.0, 150.0)
+    assert over_bases(window, [base], "gflop")["over_bases"] == 1.25  # 12 of 100 are left
+    assert over_bases(timed("1x512_on_32768", 0.1, 22.0), [base], "gflop")["over_bases"] == 2  # reading takes 11 us
+    assert over_bases(window, [base | {"layout": "HND"}], "gflop") == {}
+    parts = [timed("64_on_4096_by_decode", 1.0, 300.0), timed("4x1024", 9.0, 100.0)]
+    mixed = over_bases(timed("64x1_on_4096_and_4x1024", 10.0, 420.0), parts, "gflop")
+    assert mixed["over_bases"] == 1.05 and [part["case"] for part in mixed["bases"]] == [
+        "64_on_4096_by_decode",
+        "4x1024",
+    ]
+    assert over_bases(mixed | timed("64x1_on_4096_and_4x1024", 10.0, 420.0), parts[:1], "gflop") == {}
+
+
+def test_a_case_without_bases_is_compared_with_itself_in_the_first_pool() -> None:
+    first, second = line("1x8192"), line("1x8192", page_size=64)
+    found = over_bases(line("1x8192", page_size=1, run_us={"median": 21.0}), [first, second], "gflop")
+    assert found["over_bases"] == 1.5
+    assert found["bases"] == [{"case": "1x8192", "layout": "NHD", "page_size": 16, "dtype": "float16"}]
+    assert over_bases(first, [line("4x4096")], "gflop") == {}
+
+
+def test_remarks() -> None:
+    fine = line(over_bound=1.0)
+    assert list(remarks(fine)) == []
+    assert "1.5 x floor + 8 us" in next(iter(remarks(fine | {"over_bound": 1.01})))
+    assert list(remarks(line(peers={"fa3": {"none": "no decode"}}))) == ["no time of fa3: no decode"]
+
+
+def test_a_table_has_no_empty_columns() -> None:
+    table = tabulate("title", ["a", "b"], {"x": ["1", ""], "y": ["", ""]})
+    assert [column.header for column in table.columns] == ["case", "a"]
+    assert tabulate("title", ["a"], {}).row_count == 0
 
 
 def test_the_command_line_takes_groups_and_each_case_once() -> None:

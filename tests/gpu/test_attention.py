@@ -1,5 +1,7 @@
 """The attention kernels against the reference backend, for every case of the list, poisoned, twice, bitwise."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -66,3 +68,53 @@ def test_a_needle_in_any_page_is_seen(case: cases.Case) -> None:
     for needle in sorted({*range(0, 700, 16), *range(15, 700, 16), 699, *range(597, 602)}):
         inputs = cases.build(case, needle=needle)
         assert_right(inputs, *answer(inputs))
+
+
+# How decode divides its requests among CTAs: a few evenly, many whole, ragged ones in pieces.
+DIVIDED = {"even": (1500,), "whole": (300,) * 70, "pieces": (1500, *(20,) * 140)}
+EVERY_TOKEN = [
+    cases.Case(f"needle_{division}_{kind}", kv_lens, **shape)
+    for division, kv_lens in DIVIDED.items()
+    for kind, shape in {
+        "plain": {},
+        "HND_dim128": {"layout": "HND", "head_dim": 128, "dtype": "bfloat16"},
+        "group16": {"num_qo_heads": 32},
+        "q_len4_page3": {"q_len": 4, "page_size": 3},
+        "window": {"window_left": 100, "page_size": 64},
+    }.items()
+]
+
+
+@pytest.mark.parametrize("batch_invariant", (False, True))
+@pytest.mark.parametrize("case", EVERY_TOKEN, ids=str)
+def test_decode_sees_a_needle_in_any_token(case: cases.Case, batch_invariant: bool) -> None:
+    """In turn at every token of the first request, so at both sides of every border of a tile, split or window."""
+    kv_len = case.kv_lens[0]
+    needle = cases.build(replace(case, kv_lens=(1,)), needle=0)  # this token of request 0, and q, which looks for it
+    inputs = cases.build(case, needle=max(case.kv_lens))
+    q, kv, table = on_gpu(inputs.q), inputs.kv(on_gpu), inputs.table(on_gpu)
+    plan = pa.BatchDecodeWithPagedKVCache(batch_invariant=batch_invariant)
+    plan.plan(kv, table, case.num_qo_heads, q_len=case.q_len, window_left=case.window_left)
+    out, lse = plan.run(q, kv, return_lse=True)
+    bits = out.view(np.uint16)
+    outs, lses = (cupy.empty((kv_len, *array.shape[1:]), array.dtype) for array in (bits, lse))
+    pools = [
+        pages if case.layout == "NHD" else pages.swapaxes(1, 2)
+        for pages in (kv.k_pages.view(np.uint16), kv.v_pages.view(np.uint16))
+    ]
+    tokens = [on_gpu(dense[0][0]).view(np.uint16) for dense in (needle.k, needle.v)]
+    for place in range(kv_len):
+        page, slot = int(inputs.indices[place // case.page_size]), place % case.page_size
+        own = [pool[page, slot].copy() for pool in pools]
+        for pool, token in zip(pools, tokens, strict=True):
+            pool[page, slot] = token
+        plan.run(q, kv, out=out, lse=lse)
+        outs[place], lses[place] = bits[0], lse[0]
+        for pool, token in zip(pools, own, strict=True):
+            pool[page, slot] = token
+    plan.status()
+    first = replace(case, kv_lens=case.kv_lens[:1])
+    rows = (kv_len, case.q_len, case.num_qo_heads)
+    found = outs.get().view(inputs.q.dtype).reshape(*rows, -1), lses.get().reshape(rows)
+    for place, row in enumerate(zip(*found, strict=True)):
+        cases.assert_needle(first, place, *row)

@@ -1,5 +1,7 @@
 """CUDA graphs, and the promises behind them: nothing waits for the device, nothing allocates, nothing moves."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ cupy = pytest.importorskip("cupy")
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 64, 16
 MAX_BATCH, NUM_PAGES = 6, 96
 STEPS = 200
+REPLAYS, CHECKED_REPLAYS = 10_000, 50
 
 
 class Server:
@@ -114,6 +117,107 @@ def test_200_decode_steps_replay(layout: str, planned_in_the_graph: bool) -> Non
         server.check()
     server.plan.status()
     pa.status()
+
+
+class RandomTables:
+    """Tables of requests that grow, shrink, run empty, join and leave, over pages of random numbers."""
+
+    MAX_BATCH, MAX_PAGES, NUM_PAGES, MOST_TOKENS = 32, 640, 900, 4000
+
+    def __init__(self, layout: str) -> None:
+        self.random = np.random.default_rng(11)
+        self.kv_lens = np.zeros(0, np.int64)
+        # [indptr, last_page_len, indices] in one array: one upload a step.
+        self.ends = (self.MAX_BATCH + 1, 2 * self.MAX_BATCH + 1)
+        self.host = np.zeros(self.ends[1] + self.MAX_PAGES, np.int32)
+        self.device = cupy.zeros(self.host.shape, np.int32)
+        axes = (PAGE, KV_HEADS) if layout == "NHD" else (KV_HEADS, PAGE)
+        pools = self.random.standard_normal((2, self.NUM_PAGES, *axes, DIM), np.float32).astype(np.float16)
+        self.host_kv = pa.PagedKV(*pools, layout=layout)
+        self.kv = pa.PagedKV(*map(cupy.asarray, pools), layout=layout)
+
+    def table(self, arrays: Any) -> pa.PageTable:
+        indptr, last_page_len = arrays[: self.ends[0]], arrays[self.ends[0] : self.ends[1]]
+        return pa.PageTable(indptr, arrays[self.ends[1] :], last_page_len, page_size=PAGE)
+
+    def change(self) -> None:
+        """The next step: most requests grow by a token, and something happens to one of them or to all."""
+        random, lens = self.random, self.kv_lens
+        lens += (lens > 0) & (random.random(lens.size) < 0.9)
+        row = int(random.integers(lens.size)) if lens.size else 0
+        match random.integers(40):
+            case 0 | 1 if lens.size:
+                lens[row] = random.integers(lens[row] + 1)
+            case 2 | 3 if lens.size:
+                lens[row] = 0
+            case 4 | 5 if lens.size:
+                lens[row] = self.length()
+            case 6 | 7 if lens.size:
+                lens = np.delete(lens, row)
+            case 8 | 9 | 10 if lens.size < self.MAX_BATCH:
+                lens = np.insert(lens, random.integers(lens.size + 1), self.length())
+            case 11 if random.random() < 0.1:
+                lens = np.array([self.length() for _ in range(random.integers(self.MAX_BATCH + 1))], np.int64)
+        while -(-lens // PAGE) @ np.ones_like(lens) > self.MAX_PAGES:
+            lens[lens.argmax()] //= 2
+        self.kv_lens = lens
+        self.write()
+
+    def length(self) -> int:
+        return int(self.MOST_TOKENS ** self.random.random())
+
+    def write(self) -> None:
+        """The table of kv_lens over pages in random order; rows past the batch are empty, ids past the end no pages."""
+        lens, table = self.kv_lens, self.table(self.host)
+        pages = -(-lens // PAGE)
+        table.indptr[1 : lens.size + 1] = np.cumsum(pages)
+        table.indptr[lens.size + 1 :] = table.indptr[lens.size]
+        table.last_page_len[:] = 0
+        table.last_page_len[: lens.size] = lens - np.maximum(pages - 1, 0) * PAGE
+        used = int(table.indptr[-1])
+        table.indices[:used] = self.random.permutation(self.NUM_PAGES)[:used]
+        table.indices[used:] = np.iinfo(np.int32).max
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_10_000_replays_of_random_tables(layout: str) -> None:
+    tables = RandomTables(layout)
+    q = tables.random.standard_normal((tables.MAX_BATCH, HEADS, DIM), np.float32).astype(np.float16)
+    device_q, table = cupy.asarray(q), tables.table(tables.device)
+    out, lse = cupy.empty_like(device_q), cupy.empty(q.shape[:2], np.float32)
+    plan = pa.BatchDecodeWithPagedKVCache(max_batch_size=tables.MAX_BATCH, max_pages=tables.MAX_PAGES)
+
+    def step() -> None:
+        plan.plan(tables.kv, table, HEADS)
+        plan.run(device_q, tables.kv, out=out, lse=lse)
+
+    def replay(arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tables.device.set(arrays)
+        out.fill(np.nan)
+        lse.fill(np.nan)
+        graph.launch()
+        plan.status()
+        return out.get(), lse.get()
+
+    step()
+    graph = captured(step)
+    checked = {*np.linspace(1, REPLAYS - 1, CHECKED_REPLAYS).astype(int).tolist()}
+    seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for i in range(REPLAYS):
+        tables.change()
+        if i not in checked:
+            tables.device.set(tables.host)
+            graph.launch()
+            continue
+        result, result_lse = replay(tables.host)
+        right = np.empty(q.shape, np.float32)
+        _, right_lse = pa.decode(q, tables.host_kv, tables.table(tables.host), out=right, return_lse=True)
+        cases.assert_close(result, right, result_lse, right_lse, tolerance=cases.OUT_TOLERANCE["float16"])
+        seen.append((tables.host.copy(), result, result_lse))
+    for arrays, result, result_lse in seen:  # what lies between leaves no trace
+        again, again_lse = replay(arrays)
+        assert (again.view(np.uint16) == result.view(np.uint16)).all()
+        assert (again_lse.view(np.uint32) == result_lse.view(np.uint32)).all()
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
