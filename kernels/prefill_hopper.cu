@@ -105,10 +105,6 @@ constexpr int V_FULL = K_EMPTY + STAGES * 8, V_EMPTY = V_FULL + STAGES * 8;
 static_assert(SHARED_BYTES >= V_EMPTY + STAGES * 8, "SHARED_BYTES must be what planner.py says");
 static_assert(SHARED_BYTES <= 227 * 1024, "the shared memory of a CTA");
 
-#ifndef CLAIM_AHEAD
-#define CLAIM_AHEAD 3
-#endif
-__device__ __forceinline__ int claim_ahead(int num_blocks) { return CLAIM_AHEAD; }
 constexpr int ORDER = 1, WARPGROUP = 3;  // named barriers, two of each
 constexpr int SECTION_BYTES = 6 << 20;   // of K and V: tiles that run together share what stays in L2
 constexpr float LOG2_E = 1.44269504088896340736f;
@@ -171,6 +167,10 @@ struct __align__(16) Tile {
     int num_blocks;   // 0: no tile any more
 };
 static_assert(sizeof(Tile) == 64, "as TILE_FULL has it");
+
+// The next tile is claimed when so many blocks of this one are not ordered yet: late, so that the long tiles at the head
+// of the list go to whoever is free, but early enough to find it meanwhile.
+__device__ __forceinline__ int claims_with(const Tile& tile) { return tile.num_blocks > 8 ? 5 : 3; }
 
 // Where a ring stands: its slot, and how often that one has been used before.
 struct Ring {
@@ -255,9 +255,8 @@ __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* t
         }
         if (tile.num_blocks == 0) return;
 
-        // The next tile is claimed late, when K of this one is nearly all ordered: then the long tiles at the head of
-        // the list go to whoever is free. Every tile makes one claim, so the counter ends where it began.
-        if (tile.num_blocks > claim_ahead(tile.num_blocks)) barrier_wait(shared + TILE_WANTED, num_long++);
+        // Every tile makes one claim, so the counter ends where it began.
+        if (tile.num_blocks > claims_with(tile)) barrier_wait(shared + TILE_WANTED, num_long++);
         u32 claim = 0;
         if (lane == 0) claim = atomicInc(p.claims, num_work - 1);
         work = int(gridDim.x + __shfl_sync(~0u, claim, 0));
@@ -348,7 +347,7 @@ __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const
             __syncwarp();
 #endif
             ring.advance();
-            if (asks && lane == 0 && left == claim_ahead(tile.num_blocks) + 1) barrier_arrive(shared + TILE_WANTED);
+            if (asks && lane == 0 && left == claims_with(tile) + 1) barrier_arrive(shared + TILE_WANTED);
         }
     }
 }

@@ -42,7 +42,7 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
     "plan_splits": 48,
     "plan_tiles": 64,
     "prefill": {16: 168, 32: 168, 64: 255, 80: 255, 96: 255, 112: 255, 128: 255, 256: 255},
-    "prefill_hopper": {64: 168, 128: 168},  # at launch; warps then trade them
+    "prefill_hopper": dict.fromkeys((64, 80, 96, 112, 128), 168),  # at launch; warps then trade them
     "seq_lens": 40,
     "split_pages": 40,
     "split_rows": 64,
@@ -100,7 +100,12 @@ def variants() -> dict[str, list[dict[str, Any]]]:
             for bfloat16 in ((0,) if v_float32 and out else (0, 1))
         ],
         "prefill": [_prefill(key) | kind for key in _keys("prefill") for kind in kinds],
-        "prefill_hopper": [_prefill_hopper(key) | kind for key in _keys("prefill_hopper") for kind in kinds],
+        "prefill_hopper": [
+            _prefill_hopper(key) | kind | {"GATHER": gather}
+            for key in _keys("prefill_hopper")
+            for kind in kinds
+            for gather in (0, 1)
+        ],
         "schedule": [{}],
         "splits": [{}],
         "table": [{}],

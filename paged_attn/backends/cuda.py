@@ -740,7 +740,7 @@ class _HopperPrefill:
         return True
 
     def _make_pool(self, pointer: int, shape: tuple[int, int, int, int], strides: tuple[int, int, int]) -> Any:
-        """The kernel's Pool as a structured array, made once for a layer's pool; None where there are too many places."""
+        """The kernel's Pool as a structured array, made once for a layer's pool; None where it is too large."""
         pool = np.zeros((), self._launch.params.dtype["k"])
         if self._gather:
             units = _units(strides)

@@ -55,7 +55,7 @@ def is_hopper() -> bool:
     return bool(cupy.cuda.Device().compute_capability == "90")
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scores", cases.SCORES)
 def test_scores_of_every_kind(scores: str, dtype: str, head_dim: int, counting: None) -> None:
@@ -88,7 +88,7 @@ def test_the_first_block_of_a_window(scores: str, counting: None) -> None:
 SECTIONS = case("sections", (3300, 129), (70, 129), num_qo_heads=16, num_kv_heads=8, page_size=16, dtype="bfloat16")
 
 
-@pytest.mark.parametrize("page_size", [8, 16, 64])
+@pytest.mark.parametrize("page_size", [3, 8, 16, 64])
 def test_a_needle_at_any_border_is_seen(page_size: int) -> None:
     """Both sides of every page, box, block of 128 and tile."""
     shape = case("needles", (650, 131), (150, 131), page_size=page_size, layout="HND")
