@@ -822,17 +822,19 @@ def check_merge_states(v: Any, s: Any, base: Any, out: Any, lse: Any) -> float:
 # Sequences of a cache
 
 
-def check_sequences(seqs: Any, name: str = "seqs") -> np.ndarray:
-    """Sequence ids as int64 [n]: a 1-D list or array of ints without a repetition. Whether they live, a cache knows."""
-    ids = _int_vector(seqs, name)
-    if ids.size > 1:
-        ordered = np.sort(ids)
-        if (bad := _first(ordered[1:] == ordered[:-1])) is not None:
-            raise ValueError(
-                f"{name} holds sequence {ordered[bad]} more than once, and a batch has each sequence once; "
-                f"remove the repetition, or fork({ordered[bad]})"
-            )
-    return ids
+def as_sequences(seqs: Any, name: str = "seqs") -> np.ndarray:
+    """Sequence ids as int64 [n], from a 1-D list or array of ints. Whether they live, a cache knows."""
+    return _int_vector(seqs, name)
+
+
+def check_distinct(ids: np.ndarray, name: str = "seqs") -> None:
+    """No sequence twice in int64 [n]."""
+    ordered = np.sort(ids)
+    if (bad := _first(ordered[1:] == ordered[:-1])) is not None:
+        raise ValueError(
+            f"{name} holds sequence {ordered[bad]} more than once, and a batch has each sequence once; "
+            f"remove the repetition, or fork({ordered[bad]})"
+        )
 
 
 def check_counts(counts: Any, num_sequences: int, name: str = "counts") -> np.ndarray:

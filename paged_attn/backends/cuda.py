@@ -7,11 +7,10 @@ what was wrong with it stands in a status word until somebody asks (Plan.raise_s
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import threading
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import cupy
@@ -60,20 +59,37 @@ def zeros(shape: tuple[int, ...], dtype: Any, device: str) -> Any:
 
 def to_backend(array: Any, device: str) -> Any:
     """A host array on the device, by an asynchronous copy out of pinned memory; a device array as it is."""
-    if not isinstance(array, np.ndarray):
-        return array
+    return uploader(device)(array) if isinstance(array, np.ndarray) else array
+
+
+def uploader(device: str) -> Callable[[np.ndarray[Any, Any]], Any]:
+    """What copies host arrays to the device on its current stream. TypeError while that captures a CUDA graph."""
     with _on(device):
-        if is_capturing():
-            raise TypeError(
-                f"a NumPy array of {array.size} {array.dtype} was passed while the stream is capturing a CUDA graph, "
-                f"which would replay the copy of memory that has long been reused; pass CuPy arrays"
-            )
-        return _staging(device).upload(array)
+        return functools.partial(_upload, device, _upload_stream())
 
 
 def is_capturing() -> bool:
     """Whether the current stream is capturing a CUDA graph."""
     return bool(cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr))
+
+
+def _upload_stream() -> Any:
+    """The current stream, which must not be capturing a CUDA graph."""
+    stream = cupy.cuda.get_current_stream()
+    if cupy.cuda.runtime.streamIsCapturing(stream.ptr):
+        raise TypeError(
+            "NumPy arrays are to be uploaded while the stream is capturing a CUDA graph, which would replay the copy "
+            "of memory that has long been reused; pass CuPy arrays, and keep reserve() and page_table() of a cache "
+            "out of the capture"
+        )
+    return stream
+
+
+def _upload(device: str, stream: Any, array: np.ndarray[Any, Any]) -> Any:
+    with _on(device):
+        target = cupy.empty(array.shape, array.dtype)
+        _staging(threading.get_ident(), device).copy((array.ravel(),), array.dtype, target.data, stream)
+        return target
 
 
 class _on:
@@ -99,35 +115,56 @@ def _index(device: str) -> int:
     return int(device.removeprefix("cuda:"))
 
 
+@dataclass
+class _PinnedBlock:
+    view: np.ndarray[Any, Any]  # uint8 [size], which keeps the memory alive
+    address: int
+    event: Any  # behind the last copy out of it
+
+
 class _Staging:
-    """Pinned buffers for uploads; one is used again once the copy out of it is known to be over, else one is added."""
+    """Pinned memory for the uploads of one thread: a block is filled piece by piece, for copies on one stream.
+
+    The block's event is recorded anew behind every copy; a full block is used again when the event is over.
+    """
 
     def __init__(self) -> None:
-        # By size, a power of two: (memory, a byte view of it, event behind the last copy out of it).
-        self._buffers: dict[int, deque[tuple[Any, Any, Any]]] = {}
+        self._block = _PinnedBlock(np.empty(0, np.uint8), 0, None)
+        self._used = 0  # bytes of the block
+        self._stream: Any = None  # that the block's copies are on, held so that no other gets its address
+        self._full: list[_PinnedBlock] = []  # the longest waiting first
 
-    def upload(self, array: np.ndarray[Any, Any]) -> Any:
-        target = cupy.empty(array.shape, array.dtype)
-        num_bytes = array.nbytes
+    def copy(self, parts: Sequence[np.ndarray[Any, Any]], dtype: Any, target: Any, stream: Any) -> None:
+        """Copies 1-D arrays, one behind the other as `dtype`, to the device address `target`."""
+        num_bytes = sum(part.size for part in parts) * np.dtype(dtype).itemsize
         if not num_bytes:
-            return target
+            return
+        is_same = self._stream is not None and stream.ptr == self._stream.ptr
+        if not is_same or self._used + num_bytes > self._block.view.size:
+            self._next_block(num_bytes)
+            self._stream = stream
+        begin, end, block = self._used, self._used + num_bytes, self._block
+        np.concatenate(parts, out=block.view[begin:end].view(dtype), casting="same_kind")
+        target.copy_from_host_async(block.address + begin, num_bytes, stream)
+        block.event.record(stream)
+        self._used = -(-end // 16) * 16
+
+    def _next_block(self, num_bytes: int) -> None:
+        if self._used:
+            self._full.append(self._block)
+        self._used = 0
+        for place, block in enumerate(self._full):
+            if block.view.size >= num_bytes and block.event.done:
+                self._block = self._full.pop(place)
+                return
         size = max(SMALLEST_STAGING, 1 << (num_bytes - 1).bit_length())
-        buffers = self._buffers.setdefault(size, deque())
-        if buffers and buffers[0][2].done:
-            memory, view, event = buffers.popleft()
-        else:
-            memory, event = cupy.cuda.alloc_pinned_memory(size), cupy.cuda.Event(disable_timing=True)
-            view = np.frombuffer(memory, np.uint8, size)
-        view[:num_bytes].view(array.dtype).reshape(array.shape)[...] = array
-        stream = cupy.cuda.get_current_stream()
-        target.data.copy_from_host_async(memory.ptr, num_bytes, stream)
-        event.record(stream)
-        buffers.append((memory, view, event))
-        return target
+        memory = cupy.cuda.alloc_pinned_memory(size)
+        view = np.frombuffer(memory, np.uint8, size)
+        self._block = _PinnedBlock(view, memory.ptr, cupy.cuda.Event(disable_timing=True))
 
 
 @functools.cache
-def _staging(device: str) -> _Staging:
+def _staging(thread: int, device: str) -> _Staging:
     return _Staging()
 
 
@@ -326,19 +363,20 @@ def update_table(
     last_page_len: np.ndarray[Any, Any],
     out: Any,
 ) -> None:
-    device = f"cuda:{page_lists.device.id}"
-    parts = (update_index, update_value, starts, indptr, last_page_len)
-    packed = to_backend(np.concatenate(parts, dtype=np.int32, casting="same_kind"), device)
-    ends = itertools.accumulate((part.size for part in parts), initial=0)
-    index, value, start, row, last = (packed.data.ptr + 4 * end for end, _ in zip(ends, parts, strict=False))
+    device = out.device
     status = _device_status(device)
     num_updates, num_entries, batch = update_index.size, page_lists.size, starts.size
     with _on(device):
+        stream = _upload_stream()
+        packed = cupy.cuda.alloc(4 * (2 * num_updates + 3 * batch + 1))
+        parts = (update_index, update_value, starts, last_page_len, indptr)
+        _staging(threading.get_ident(), device).copy(parts, np.int32, packed, stream)
+        start = packed.ptr + 8 * num_updates
         if num_updates:
             fields = {
                 "page_lists": page_lists,
-                "update_index": index,
-                "update_value": value,
+                "update_index": packed.ptr,
+                "update_value": packed.ptr + 4 * num_updates,
                 "status": status,
                 "num_entries": num_entries,
                 "num_updates": num_updates,
@@ -347,8 +385,8 @@ def update_table(
         fields = {
             "page_lists": page_lists,
             "starts": start,
-            "indptr": row,
-            "last_page_len": last,
+            "last_page_len": start + 4 * batch,
+            "indptr": start + 8 * batch,
             "out_indptr": out.indptr,
             "out_last_page_len": out.last_page_len,
             "out_indices": out.indices,

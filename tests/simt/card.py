@@ -84,6 +84,10 @@ def empty(shape: Any, dtype: Any) -> ndarray:
     return ndarray(_guarded.output(given, min(ALIGNMENT, np.dtype(dtype).itemsize)).view(dtype).reshape(shape))
 
 
+def alloc(num_bytes: int) -> "_Pointer":
+    return empty(num_bytes, np.uint8).data
+
+
 def asarray(array: np.ndarray) -> ndarray:
     copy = empty(array.shape, array.dtype)
     copy.host[...] = array
@@ -165,6 +169,7 @@ def install() -> None:
     cuda = SimpleNamespace(
         Device=_Device,
         Event=lambda **options: event,
+        alloc=alloc,
         alloc_pinned_memory=_PinnedMemory,
         get_current_stream=lambda device=0: stream,
         is_available=lambda: True,
