@@ -475,20 +475,26 @@ class PagedKVCache:
 
     def _table_for(self, batch_size: int, num_pages: int, out: PageTable | None) -> PageTable:
         """The table whose arrays `page_table` writes: `out`, or the cache's own, made larger where it must and may."""
-        if out is None:
-            rows, pages = self._table.last_page_len.size, self._table.indices.size
-            wanted_rows = max(2 * rows, batch_size) if batch_size > rows and self._max_batch_size is None else rows
-            wanted_pages = max(2 * pages, num_pages) if num_pages > pages and self._max_pages is None else pages
-            if (wanted_rows, wanted_pages) != (rows, pages):
-                self._table = self._empty_table(wanted_rows, wanted_pages)
-                self._cut_tables = {}
-            table, remedy = self._table, "make the cache with a larger {}, or pass fewer sequences"
-        else:
+        if out is not None:
             self._check_out(out)
-            table, remedy = out, "make out with PageTable.empty and a larger {}, or pass fewer sequences"
+        table = self._table if out is None else out
+        rows, pages = table.last_page_len.size, table.indices.size
+        if batch_size <= rows and num_pages <= pages:
+            return table
+        remedy = "make out with PageTable.empty and a larger {}, or pass fewer sequences"
+        if out is None:
+            remedy = "make the cache with a larger {}, or pass fewer sequences"
+            old = rows, pages
+            if batch_size > rows and self._max_batch_size is None:
+                rows = max(2 * rows, batch_size)
+            if num_pages > pages and self._max_pages is None:
+                pages = max(2 * pages, num_pages)
+            if (rows, pages) != old:
+                self._table = self._empty_table(rows, pages)
+                self._cut_tables = {}
         for field, what, count, capacity in (
-            ("max_batch_size", "sequences", batch_size, table.last_page_len.size),
-            ("max_pages", "pages", num_pages, table.indices.size),
+            ("max_batch_size", "sequences", batch_size, rows),
+            ("max_pages", "pages", num_pages, pages),
         ):
             if count > capacity:
                 raise PageTableError(
@@ -496,7 +502,7 @@ class PagedKVCache:
                     field=field,
                     value=count,
                 )
-        return table
+        return self._table
 
     def _check_out(self, out: PageTable) -> None:
         spec.check_table(out, "out")

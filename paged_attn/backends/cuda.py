@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ TILES_BYTES = 256 * 4 + SCAN_BYTES  # shared memory of plan_tiles
 SPLITS_BYTES = 258 * 4 + SCAN_BYTES + 4  # and of plan_splits
 SMALLEST_STAGING = 1 << 16  # bytes
 _BFLOAT16 = FLOAT_DTYPES["bfloat16"]
+_INT32 = np.dtype(np.int32)
 
 
 # -- memory and devices ----------------------------------------------------------------------------------------------
@@ -68,15 +70,15 @@ def uploader(device: str) -> Callable[[np.ndarray[Any, Any]], Any]:
         return functools.partial(_upload, device, _upload_stream())
 
 
-def is_capturing() -> bool:
-    """Whether the current stream is capturing a CUDA graph."""
-    return bool(cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr))
+def _is_capturing(stream: Any) -> bool:
+    """Whether the stream is capturing a CUDA graph."""
+    return bool(cupy.cuda.runtime.streamIsCapturing(stream.ptr))
 
 
 def _upload_stream() -> Any:
     """The current stream, which must not be capturing a CUDA graph."""
     stream = cupy.cuda.get_current_stream()
-    if cupy.cuda.runtime.streamIsCapturing(stream.ptr):
+    if _is_capturing(stream):
         raise TypeError(
             "NumPy arrays are to be uploaded while the stream is capturing a CUDA graph, which would replay the copy "
             "of memory that has long been reused; pass CuPy arrays, and keep reserve() and page_table() of a cache "
@@ -134,9 +136,9 @@ class _Staging:
         self._stream: Any = None  # that the block's copies are on, held so that no other gets its address
         self._full: list[_PinnedBlock] = []  # the longest waiting first
 
-    def copy(self, parts: Sequence[np.ndarray[Any, Any]], dtype: Any, target: Any, stream: Any) -> None:
+    def copy(self, parts: Sequence[np.ndarray[Any, Any]], dtype: np.dtype[Any], target: Any, stream: Any) -> None:
         """Copies 1-D arrays, one behind the other as `dtype`, to the device address `target`."""
-        num_bytes = sum(part.size for part in parts) * np.dtype(dtype).itemsize
+        num_bytes = sum(map(len, parts)) * dtype.itemsize
         if not num_bytes:
             return
         is_same = self._stream is not None and stream.ptr == self._stream.ptr
@@ -206,10 +208,11 @@ def _launch(
     **constants: Any,
 ) -> None:
     """Launch kernel `name` with the fields of its struct; an array gives its address, None is a null pointer."""
-    launch, write = _prepared(threading.get_ident(), name, device, block, shared_bytes, tuple(constants.items()))
+    launch, write, in_order = _prepared(
+        threading.get_ident(), name, device, block, shared_bytes, tuple(constants.items())
+    )
     values: list[Any] = []
-    for field in launch.params.dtype.names or ():
-        value = fields[field]
+    for value in in_order(fields):
         kind = type(value)
         if kind is int or kind is float or kind is bool:
             values.append(value)
@@ -228,11 +231,11 @@ def _launch(
 @functools.cache
 def _prepared(
     thread: int, name: str, device: str, block: int | tuple[int, ...], shared_bytes: int, constants: tuple[Any, ...]
-) -> tuple[compile.Launch, Callable[..., None]]:
+) -> tuple[compile.Launch, Callable[..., None], Callable[[dict[str, Any]], tuple[Any, ...]]]:
     """A launch of the thread's own: its parameters are written before it, and another thread could do so meanwhile."""
     kernel = compile.kernel(name, device, shared_bytes=shared_bytes, **dict(constants))
     launch = compile.Launch(kernel, block, kernel.params())
-    return launch, launch.writer()
+    return launch, launch.writer(), operator.itemgetter(*launch.params.dtype.names or ())
 
 
 def _row_blocks(rows: int, entries: int) -> int:
@@ -370,7 +373,7 @@ def update_table(
         stream = _upload_stream()
         packed = cupy.cuda.alloc(4 * (2 * num_updates + 3 * batch + 1))
         parts = (update_index, update_value, starts, last_page_len, indptr)
-        _staging(threading.get_ident(), device).copy(parts, np.int32, packed, stream)
+        _staging(threading.get_ident(), device).copy(parts, _INT32, packed, stream)
         start = packed.ptr + 8 * num_updates
         if num_updates:
             fields = {
@@ -542,12 +545,15 @@ class Plan:
         )
         device, batch_size = self._device, table.batch_size
         with _on(device):
-            if is_capturing() and not self._capturable:
+            stream = cupy.cuda.get_current_stream()
+            if not self._capturable and _is_capturing(stream):
                 raise ValueError(
                     "plan() was called while the stream is capturing a CUDA graph, but the plan has no capacity, so "
                     "its buffers may move; make it with max_batch_size= and max_pages="
                 )
-            arrays = [to_backend(array, device) for array in _arrays_of(table, qo_indptr)]
+            arrays = _arrays_of(table, qo_indptr)
+            if table.device == "cpu" or isinstance(qo_indptr, np.ndarray):
+                arrays = tuple(to_backend(array, device) for array in arrays)
             num_indices = table.indices.size
             num_requests = batch_size if self._max_batch_size is None else self._max_batch_size
             max_pages = num_indices if self._max_pages is None else self._max_pages
@@ -556,18 +562,17 @@ class Plan:
                 self._prepare(*shape)
                 self._shape = shape
             if not self._one_shot:
-                self._status.data.memset_async(0, STATUS_BYTES)
+                self._status.data.memset_async(0, STATUS_BYTES, stream)
             parts = _row_blocks(batch_size, max_pages) if batch_size else 0
-            self._write_step(*(0 if array is None else array.data.ptr for array in arrays), batch_size, num_indices)
-            stream = cupy.cuda.get_current_stream().ptr
-            self._plan_requests(stream, 1 + parts)
+            self._write_step(*[0 if array is None else array.data.ptr for array in arrays], batch_size, num_indices)
+            self._plan_requests(stream.ptr, 1 + parts)
             if self._hopper:
-                self._hopper.order_tiles(stream, 1)
+                self._hopper.order_tiles(stream.ptr, 1)
             elif self._plan_splits:
                 splits, params = self._splits(batch_size), self._plan_splits.params
                 params["batch"], params["extra_items"] = batch_size, splits.extra_items
                 params["ragged_ctas"] = splits.ragged_ctas
-                self._plan_splits(stream, 1)
+                self._plan_splits(stream.ptr, 1)
 
     def _prepare(self, spec: AttentionSpec, page_stride: int, num_requests: int, max_pages: int) -> None:
         """The buffers and the launches for steps of this shape: all that does not change from step to step."""
@@ -626,7 +631,7 @@ class Plan:
                 claims = self._buffer("claims", 4)
                 self._hopper = _HopperPrefill(spec, device, hopper_shape, constants, fields, ordered, claims)
             constants["TILE_ROWS"] = kernel_shape.tile_rows
-            self._grid = functools.partial(_prefill_grid, spec, num_requests)
+            self._grid = functools.lru_cache(functools.partial(_prefill_grid, spec, num_requests))
         else:
             kernel_shape = planner.decode_shape(spec.q_len, spec.group_size, spec.head_dim)
             columns, column_blocks = kernel_shape.columns, kernel_shape.column_blocks
@@ -650,7 +655,7 @@ class Plan:
                 column_blocks=column_blocks,
                 batch_invariant=self._batch_invariant,
             )
-            self._grid = functools.partial(_decode_grid, spec.q_len, self._splits)
+            self._grid = functools.lru_cache(functools.partial(_decode_grid, spec.q_len, self._splits))
             kernel = compile.kernel("plan_splits", device, shared_bytes=SPLITS_BYTES)
             params = kernel.params(
                 {
@@ -702,7 +707,7 @@ class Plan:
         """A buffer of at least num_bytes that stays where it is while it is large enough; it starts as zeros."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < num_bytes:
-            if is_capturing():
+            if _is_capturing(cupy.cuda.get_current_stream()):
                 raise ValueError(
                     f"plan() needs {num_bytes} bytes for its {name} while the stream is capturing a CUDA graph; "
                     f"call plan() once with these shapes before the capture, which makes the buffers"

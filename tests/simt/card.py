@@ -71,7 +71,7 @@ class _Pointer:
     def __init__(self, ptr: int) -> None:
         self.ptr = ptr
 
-    def memset_async(self, value: int, num_bytes: int) -> None:
+    def memset_async(self, value: int, num_bytes: int, stream: Any = None) -> None:
         ctypes.memset(self.ptr, value, num_bytes)
 
     def copy_from_host_async(self, source: int, num_bytes: int, stream: Any) -> None:
