@@ -7,6 +7,7 @@ what was wrong with it stands in a status word until somebody asks (Plan.raise_s
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 import threading
@@ -90,8 +91,31 @@ def _upload_stream() -> Any:
 def _upload(device: str, stream: Any, array: np.ndarray[Any, Any]) -> Any:
     with _on(device):
         target = cupy.empty(array.shape, array.dtype)
-        _staging(threading.get_ident(), device).copy((array.ravel(),), array.dtype, target.data, stream)
+        if array.size:
+            staging = _staging(threading.get_ident(), device)
+            staging.copy((array.ravel(),), array.dtype, target.data, array.nbytes, stream)
         return target
+
+
+def _upload_together(arrays: Sequence[np.ndarray[Any, Any]], device: str) -> tuple[Any, list[int]]:
+    """1-D arrays as int32 on the device, by one copy: their memory, which the caller keeps, and where each begins."""
+    stream = _upload_stream()
+    *begins, size = itertools.accumulate(map(len, arrays), initial=0)
+    memory = cupy.cuda.alloc(4 * size)
+    _staging(threading.get_ident(), device).copy(arrays, _INT32, memory, 4 * size, stream)
+    return memory, [memory.ptr + 4 * begin for begin in begins]
+
+
+def _addresses_of(arrays: Sequence[Any], device: str) -> tuple[Any, list[int]]:
+    """Where int32 arrays are on the device, 0 for None; those of the host in memory that the caller keeps."""
+    host = [array for array in arrays if isinstance(array, np.ndarray)]
+    if not host:
+        return None, [0 if array is None else array.data.ptr for array in arrays]
+    memory, addresses = _upload_together(host, device)
+    uploaded = iter(addresses)
+    return memory, [
+        0 if array is None else next(uploaded) if isinstance(array, np.ndarray) else array.data.ptr for array in arrays
+    ]
 
 
 class _on:
@@ -136,11 +160,10 @@ class _Staging:
         self._stream: Any = None  # that the block's copies are on, held so that no other gets its address
         self._full: list[_PinnedBlock] = []  # the longest waiting first
 
-    def copy(self, parts: Sequence[np.ndarray[Any, Any]], dtype: np.dtype[Any], target: Any, stream: Any) -> None:
-        """Copies 1-D arrays, one behind the other as `dtype`, to the device address `target`."""
-        num_bytes = sum(map(len, parts)) * dtype.itemsize
-        if not num_bytes:
-            return
+    def copy(
+        self, parts: Sequence[np.ndarray[Any, Any]], dtype: np.dtype[Any], target: Any, num_bytes: int, stream: Any
+    ) -> None:
+        """Copies 1-D arrays, one behind the other as `dtype` and num_bytes in all, to the device address `target`."""
         is_same = self._stream is not None and stream.ptr == self._stream.ptr
         if not is_same or self._used + num_bytes > self._block.view.size:
             self._next_block(num_bytes)
@@ -370,16 +393,13 @@ def update_table(
     status = _device_status(device)
     num_updates, num_entries, batch = update_index.size, page_lists.size, starts.size
     with _on(device):
-        stream = _upload_stream()
-        packed = cupy.cuda.alloc(4 * (2 * num_updates + 3 * batch + 1))
-        parts = (update_index, update_value, starts, last_page_len, indptr)
-        _staging(threading.get_ident(), device).copy(parts, _INT32, packed, stream)
-        start = packed.ptr + 8 * num_updates
+        parts = (update_index, update_value, starts, indptr, last_page_len)
+        _memory, (index, value, start, row, last) = _upload_together(parts, device)
         if num_updates:
             fields = {
                 "page_lists": page_lists,
-                "update_index": packed.ptr,
-                "update_value": packed.ptr + 4 * num_updates,
+                "update_index": index,
+                "update_value": value,
                 "status": status,
                 "num_entries": num_entries,
                 "num_updates": num_updates,
@@ -388,8 +408,8 @@ def update_table(
         fields = {
             "page_lists": page_lists,
             "starts": start,
-            "last_page_len": start + 4 * batch,
-            "indptr": start + 8 * batch,
+            "indptr": row,
+            "last_page_len": last,
             "out_indptr": out.indptr,
             "out_last_page_len": out.last_page_len,
             "out_indices": out.indices,
@@ -551,9 +571,7 @@ class Plan:
                     "plan() was called while the stream is capturing a CUDA graph, but the plan has no capacity, so "
                     "its buffers may move; make it with max_batch_size= and max_pages="
                 )
-            arrays = _arrays_of(table, qo_indptr)
-            if table.device == "cpu" or isinstance(qo_indptr, np.ndarray):
-                arrays = tuple(to_backend(array, device) for array in arrays)
+            _memory, addresses = _addresses_of(_arrays_of(table, qo_indptr), device)
             num_indices = table.indices.size
             num_requests = batch_size if self._max_batch_size is None else self._max_batch_size
             max_pages = num_indices if self._max_pages is None else self._max_pages
@@ -564,7 +582,7 @@ class Plan:
             if not self._one_shot:
                 self._status.data.memset_async(0, STATUS_BYTES, stream)
             parts = _row_blocks(batch_size, max_pages) if batch_size else 0
-            self._write_step(*[0 if array is None else array.data.ptr for array in arrays], batch_size, num_indices)
+            self._write_step(*addresses, batch_size, num_indices)
             self._plan_requests(stream.ptr, 1 + parts)
             if self._hopper:
                 self._hopper.order_tiles(stream.ptr, 1)
