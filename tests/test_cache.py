@@ -733,7 +733,7 @@ def test_lists_survive_a_long_life_of_a_serving_loop(device, page_size):
 def test_host_time_of_a_decode_step(monkeypatch):
     """256 sequences of about 4k tokens, page 16: far below what a Python loop over sequences would take.
 
-    Some 60 us on an idle core; the limit leaves room for a slow and busy one. The reference's own making of the table,
+    Some 30 us on an idle core; the limit leaves room for a slow and busy one. The reference's own making of the table,
     which a kernel does on a GPU, is not counted.
     """
     cache = make("cpu", 256 * 270, 16, max_batch_size=256, max_pages=256 * 270)
