@@ -85,13 +85,16 @@ def _prefill(calls: int, *, run: bool = False) -> list[float]:
     return host_times(lambda: attention.plan(workload.kv, workload.table, workload.qo_indptr, heads), calls)
 
 
-def _cache(calls: int, *, reserve: bool, page_table: bool) -> list[float]:
-    """Steps of 256 sequences of 4096 tokens and more; the pool is narrow, which the host does not notice."""
+def _cache(calls: int, *, reserve: bool, page_table: bool, ragged: bool = False) -> list[float]:
+    """Steps of 256 sequences of 4096 tokens and more; the pool is narrow, which the host does not notice.
+
+    All take a page in the same step, every 16th; `ragged`: about 16 take one in each.
+    """
     steps = WARM_UP_CALLS + calls
-    pages = BATCH_SIZE * -(-(KV_LEN + steps) // 16)
+    pages = BATCH_SIZE * -(-(KV_LEN + 16 + steps) // 16)
     cache = pa.PagedKVCache(pages, 16, num_kv_heads=1, head_dim=16, layout="NHD", dtype="float16", device="cuda")
     sequences = np.array([cache.new_sequence() for _ in range(BATCH_SIZE)])
-    cache.reserve(sequences, KV_LEN)
+    cache.reserve(sequences, KV_LEN + np.arange(BATCH_SIZE) % 16 if ragged else KV_LEN)
     cache.page_table(sequences)
 
     def step() -> None:
@@ -163,6 +166,7 @@ HOST = (
     Probe("reserve(), 256 x 4k", lambda calls: _cache(calls, reserve=True, page_table=False)),
     Probe("page_table(), 256 x 4k", lambda calls: _cache(calls, reserve=False, page_table=True)),
     Probe("reserve() + page_table(), 256 x 4k", lambda calls: _cache(calls, reserve=True, page_table=True)),
+    Probe("the same, ragged", lambda calls: _cache(calls, reserve=True, page_table=True, ragged=True)),
     Probe("a layer of append + decode, bs1_4k, wall", _eager_layer),
     Probe("the same with a 32nd of reserve + table + plan", lambda calls: _eager_layer(calls, per_step=True)),
 )

@@ -22,7 +22,7 @@ dtypes and devices, NotImplementedError for what a backend lacks (`supports` say
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -151,8 +151,7 @@ def _check_compute_capability(device: str) -> None:
 # A plan and a run
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """The checked metadata of one step: what a backend's plan takes over, and the rows that q may have."""
 
     spec: AttentionSpec
@@ -187,6 +186,20 @@ class _Specs:
             self._made_from, self._spec = made_from, call
         spec.check_table_values(table, self._spec.num_pages)
         return self._spec
+
+
+class _Arrays:
+    """The check of a run's q, out and lse; passed over while they have the forms of those last found to be right."""
+
+    def __init__(self) -> None:
+        self._right: tuple[Any, ...] | None = None
+
+    def check(self, call: AttentionSpec, q: Any, out: Any, lse: Any, rows: tuple[int, ...] | range) -> None:
+        found = (call, rows, spec.form_of(q), spec.form_of(out), spec.form_of(lse))
+        if found != self._right:
+            spec.check_arrays(call, q, out, lse, rows)
+            self._right = found
+        spec.check_addresses(q, out)
 
 
 def _decode_step(
@@ -226,6 +239,7 @@ def _prefill_step(
 def _run(
     call: AttentionSpec,
     rows: tuple[int, ...] | range,
+    arrays: _Arrays,
     planned: Callable[[], Any],
     q: Any,
     kv: PagedKV,
@@ -237,7 +251,8 @@ def _run(
     native_q = native(q, "q")
     native_out = None if out is None else native(out, "out", writable=True)
     native_lse = None if lse is None else native(lse, "lse", writable=True)
-    spec.check_run(call, native_q, kv, native_out, native_lse, rows)
+    spec.check_layer(call, kv)
+    arrays.check(call, native_q, native_out, native_lse, rows)
     if native_out is None:
         native_out = backends.of(call.device).empty(native_q.shape, call.dtype, call.device)
     if native_lse is None and return_lse:
@@ -261,7 +276,7 @@ def _run_once(step: _Step, q: Any, kv: PagedKV, out: Any, lse: Any, return_lse: 
     def planned() -> Any:
         return step.update(step.new_plan(one_shot=True, max_tokens=rows))
 
-    return _run(step.spec, step.rows, planned, q, kv, out, lse, return_lse)
+    return _run(step.spec, step.rows, _Arrays(), planned, q, kv, out, lse, return_lse)
 
 
 class _BatchAttention:
@@ -272,7 +287,7 @@ class _BatchAttention:
             if value is not None:
                 spec.as_int(value, name, minimum=1)
         self._options = {**capacities, "batch_invariant": batch_invariant}
-        self._specs = _Specs()
+        self._specs, self._arrays = _Specs(), _Arrays()
         self._plan: Any = None
         self._step: tuple[AttentionSpec, tuple[int, ...] | range] | None = None
 
@@ -293,7 +308,7 @@ class _BatchAttention:
         if self._step is None:
             raise RuntimeError("run() was called before plan(); call plan(kv, table, ...) once a step, then run()")
         call, rows = self._step
-        return _run(call, rows, lambda: self._plan, q, kv, out, lse, return_lse)
+        return _run(call, rows, self._arrays, lambda: self._plan, q, kv, out, lse, return_lse)
 
     def status(self) -> None:
         """Raise the PageTableError that a kernel recorded since the last plan, if one did (this synchronises)."""

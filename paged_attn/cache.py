@@ -20,7 +20,6 @@ from .page_table import PageTable
 # A sequence id is (generation << ROW_BITS) | row: a row that is used again gives another id, so a freed id stays freed.
 ROW_BITS = 32
 ROW_MASK = (1 << ROW_BITS) - 1
-NOTHING = np.zeros(0, np.int64)
 NOT_LIVE = (
     "which is no sequence of this cache: it was freed, or it came from elsewhere; "
     "pass an id that new_sequence() or fork() returned and free() has not ended"
@@ -29,10 +28,10 @@ NOT_LIVE = (
 
 def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
     """first[0], first[0]+1, ... (count[0] of them), first[1], first[1]+1, ... as one array [sum(count)]."""
-    end = np.cumsum(count)
-    if count.size and end[-1] == count.size and count.min() == 1:  # a decode step: one of each
+    if np.count_nonzero(count == 1) == count.size:  # a decode step: one of each
         return first
-    return np.repeat(first - end + count, count) + np.arange(end[-1] if end.size else 0)
+    end = count.cumsum()
+    return np.repeat(first - end + count, count) + np.arange(end[-1])
 
 
 def _resized(array: np.ndarray, size: int) -> np.ndarray:
@@ -88,15 +87,8 @@ class _PageLists:
 
     def write_table(self, rows: np.ndarray, indptr: np.ndarray, last_page_len: np.ndarray, out: PageTable) -> None:
         changed = self._changed[: self._num_changed]
-        self._backend.update_table(
-            self._device_page_ids,
-            changed,
-            self.page_ids[changed],
-            self.start[rows].astype(np.int32),
-            indptr,
-            last_page_len,
-            out,
-        )
+        values = self.page_ids[changed]
+        self._backend.update_table(self._device_page_ids, changed, values, self.start[rows], indptr, last_page_len, out)
         self._num_changed = 0
 
     def _make_room(self, rows: np.ndarray, counts: np.ndarray) -> None:
@@ -196,11 +188,13 @@ class PagedKVCache:
         self._free_pages = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack: the first _num_free are free
         self._num_free = num_pages
         self._references = np.zeros(num_pages, np.int32)
+        self._num_references = 0  # their sum
 
         self._lists = _PageLists(self._backend, self._device)
         self._length = np.zeros(0, np.int64)  # [rows] tokens, reserved ones included
         self._live_id = np.zeros(0, np.int64)  # [rows] the id of the sequence in this row, -1 where there is none
         self._unused_ids: list[int] = []  # the ids that free rows give next; the last comes first
+        self._batch: tuple[bytes, np.ndarray] | None = None  # the ids that were last found to be right, and their rows
         self._set_num_rows(16)
 
         self._max_batch_size, self._max_pages = max_batch_size, max_pages
@@ -273,6 +267,7 @@ class PagedKVCache:
         forked = self.new_sequence()
         pages = self._lists.pages(row, 0, self._pages_for(length))
         self._references[pages] += 1
+        self._num_references += pages.size
         forked_row = forked & ROW_MASK
         self._lists.extend(np.array([forked_row]), np.array([pages.size]), pages)
         self._length[forked_row] = length
@@ -297,6 +292,7 @@ class PagedKVCache:
         self._lists.count[row] = 0
         self._length[row] = 0
         self._live_id[row] = -1
+        self._batch = None
         self._unused_ids.append(int(seq) + (1 << ROW_BITS))
 
     def reserve(self, seqs: Sequence[int] | np.ndarray, counts: int | Sequence[int] | np.ndarray) -> Any:
@@ -350,12 +346,12 @@ class PagedKVCache:
         """
         rows = self._rows(seqs)
         num_pages = self._lists.count[rows]
-        indptr = np.zeros(rows.size + 1, np.int32)
-        np.cumsum(num_pages, dtype=np.int32, out=indptr[1:])
+        indptr = np.zeros(rows.size + 1, np.int64)
+        num_pages.cumsum(out=indptr[1:])
         length = self._length[rows]
         last_page_len = np.minimum(length - (num_pages - 1) * self._page_size, length)  # 0 where there is no page
         table = self._table_for(rows.size, int(indptr[-1]), out)
-        self._lists.write_table(rows, indptr, last_page_len.astype(np.int32), table)
+        self._lists.write_table(rows, indptr, last_page_len, table)
         if table is not self._table:
             return self._cut(table, rows.size)
         if rows.size not in self._cut_tables:
@@ -369,34 +365,38 @@ class PagedKVCache:
 
     def _reserve(self, rows: np.ndarray, counts: np.ndarray) -> Any:
         length = self._length[rows]
-        added = self._pages_for(length + counts) - self._lists.count[rows]
-        num_added = int(added.sum())
-        writers = rows[(counts > 0) & (length % self._page_size > 0)]
-        copying = self._copying(writers)
+        longer = length + counts
+        added = self._pages_for(longer) - self._lists.count[rows]
+        (growing,) = added.nonzero()
+        num_added = int(added[growing].sum()) if growing.size else 0
+        copying = self._copying(rows, length, counts)
         wanted = num_added + copying.size
         if wanted > self._num_free:
             raise OutOfPagesError(wanted, self._num_free)
-        self._backend.to_backend(NOTHING, self._device)  # raises in a graph's capture, before anything has changed
+        upload = self._backend.uploader(self._device)  # raises in a graph's capture, before anything has changed
         if wanted:
             pages = self._free_pages[self._num_free - wanted : self._num_free][::-1].copy()
             self._num_free -= wanted
             self._references[pages] = 1
+            self._num_references += num_added
             if copying.size:
                 shared, copies = self._lists.last_pages(copying), pages[num_added:]
                 np.subtract.at(self._references, shared, 1)
                 self._lists.replace_last_pages(copying, copies)
                 self._backend.copy_pages(self._storage, shared, copies)
             if num_added:
-                self._lists.extend(rows, added, pages[:num_added])
-        self._length[rows] = length + counts
+                self._lists.extend(rows[growing], added[growing], pages[:num_added])
+        self._length[rows] = longer
         # In the arena's own token count, token t of row r is number start[r] * page_size + t.
         token = _ranges(self._lists.start[rows] * self._page_size + length, counts)
         entry = token // self._page_size
-        slots = self._lists.page_ids[entry].astype(np.int64) * self._page_size + (token - entry * self._page_size)
-        return self._backend.to_backend(slots, self._device)
+        return upload((self._lists.page_ids[entry] - entry) * self._page_size + token)
 
-    def _copying(self, writers: np.ndarray) -> np.ndarray:
-        """Which of the rows that are about to write into their last page must take a copy of it first."""
+    def _copying(self, rows: np.ndarray, length: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Which of the rows, `length` tokens long and about to get `counts` more, must first copy their last page."""
+        if self._num_references == self._num_pages - self._num_free:  # no page is shared
+            return rows[:0]
+        writers = rows[(counts > 0) & (length % self._page_size > 0)]
         pages = self._lists.last_pages(writers)
         is_shared = self._references[pages] > 1
         if not is_shared.any():
@@ -412,6 +412,7 @@ class PagedKVCache:
     def _release(self, pages: np.ndarray) -> None:
         """One sequence lets go of these pages; those that nobody else holds become free."""
         self._references[pages] -= 1
+        self._num_references -= pages.size
         freed = pages[self._references[pages] == 0]
         self._free_pages[self._num_free : self._num_free + freed.size] = freed
         self._num_free += freed.size
@@ -425,7 +426,7 @@ class PagedKVCache:
         self._unused_ids += range(num_rows - 1, old - 1, -1)
 
     def _pages_for(self, length: Any) -> Any:
-        return (length + self._page_size - 1) // self._page_size
+        return (length + (self._page_size - 1)) // self._page_size
 
     def _row(self, seq: int) -> int:
         """The row of a live sequence."""
@@ -437,13 +438,18 @@ class PagedKVCache:
 
     def _rows(self, seqs: Sequence[int] | np.ndarray) -> np.ndarray:
         """The rows int64 [batch] of live, distinct sequences."""
-        ids = spec.check_sequences(seqs)
+        ids = spec.as_sequences(seqs)
+        content = ids.tobytes()
+        if self._batch is not None and self._batch[0] == content:  # ids stay live until free()
+            return self._batch[1]
+        spec.check_distinct(ids)
         rows = ids & ROW_MASK
         # A clipped row never has the id that was asked for; free rows have -1, which a caller could ask for.
         live = (self._live_id.take(rows, mode="clip") == ids) & (ids >= 0)
         if not live.all():
             i = int(np.argmin(live))
             raise ValueError(f"seqs[{i}] is {ids[i]}, {NOT_LIVE}")
+        self._batch = content, rows
         return rows
 
     def _counts(self, counts: int | Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:
@@ -469,20 +475,26 @@ class PagedKVCache:
 
     def _table_for(self, batch_size: int, num_pages: int, out: PageTable | None) -> PageTable:
         """The table whose arrays `page_table` writes: `out`, or the cache's own, made larger where it must and may."""
-        if out is None:
-            rows, pages = self._table.last_page_len.size, self._table.indices.size
-            wanted_rows = max(2 * rows, batch_size) if batch_size > rows and self._max_batch_size is None else rows
-            wanted_pages = max(2 * pages, num_pages) if num_pages > pages and self._max_pages is None else pages
-            if (wanted_rows, wanted_pages) != (rows, pages):
-                self._table = self._empty_table(wanted_rows, wanted_pages)
-                self._cut_tables = {}
-            table, remedy = self._table, "make the cache with a larger {}, or pass fewer sequences"
-        else:
+        if out is not None:
             self._check_out(out)
-            table, remedy = out, "make out with PageTable.empty and a larger {}, or pass fewer sequences"
+        table = self._table if out is None else out
+        rows, pages = table.last_page_len.size, table.indices.size
+        if batch_size <= rows and num_pages <= pages:
+            return table
+        remedy = "make out with PageTable.empty and a larger {}, or pass fewer sequences"
+        if out is None:
+            remedy = "make the cache with a larger {}, or pass fewer sequences"
+            old = rows, pages
+            if batch_size > rows and self._max_batch_size is None:
+                rows = max(2 * rows, batch_size)
+            if num_pages > pages and self._max_pages is None:
+                pages = max(2 * pages, num_pages)
+            if (rows, pages) != old:
+                self._table = self._empty_table(rows, pages)
+                self._cut_tables = {}
         for field, what, count, capacity in (
-            ("max_batch_size", "sequences", batch_size, table.last_page_len.size),
-            ("max_pages", "pages", num_pages, table.indices.size),
+            ("max_batch_size", "sequences", batch_size, rows),
+            ("max_pages", "pages", num_pages, pages),
         ):
             if count > capacity:
                 raise PageTableError(
@@ -490,7 +502,7 @@ class PagedKVCache:
                     field=field,
                     value=count,
                 )
-        return table
+        return self._table
 
     def _check_out(self, out: PageTable) -> None:
         spec.check_table(out, "out")

@@ -644,17 +644,8 @@ def check_qo_indptr(qo_indptr: Any, batch_size: int, total_rows: int | None, dev
         )
 
 
-def check_run(spec: AttentionSpec, q: Any, kv: "PagedKV", out: Any, lse: Any, rows: tuple[int, ...] | range) -> None:
-    """One run of a plan: kv, q, out and lse against the spec.
-
-    Parameters
-    ----------
-    q: as the caller gave it: [rows, num_qo_heads, head_dim], or [rows, q_len, num_qo_heads, head_dim] for decode
-        (which q_len > 1 demands).
-    out: None, or C-contiguous, of q's shape, of q's dtype or float32.
-    lse: None, or C-contiguous float32 of q's shape without head_dim.
-    rows: the extents that axis 0 of q may have.
-    """
+def check_layer(spec: AttentionSpec, kv: "PagedKV") -> None:
+    """One run of a plan: the layer against the spec."""
     check_kv(kv)
     if kv.layout != spec.layout:
         raise LayoutMismatchError(
@@ -670,6 +661,19 @@ def check_run(spec: AttentionSpec, q: Any, kv: "PagedKV", out: Any, lse: Any, ro
         or kv.device != spec.device
     ):
         _check_same_pool(spec, kv)
+
+
+def check_arrays(spec: AttentionSpec, q: Any, out: Any, lse: Any, rows: tuple[int, ...] | range) -> None:
+    """One run of a plan: q, out and lse against the spec. Of their addresses knows check_addresses.
+
+    Parameters
+    ----------
+    q: as the caller gave it: [rows, num_qo_heads, head_dim], or [rows, q_len, num_qo_heads, head_dim] for decode
+        (which q_len > 1 demands).
+    out: None, or C-contiguous, of q's shape, of q's dtype or float32.
+    lse: None, or C-contiguous float32 of q's shape without head_dim.
+    rows: the extents that axis 0 of q may have.
+    """
     shape = q.shape
     q_len, leading = spec.q_len, shape[:-2]
     good = q_len in (None, 1) if len(leading) == 1 else len(leading) == 2 and leading[1] == q_len
@@ -679,7 +683,19 @@ def check_run(spec: AttentionSpec, q: Any, kv: "PagedKV", out: Any, lse: Any, ro
     _check_device(q, "q", spec.device, "kv")
     _check_strides(q, "q")
     _check_results(out, lse, shape, (q.dtype, _FLOAT32), "q", spec.device)
-    if out is not None and shape[0] and not isinstance(out, np.ndarray):
+
+
+def form_of(array: Any) -> tuple[Any, ...] | None:
+    """All that check_arrays reads of an array: of two with one form, both are right or both are wrong."""
+    return None if array is None else (array.shape, array.strides, array.dtype, array.device)
+
+
+def check_addresses(q: Any, out: Any) -> None:
+    """Where the q and out of a run begin, on a GPU."""
+    if isinstance(q, np.ndarray) or not q.shape[0]:
+        return
+    _check_base(q, "q")
+    if out is not None:
         _check_base(out, "out")
 
 
@@ -822,17 +838,19 @@ def check_merge_states(v: Any, s: Any, base: Any, out: Any, lse: Any) -> float:
 # Sequences of a cache
 
 
-def check_sequences(seqs: Any, name: str = "seqs") -> np.ndarray:
-    """Sequence ids as int64 [n]: a 1-D list or array of ints without a repetition. Whether they live, a cache knows."""
-    ids = _int_vector(seqs, name)
-    if ids.size > 1:
-        ordered = np.sort(ids)
-        if (bad := _first(ordered[1:] == ordered[:-1])) is not None:
-            raise ValueError(
-                f"{name} holds sequence {ordered[bad]} more than once, and a batch has each sequence once; "
-                f"remove the repetition, or fork({ordered[bad]})"
-            )
-    return ids
+def as_sequences(seqs: Any, name: str = "seqs") -> np.ndarray:
+    """Sequence ids as int64 [n], from a 1-D list or array of ints. Whether they live, a cache knows."""
+    return _int_vector(seqs, name)
+
+
+def check_distinct(ids: np.ndarray, name: str = "seqs") -> None:
+    """No sequence twice in int64 [n]."""
+    ordered = np.sort(ids)
+    if (bad := _first(ordered[1:] == ordered[:-1])) is not None:
+        raise ValueError(
+            f"{name} holds sequence {ordered[bad]} more than once, and a batch has each sequence once; "
+            f"remove the repetition, or fork({ordered[bad]})"
+        )
 
 
 def check_counts(counts: Any, num_sequences: int, name: str = "counts") -> np.ndarray:

@@ -113,6 +113,7 @@ ENTRIES = (
     "to_backend",
     "to_block_table",
     "update_table",
+    "uploader",
 )
 
 

@@ -475,6 +475,30 @@ def test_bad_batches_change_nothing(seqs, counts, error, message):
     assert [read(cache, 0), read(cache, 1)] == [[1], [2]] and cache.num_free_pages == 6
 
 
+def test_a_batch_that_was_right_is_looked_at_again(device):
+    """The cache remembers the last batch that it found to be right, not the array that held it."""
+    cache = make(device)
+    seqs = np.array([new(cache, 1), new(cache, 2)])
+    cache.page_table(seqs)
+    other = make(device)
+    with pytest.raises(ValueError, match=r"seqs\[0\] is 0, which is no sequence"):
+        other.page_table(seqs)
+    seqs[1] = seqs[0]
+    with pytest.raises(ValueError, match="seqs holds sequence 0 more than once"):
+        cache.reserve(seqs, 1)
+    seqs[1] = 1
+    cache.page_table(seqs)
+    with pytest.raises(TypeError, match="seqs must hold ints"):
+        cache.page_table(seqs.view(np.float64))  # the same bytes
+    cache.free(1)
+    for call in (lambda: cache.page_table(seqs), lambda: cache.reserve(seqs, 1)):
+        with pytest.raises(ValueError, match=r"seqs\[1\] is 1, which is no sequence"):
+            call()
+    assert new(cache, 3) != 1, "another sequence in the same row"
+    with pytest.raises(ValueError, match=r"seqs\[1\] is 1, which is no sequence"):
+        cache.page_table(seqs)
+
+
 # -- page_table ------------------------------------------------------------------------------------------------------
 
 
@@ -709,7 +733,7 @@ def test_lists_survive_a_long_life_of_a_serving_loop(device, page_size):
 def test_host_time_of_a_decode_step(monkeypatch):
     """256 sequences of about 4k tokens, page 16: far below what a Python loop over sequences would take.
 
-    Some 60 us on an idle core; the limit leaves room for a slow and busy one. The reference's own making of the table,
+    Some 30 us on an idle core; the limit leaves room for a slow and busy one. The reference's own making of the table,
     which a kernel does on a GPU, is not counted.
     """
     cache = make("cpu", 256 * 270, 16, max_batch_size=256, max_pages=256 * 270)

@@ -228,14 +228,29 @@ Q = np.zeros((4, 8, 64), np.float16)
         ({"kv": pa.PagedKV(*np.zeros((2, 9, 16, 2, 64)), layout="NHD")}, TypeError, "kv is float64 .*float16"),
     ],
 )
-def test_run_refuses_what_the_plan_was_not_made_for(change: dict[str, Any], error: type, message: str) -> None:
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_run_refuses_what_the_plan_was_not_made_for(
+    change: dict[str, Any], error: type, message: str, ran_before: bool
+) -> None:
     inputs = build(DECODE_CASE)
     assert inputs.k_pages.shape[0] == 9
     plan = planned(inputs)
+    if ran_before:
+        plan.run(inputs.q, inputs.kv(), return_lse=True)
+        plan.run(inputs.q, inputs.kv(), out=inputs.q.copy(), lse=np.empty(inputs.q.shape[:2], np.float32))
     out, lse = np.full_like(inputs.q, 7), np.full(inputs.q.shape[:2], 7, np.float32)
     with pytest.raises(error, match=message):
         plan.run(**({"q": inputs.q, "kv": inputs.kv(), "out": out, "lse": lse} | change))
     assert (out == 7).all() and (lse == 7).all()
+
+
+def test_arrays_that_were_right_are_wrong_for_another_plan() -> None:
+    inputs = build(DECODE_CASE)
+    plan = planned(inputs)
+    plan.run(inputs.q, inputs.kv())
+    plan.plan(inputs.kv(), inputs.table(), 2 * DECODE_CASE.num_qo_heads)
+    with pytest.raises(ValueError, match="q must have shape"):
+        plan.run(inputs.q, inputs.kv())
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 import threading
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import cupy
@@ -41,6 +42,7 @@ TILES_BYTES = 256 * 4 + SCAN_BYTES  # shared memory of plan_tiles
 SPLITS_BYTES = 258 * 4 + SCAN_BYTES + 4  # and of plan_splits
 SMALLEST_STAGING = 1 << 16  # bytes
 _BFLOAT16 = FLOAT_DTYPES["bfloat16"]
+_INT32 = np.dtype(np.int32)
 
 
 # -- memory and devices ----------------------------------------------------------------------------------------------
@@ -60,20 +62,60 @@ def zeros(shape: tuple[int, ...], dtype: Any, device: str) -> Any:
 
 def to_backend(array: Any, device: str) -> Any:
     """A host array on the device, by an asynchronous copy out of pinned memory; a device array as it is."""
-    if not isinstance(array, np.ndarray):
-        return array
+    return uploader(device)(array) if isinstance(array, np.ndarray) else array
+
+
+def uploader(device: str) -> Callable[[np.ndarray[Any, Any]], Any]:
+    """What copies host arrays to the device on its current stream. TypeError while that captures a CUDA graph."""
     with _on(device):
-        if is_capturing():
-            raise TypeError(
-                f"a NumPy array of {array.size} {array.dtype} was passed while the stream is capturing a CUDA graph, "
-                f"which would replay the copy of memory that has long been reused; pass CuPy arrays"
-            )
-        return _staging(device).upload(array)
+        return functools.partial(_upload, device, _upload_stream())
 
 
-def is_capturing() -> bool:
-    """Whether the current stream is capturing a CUDA graph."""
-    return bool(cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr))
+def _is_capturing(stream: Any) -> bool:
+    """Whether the stream is capturing a CUDA graph."""
+    return bool(cupy.cuda.runtime.streamIsCapturing(stream.ptr))
+
+
+def _upload_stream() -> Any:
+    """The current stream, which must not be capturing a CUDA graph."""
+    stream = cupy.cuda.get_current_stream()
+    if _is_capturing(stream):
+        raise TypeError(
+            "NumPy arrays are to be uploaded while the stream is capturing a CUDA graph, which would replay the copy "
+            "of memory that has long been reused; pass CuPy arrays, and keep reserve() and page_table() of a cache "
+            "out of the capture"
+        )
+    return stream
+
+
+def _upload(device: str, stream: Any, array: np.ndarray[Any, Any]) -> Any:
+    with _on(device):
+        target = cupy.empty(array.shape, array.dtype)
+        if array.size:
+            staging = _staging(threading.get_ident(), device)
+            staging.copy((array.ravel(),), array.dtype, target.data, array.nbytes, stream)
+        return target
+
+
+def _upload_together(arrays: Sequence[np.ndarray[Any, Any]], device: str) -> tuple[Any, list[int]]:
+    """1-D arrays as int32 on the device, by one copy: their memory, which the caller keeps, and where each begins."""
+    stream = _upload_stream()
+    *begins, size = itertools.accumulate(map(len, arrays), initial=0)
+    memory = cupy.cuda.alloc(4 * size)
+    _staging(threading.get_ident(), device).copy(arrays, _INT32, memory, 4 * size, stream)
+    return memory, [memory.ptr + 4 * begin for begin in begins]
+
+
+def _addresses_of(arrays: Sequence[Any], device: str) -> tuple[Any, list[int]]:
+    """Where int32 arrays are on the device, 0 for None; those of the host in memory that the caller keeps."""
+    host = [array for array in arrays if isinstance(array, np.ndarray)]
+    if not host:
+        return None, [0 if array is None else array.data.ptr for array in arrays]
+    memory, addresses = _upload_together(host, device)
+    uploaded = iter(addresses)
+    return memory, [
+        0 if array is None else next(uploaded) if isinstance(array, np.ndarray) else array.data.ptr for array in arrays
+    ]
 
 
 class _on:
@@ -99,35 +141,55 @@ def _index(device: str) -> int:
     return int(device.removeprefix("cuda:"))
 
 
+@dataclass
+class _PinnedBlock:
+    view: np.ndarray[Any, Any]  # uint8 [size], which keeps the memory alive
+    address: int
+    event: Any  # behind the last copy out of it
+
+
 class _Staging:
-    """Pinned buffers for uploads; one is used again once the copy out of it is known to be over, else one is added."""
+    """Pinned memory for the uploads of one thread: a block is filled piece by piece, for copies on one stream.
+
+    The block's event is recorded anew behind every copy; a full block is used again when the event is over.
+    """
 
     def __init__(self) -> None:
-        # By size, a power of two: (memory, a byte view of it, event behind the last copy out of it).
-        self._buffers: dict[int, deque[tuple[Any, Any, Any]]] = {}
+        self._block = _PinnedBlock(np.empty(0, np.uint8), 0, None)
+        self._used = 0  # bytes of the block
+        self._stream: Any = None  # that the block's copies are on, held so that no other gets its address
+        self._full: list[_PinnedBlock] = []  # the longest waiting first
 
-    def upload(self, array: np.ndarray[Any, Any]) -> Any:
-        target = cupy.empty(array.shape, array.dtype)
-        num_bytes = array.nbytes
-        if not num_bytes:
-            return target
+    def copy(
+        self, parts: Sequence[np.ndarray[Any, Any]], dtype: np.dtype[Any], target: Any, num_bytes: int, stream: Any
+    ) -> None:
+        """Copies 1-D arrays, one behind the other as `dtype` and num_bytes in all, to the device address `target`."""
+        is_same = self._stream is not None and stream.ptr == self._stream.ptr
+        if not is_same or self._used + num_bytes > self._block.view.size:
+            self._next_block(num_bytes)
+            self._stream = stream
+        begin, end, block = self._used, self._used + num_bytes, self._block
+        np.concatenate(parts, out=block.view[begin:end].view(dtype), casting="same_kind")
+        target.copy_from_host_async(block.address + begin, num_bytes, stream)
+        block.event.record(stream)
+        self._used = -(-end // 16) * 16
+
+    def _next_block(self, num_bytes: int) -> None:
+        if self._used:
+            self._full.append(self._block)
+        self._used = 0
+        for place, block in enumerate(self._full):
+            if block.view.size >= num_bytes and block.event.done:
+                self._block = self._full.pop(place)
+                return
         size = max(SMALLEST_STAGING, 1 << (num_bytes - 1).bit_length())
-        buffers = self._buffers.setdefault(size, deque())
-        if buffers and buffers[0][2].done:
-            memory, view, event = buffers.popleft()
-        else:
-            memory, event = cupy.cuda.alloc_pinned_memory(size), cupy.cuda.Event(disable_timing=True)
-            view = np.frombuffer(memory, np.uint8, size)
-        view[:num_bytes].view(array.dtype).reshape(array.shape)[...] = array
-        stream = cupy.cuda.get_current_stream()
-        target.data.copy_from_host_async(memory.ptr, num_bytes, stream)
-        event.record(stream)
-        buffers.append((memory, view, event))
-        return target
+        memory = cupy.cuda.alloc_pinned_memory(size)
+        view = np.frombuffer(memory, np.uint8, size)
+        self._block = _PinnedBlock(view, memory.ptr, cupy.cuda.Event(disable_timing=True))
 
 
 @functools.cache
-def _staging(device: str) -> _Staging:
+def _staging(thread: int, device: str) -> _Staging:
     return _Staging()
 
 
@@ -169,10 +231,11 @@ def _launch(
     **constants: Any,
 ) -> None:
     """Launch kernel `name` with the fields of its struct; an array gives its address, None is a null pointer."""
-    launch, write = _prepared(threading.get_ident(), name, device, block, shared_bytes, tuple(constants.items()))
+    launch, write, in_order = _prepared(
+        threading.get_ident(), name, device, block, shared_bytes, tuple(constants.items())
+    )
     values: list[Any] = []
-    for field in launch.params.dtype.names or ():
-        value = fields[field]
+    for value in in_order(fields):
         kind = type(value)
         if kind is int or kind is float or kind is bool:
             values.append(value)
@@ -191,11 +254,11 @@ def _launch(
 @functools.cache
 def _prepared(
     thread: int, name: str, device: str, block: int | tuple[int, ...], shared_bytes: int, constants: tuple[Any, ...]
-) -> tuple[compile.Launch, Callable[..., None]]:
+) -> tuple[compile.Launch, Callable[..., None], Callable[[dict[str, Any]], tuple[Any, ...]]]:
     """A launch of the thread's own: its parameters are written before it, and another thread could do so meanwhile."""
     kernel = compile.kernel(name, device, shared_bytes=shared_bytes, **dict(constants))
     launch = compile.Launch(kernel, block, kernel.params())
-    return launch, launch.writer()
+    return launch, launch.writer(), operator.itemgetter(*launch.params.dtype.names or ())
 
 
 def _row_blocks(rows: int, entries: int) -> int:
@@ -326,14 +389,12 @@ def update_table(
     last_page_len: np.ndarray[Any, Any],
     out: Any,
 ) -> None:
-    device = f"cuda:{page_lists.device.id}"
-    parts = (update_index, update_value, starts, indptr, last_page_len)
-    packed = to_backend(np.concatenate(parts, dtype=np.int32, casting="same_kind"), device)
-    ends = itertools.accumulate((part.size for part in parts), initial=0)
-    index, value, start, row, last = (packed.data.ptr + 4 * end for end, _ in zip(ends, parts, strict=False))
+    device = out.device
     status = _device_status(device)
     num_updates, num_entries, batch = update_index.size, page_lists.size, starts.size
     with _on(device):
+        parts = (update_index, update_value, starts, indptr, last_page_len)
+        _memory, (index, value, start, row, last) = _upload_together(parts, device)
         if num_updates:
             fields = {
                 "page_lists": page_lists,
@@ -504,12 +565,13 @@ class Plan:
         )
         device, batch_size = self._device, table.batch_size
         with _on(device):
-            if is_capturing() and not self._capturable:
+            stream = cupy.cuda.get_current_stream()
+            if not self._capturable and _is_capturing(stream):
                 raise ValueError(
                     "plan() was called while the stream is capturing a CUDA graph, but the plan has no capacity, so "
                     "its buffers may move; make it with max_batch_size= and max_pages="
                 )
-            arrays = [to_backend(array, device) for array in _arrays_of(table, qo_indptr)]
+            _memory, addresses = _addresses_of(_arrays_of(table, qo_indptr), device)
             num_indices = table.indices.size
             num_requests = batch_size if self._max_batch_size is None else self._max_batch_size
             max_pages = num_indices if self._max_pages is None else self._max_pages
@@ -518,18 +580,17 @@ class Plan:
                 self._prepare(*shape)
                 self._shape = shape
             if not self._one_shot:
-                self._status.data.memset_async(0, STATUS_BYTES)
+                self._status.data.memset_async(0, STATUS_BYTES, stream)
             parts = _row_blocks(batch_size, max_pages) if batch_size else 0
-            self._write_step(*(0 if array is None else array.data.ptr for array in arrays), batch_size, num_indices)
-            stream = cupy.cuda.get_current_stream().ptr
-            self._plan_requests(stream, 1 + parts)
+            self._write_step(*addresses, batch_size, num_indices)
+            self._plan_requests(stream.ptr, 1 + parts)
             if self._hopper:
-                self._hopper.order_tiles(stream, 1)
+                self._hopper.order_tiles(stream.ptr, 1)
             elif self._plan_splits:
                 splits, params = self._splits(batch_size), self._plan_splits.params
                 params["batch"], params["extra_items"] = batch_size, splits.extra_items
                 params["ragged_ctas"] = splits.ragged_ctas
-                self._plan_splits(stream, 1)
+                self._plan_splits(stream.ptr, 1)
 
     def _prepare(self, spec: AttentionSpec, page_stride: int, num_requests: int, max_pages: int) -> None:
         """The buffers and the launches for steps of this shape: all that does not change from step to step."""
@@ -588,7 +649,7 @@ class Plan:
                 claims = self._buffer("claims", 4)
                 self._hopper = _HopperPrefill(spec, device, hopper_shape, constants, fields, ordered, claims)
             constants["TILE_ROWS"] = kernel_shape.tile_rows
-            self._grid = functools.partial(_prefill_grid, spec, num_requests)
+            self._grid = functools.lru_cache(functools.partial(_prefill_grid, spec, num_requests))
         else:
             kernel_shape = planner.decode_shape(spec.q_len, spec.group_size, spec.head_dim)
             columns, column_blocks = kernel_shape.columns, kernel_shape.column_blocks
@@ -612,7 +673,7 @@ class Plan:
                 column_blocks=column_blocks,
                 batch_invariant=self._batch_invariant,
             )
-            self._grid = functools.partial(_decode_grid, spec.q_len, self._splits)
+            self._grid = functools.lru_cache(functools.partial(_decode_grid, spec.q_len, self._splits))
             kernel = compile.kernel("plan_splits", device, shared_bytes=SPLITS_BYTES)
             params = kernel.params(
                 {
@@ -664,7 +725,7 @@ class Plan:
         """A buffer of at least num_bytes that stays where it is while it is large enough; it starts as zeros."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < num_bytes:
-            if is_capturing():
+            if _is_capturing(cupy.cuda.get_current_stream()):
                 raise ValueError(
                     f"plan() needs {num_bytes} bytes for its {name} while the stream is capturing a CUDA graph; "
                     f"call plan() once with these shapes before the capture, which makes the buffers"

@@ -12,7 +12,7 @@ plan's capacity is seen here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,11 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> np.ndarr
 
 def zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> np.ndarray:
     return np.zeros(shape, dtype)
+
+
+def uploader(device: str) -> Callable[[np.ndarray], np.ndarray]:
+    """What brings host arrays to the device: nothing has to be done."""
+    return np.asarray
 
 
 def to_backend(array: np.ndarray, device: str) -> np.ndarray:

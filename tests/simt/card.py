@@ -71,7 +71,7 @@ class _Pointer:
     def __init__(self, ptr: int) -> None:
         self.ptr = ptr
 
-    def memset_async(self, value: int, num_bytes: int) -> None:
+    def memset_async(self, value: int, num_bytes: int, stream: Any = None) -> None:
         ctypes.memset(self.ptr, value, num_bytes)
 
     def copy_from_host_async(self, source: int, num_bytes: int, stream: Any) -> None:
@@ -82,6 +82,10 @@ def empty(shape: Any, dtype: Any) -> ndarray:
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     given = np.full(size, 0xFF, np.uint8)
     return ndarray(_guarded.output(given, min(ALIGNMENT, np.dtype(dtype).itemsize)).view(dtype).reshape(shape))
+
+
+def alloc(num_bytes: int) -> "_Pointer":
+    return empty(num_bytes, np.uint8).data
 
 
 def asarray(array: np.ndarray) -> ndarray:
@@ -165,6 +169,7 @@ def install() -> None:
     cuda = SimpleNamespace(
         Device=_Device,
         Event=lambda **options: event,
+        alloc=alloc,
         alloc_pinned_memory=_PinnedMemory,
         get_current_stream=lambda device=0: stream,
         is_available=lambda: True,
