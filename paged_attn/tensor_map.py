@@ -8,8 +8,8 @@ order of a tensor's dimensions, so the pool is described as one of five:
 
 Where head_dim is no multiple of 64 there is one half, as wide as head_dim: a box takes 64 columns of it all the same,
 and columns that do not exist become zeros. The last dimension counts in steps of ``unit`` bytes, the greatest that
-every page, head and box starts at a multiple of; any strided pool, NHD or HND, is thus one tensor. The driver is touched
-inside functions only.
+every page, head and box starts at a multiple of; any strided pool, NHD or HND, is thus one tensor. The driver is
+touched inside functions only.
 """
 
 from __future__ import annotations
