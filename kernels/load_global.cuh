@@ -28,6 +28,26 @@ __device__ __forceinline__ void copy_async_16(shared_address target, const void*
 #endif
 }
 
+// The warp copies 32 rows of CHUNKS times 16 bytes: lane i knows where row i begins, in units of 16 bytes, or NOWHERE, which gives zeros.
+// place(row, chunk) is where a chunk goes. Four lanes share a row, 64 bytes at a time: they learn its place by one
+// shuffle, and each lane stays within one line of a swizzle pattern, so that all places are a constant apart.
+constexpr u32 NOWHERE = ~0u;
+template <int CHUNKS, typename Place>
+__device__ __forceinline__ void copy_32_rows(const u16* base, u32 begin, Place place) {
+    const int lane = threadIdx.x & 31, first_row = lane / 4, first_chunk = lane % 4;
+    u32 from[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) from[i] = __shfl_sync(~0u, begin, i * 8 + first_row);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u16* const source = base + (u64(from[i]) + first_chunk) * 8;
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; chunk += 4)
+            if (chunk + first_chunk < CHUNKS)
+                copy_async_16(place(i * 8 + first_row, chunk + first_chunk), source + chunk * 8, from[i] != NOWHERE);
+    }
+}
+
 // A cache policy for copies: first out of L2, for data that is read once and must not push out what is read again; or
 // the ordinary one.
 __device__ __forceinline__ u64 cache_policy(bool evict_first) {

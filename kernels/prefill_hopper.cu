@@ -5,26 +5,20 @@
 //   lse[row, head] = ln(sum_x exp(score))
 //
 // in    q         [q_rows, num_qo_heads, HEAD_DIM]    rows first_query .. first_query + num_queries are a request's
-//       k, v      pools of pages, by tensor maps      page_size is a multiple of 8 (paged_attn/tensor_map.py)
-//                 -DGATHER=1: by pointers             any page_size; copied by threads, 16 bytes at a time
-//       requests  [num_requests + 1] Request          the longest first, as plan_tiles orders them (tiles.cu). The last
-//                                                     one is a sentinel without keys: first_tile counts the tiles of
-//                                                     all requests, first_query their rows
+//       k, v      pools of pages                      by tensor maps, where page_size is a multiple of 8 (tensor_map.py);
+//                                                     any, with -DGATHER=1: threads copy tokens, 16 bytes at a time
+//       list      the requests, cut into tiles of 128 rows (a token and a head of the group each) and their tokens into
+//                 blocks of 128, which are taken from the last one down (tile_list.cuh)
 //       page_ids  [max_pages] int                     clean: every id is inside the pool
 // out   out       like q, fp16/bf16 or float32        0 for a row that sees no key
 //       lse       [q_rows, num_qo_heads] float        natural log, -inf for a row that sees no key; or null
 // both  claims    [1] u32                             0 between launches: tiles claimed beyond the first of each CTA
 //                 [3] u32 with -DCOUNT_FALLBACKS      behind it, how often a warp scaled and repeated a block (below)
 //
-// The query heads of one KV head and the tokens of a request are packed into one axis of rows: packed row r is token
-// r / group_size, head r % group_size of the group. A tile is 128 packed rows of a request and a KV head; its tokens
-// are taken in blocks of 128, from the last one down, so that blocks with masked tokens come first. A tile that no
-// token is seen from has one block, all of it masked.
-//
 // One CTA an SM works through many tiles. Its 12 warps are specialists who never meet at one place after the start:
 //
 //   warp 0    deals tiles: claims one and describes it in `tiles`
-//   warp 1    orders K from the pool, block after block, a TMA operation a page (a box); warp 2 orders V
+//   warp 1    orders K from the pool, block after block, a TMA operation a page (a box), or gathers it; warp 2 orders V
 //   warp 3    gathers a tile's rows of q, and works out which tokens each of them sees
 //   warps 4-7 and 8-11, two warpgroups of 64 rows each, compute. They get most of the registers: Q, S, P, O live there.
 //
@@ -47,34 +41,27 @@
 // (named barriers ORDER + 0, 1), so that one computes exponentials while the other multiplies. The last product of a
 // tile runs together with the first of the next, and what a tile gives is stored during the next one's first softmax.
 //
-// The softmax is lazy: `max` is no more than a reference that keeps powers of two in range, and any other gives the same
-// out. A block whose rows are all seen in full is therefore done without looking for its maximum: P = 2^(S - max) with
-// the max of the blocks before. P >= 0, so the sum of a row bounds each of its P, and where it is at most MOST_SUM they
-// fit into 16 bits as they are. Else, which is rare, the warp alone does one of two things:
-//   all sums below 2^125   every P is known to 24 bits: it is scaled down, with O and the sum, and max goes up
-//   one is not             S is lost; the warp computes it again from its Q and the K that it has not given back yet
-//                          (mma.sync), and takes its maximum
-// The first block of a tile and blocks with masked tokens look for the maximum first. A row that sees a block in full
-// without a mask has always seen a token before (see `edge` below), so its max is that of a real score.
+// The softmax of a block in full view of all rows does not look for its maximum (lazy_softmax.cuh).
 //
-// In shared memory 8 tokens of a block are HEAD_DIM / 64 halves of 8 lines of 128 bytes, swizzled: a tensor map of five
-// dimensions (64 numbers, 8 tokens, halves, groups of 8 tokens, pages and heads) makes it so in one operation a page.
-// wgmma reads K as it stands and V transposed, with the descriptors of hopper.cuh. Tokens of a last page that the
-// request does not have may be NaN: S is masked by selection, V is overwritten with zeros before it is used.
-#include "attention_state.cuh"
+// In shared memory 8 tokens of a block are two halves (HEAD_DIM 64: one) of 8 lines of 128 bytes, swizzled: a tensor map
+// of five dimensions (64 numbers, 8 tokens, halves, groups of 8 tokens, pages and heads) makes it so in one operation a
+// page. A second half that is not full, as with HEAD_DIM 80, takes an operation of its own. wgmma reads K as it stands
+// and V transposed, with the descriptors of hopper.cuh. Tokens of a last page that the request does not have may be NaN:
+// S is masked by selection, V is overwritten with zeros before it is used.
 #include "convert.cuh"
 #include "hopper.cuh"
+#include "lazy_softmax.cuh"
 #include "load_global.cuh"
 #include "mma.cuh"
 #include "page_table.cuh"
 #include "shared_rows.cuh"
+#include "tile_list.cuh"
+#include "tile_results.cuh"
 
 static_assert(HEAD_DIM == 64 || HEAD_DIM % 16 == 0 && HEAD_DIM > 64 && HEAD_DIM <= 128, "HEAD_DIM must be 64, 80 ... 128");
 static_assert(GATHER == 0 || GATHER == 1, "GATHER must be 0 or 1");
 static_assert(SOFT_CAP == 0 || SOFT_CAP == 1, "SOFT_CAP must be 0 or 1");
 
-constexpr int TILE_ROWS = 128;
-constexpr int BLOCK = 128;  // tokens
 constexpr int STAGES = 3;   // blocks of K, and of V, in shared memory
 constexpr int THREADS = 384;
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
@@ -106,18 +93,6 @@ static_assert(SHARED_BYTES >= V_EMPTY + STAGES * 8, "SHARED_BYTES must be what p
 static_assert(SHARED_BYTES <= 227 * 1024, "the shared memory of a CTA");
 
 constexpr int ORDER = 1, WARPGROUP = 3;  // named barriers, two of each
-constexpr int SECTION_BYTES = 6 << 20;   // of K and V: tiles that run together share what stays in L2
-constexpr float LOG2_E = 1.44269504088896340736f;
-constexpr float NO_KEY = -0x1.fffffep127f;  // max of a row before its first key: -INF - NO_KEY is -INF, as it has to be
-constexpr float RESCALE_STEP = 8.f;  // a maximum that is looked for moves only by more than this: the rescale is rare
-#if BFLOAT16
-constexpr float MOST_SUM = 0x1p40f;  // of a row's P in a block, a thread's share; out and its sum stay far from 2^128
-#else
-constexpr float MOST_SUM = 65504.f;  // the largest fp16. P of the max is 1: were it less, with more room above, then
-                                     // many weights of 2^-17 beside it, which count together, would be lost below
-#endif
-constexpr float MOST_SCALED = 0x1p125f;  // its inverse is a normal number: one that is not is a zero to the hardware
-constexpr float CROWDED = 0x1p8f;        // a sum above this is scaled down along with one above MOST_SUM
 
 // A pool as TMA sees it. Box (page, row, head) has index page * page_step + row / 8 * rows_step + head * head_step.
 struct Pool {
@@ -133,40 +108,17 @@ struct Pool {
 struct PrefillHopperParams {
     Pool k;
     Pool v;
-    const u16* q;
-    void* out;
-    float* lse;
-    const Request* requests;
-    const int* page_ids;
-    u32* claims;
-    Positions positions;
-    FastDivide group_size;
-    i64 q_row_stride;  // strides of q and out in elements
+    const u16* q;      // [q_rows, num_qo_heads, HEAD_DIM]
+    i64 q_row_stride;  // strides of q in elements
     i64 q_head_stride;
-    i64 out_row_stride;
-    i64 out_head_stride;
-    int num_requests;  // capacity: requests beside the sentinel
-    int q_rows;
-    int num_qo_heads;
-    int num_kv_heads;
-    int num_tiles;   // upper bound of the tiles of one KV head, times num_kv_heads < 2^31
-    int box_tokens;  // tokens of a box: the largest power of two that divides page_size, at most BLOCK; 8 at least
-    int out_float32;
+    Output to;
+    TileList list;
+    const int* page_ids;  // [max_pages]
+    u32* claims;          // [1], with -DCOUNT_FALLBACKS [3]
+    int box_tokens;       // tokens of a box: the largest power of two that divides page_size, 8 to BLOCK; else GATHER
     float sm_scale;
     float logits_soft_cap;
 };
-
-struct __align__(16) Tile {
-    Request request;
-    int kv_head;
-    int first_row;    // packed rows [first_row, first_row + TILE_ROWS) of the request ...
-    int num_rows;     // ... which has this many of them in q
-    int begin;        // tokens [begin, end) are seen by some row
-    int end;
-    int first_block;  // blocks first_block .. first_block + num_blocks - 1 hold them
-    int num_blocks;   // 0: no tile any more
-};
-static_assert(sizeof(Tile) == 64, "as TILE_FULL has it");
 
 // The next tile is claimed when so many blocks of this one are not ordered yet: late, so that the long tiles at the head
 // of the list go to whoever is free, but early enough to find it meanwhile.
@@ -181,73 +133,15 @@ struct Ring {
     }
 };
 
-// The smallest and the largest token of a tile's row; rows behind the last one see what that one sees.
-__device__ __forceinline__ int token_of(const Tile& tile, int row, const FastDivide& group_size) {
-    const int packed = tile.first_row + row, last = tile.num_rows - 1;
-    return divide(packed < last ? packed : last > 0 ? last : 0, group_size);
-}
-
 // -- warp 0 ------------------------------------------------------------------------------------------------------------
-
-// Piece of work number `work` of `num_work`, the same in all lanes. A request's tiles come longest first, for a few KV
-// heads at a time, as many as L2 keeps; heads vary fastest.
-__device__ __forceinline__ Tile find_tile(const PrefillHopperParams& p, int work, int num_work) {
-    Tile tile = {};
-    if (work >= num_work) return tile;
-    // The request: the last one whose first_tile is not behind this tile. The warp probes 32 at a time.
-    const int lane = threadIdx.x & 31, position = u32(work) / u32(p.num_kv_heads);
-    int index = 0;
-    for (int span = p.num_requests + 1; span > 1;) {
-        const int step = (span + 31) / 32, probe = lane * step;
-        const bool reached = probe < span && p.requests[index + probe].first_tile <= position;
-        const int count = __popc(__ballot_sync(~0u, reached)), skipped = count > 1 ? (count - 1) * step : 0;
-        index += skipped;
-        span = span - skipped < step ? span - skipped : step;
-    }
-    tile.request = p.requests[index];
-    Request& request = tile.request;
-    const int group_size = int(p.group_size.divisor);
-    const int rows_left = p.q_rows > request.first_query ? p.q_rows - request.first_query : 0;
-    if (index == p.num_requests) request.num_queries = rows_left;
-    tile.num_rows = (request.num_queries < rows_left ? request.num_queries : rows_left) * group_size;
-
-    const u32 num_tiles = u32(tile.num_rows + TILE_ROWS - 1) / TILE_ROWS;
-    const u32 offset = u32(work) - u32(request.first_tile) * u32(p.num_kv_heads);
-    tile.num_blocks = 1;
-    if (offset >= num_tiles * u32(p.num_kv_heads)) {  // rows that q does not have: a wrong qo_indptr
-        tile.num_rows = 0;
-        return tile;
-    }
-    constexpr int SECTION_TOKENS = SECTION_BYTES / (4 * HEAD_DIM);
-    u32 heads = request.kv_len > 0 ? SECTION_TOKENS / u32(request.kv_len) : p.num_kv_heads;
-    heads = heads < 1 ? 1 : heads < u32(p.num_kv_heads) ? heads : p.num_kv_heads;
-    const u32 section = offset / (heads * num_tiles), within = offset - section * heads * num_tiles;
-    const u32 heads_left = p.num_kv_heads - section * heads, here = heads < heads_left ? heads : heads_left;
-    tile.kv_head = int(section * heads + within % here);
-    tile.first_row = int(num_tiles - 1 - within / here) * TILE_ROWS;
-
-    // Limits grow with the token: the first row has the smallest, the last one the largest.
-    tile.begin = kv_limits(token_of(tile, 0, p.group_size), request, p.positions).begin;
-    tile.end = kv_limits(token_of(tile, TILE_ROWS - 1, p.group_size), request, p.positions).end;
-    if (tile.begin < tile.end) {
-        tile.first_block = tile.begin / BLOCK;
-        tile.num_blocks = (tile.end + BLOCK - 1) / BLOCK - tile.first_block;
-    }
-    return tile;
-}
 
 __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* tiles, shared_address shared) {
     const int lane = threadIdx.x & 31;
-    const Request total = p.requests[p.num_requests];
-    // Tiles of the rows that q has behind the planned ones, and never more than such a q can have.
-    const i64 rows_behind = p.q_rows > total.first_query ? p.q_rows - total.first_query : 0;
-    const i64 num_tiles = total.first_tile + (rows_behind * p.group_size.divisor + TILE_ROWS - 1) / TILE_ROWS;
-    const int num_work = int(num_tiles < p.num_tiles ? num_tiles : p.num_tiles) * p.num_kv_heads;
-
+    const int num_work = count_work(p.list);
     int work = blockIdx.x;
     u32 num_long = 0;
     for (u32 number = 0;; ++number) {
-        const Tile tile = find_tile(p, work, num_work);
+        const Tile tile = find_tile(p.list, work, num_work);
         barrier_wait(shared + TILE_EMPTY + number % TILE_SLOTS * 8, number / TILE_SLOTS - 1);
         if (lane == 0) {
             tiles[number % TILE_SLOTS] = tile;
@@ -265,33 +159,13 @@ __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* t
 
 // -- warps 1 and 2 -----------------------------------------------------------------------------------------------------
 
-// The warp copies 32 rows: lane i knows where row i begins, in units of 16 bytes, or NOWHERE, which gives zeros.
-// place(row, chunk) is where a chunk goes. Four lanes share a row, 64 bytes at a time: they learn its place by one
-// shuffle, and each lane stays within one line of a swizzle pattern, so that all places are a constant apart.
-constexpr u32 NOWHERE = ~0u;
-template <typename Place>
-__device__ __forceinline__ void copy_32_rows(const u16* base, u32 begin, Place place) {
-    const int lane = threadIdx.x & 31, first_row = lane / 4, first_chunk = lane % 4;
-    u32 from[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) from[i] = __shfl_sync(~0u, begin, i * 8 + first_row);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const u16* const source = base + (u64(from[i]) + first_chunk) * 8;
-#pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; chunk += 4)
-            if (chunk + first_chunk < CHUNKS)
-                copy_async_16(place(i * 8 + first_row, chunk + first_chunk), source + chunk * 8, from[i] != NOWHERE);
-    }
-}
-
 // Keeps the ring at `ring_offset` filled with blocks of one pool. A block comes in pieces, a lane's among them: boxes, or
 // with GATHER single tokens. A piece of which no token is seen becomes zeros.
 __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const Pool& pool, const Tile* tiles,
                                              shared_address shared, int ring_offset, int full, int empty, bool asks) {
     constexpr int PIECES = GATHER ? BLOCK / 32 : 1;  // of a lane: numbers lane, lane + 32, ...
     const int lane = threadIdx.x & 31, tokens = GATHER ? 1 : p.box_tokens;
-    const FastDivide& page_size = p.positions.page_size;
+    const FastDivide& page_size = p.list.positions.page_size;
     const bool orders = lane * tokens < BLOCK;
     Ring ring = {};
     for (u32 number = 0;; ++number) {
@@ -331,7 +205,7 @@ __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const
 #if GATHER
 #pragma unroll
             for (int i = 0; i < PIECES; ++i)
-                copy_32_rows(pool.pages, places[i], [&](int row, int chunk) {
+                copy_32_rows<CHUNKS>(pool.pages, places[i], [&](int row, int chunk) {
                     return target + (i * 4 + row / 8) * GROUP_BYTES + chunk / 8 * HALF_BYTES + row % 8 * 128 +
                            (chunk % 8 ^ row % 8) * 16;
                 });
@@ -367,18 +241,18 @@ __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, con
         KvLimits seen[TILE_ROWS / 32];
 #pragma unroll
         for (int i = 0; i < TILE_ROWS / 32; ++i) {
-            const int row = i * 32 + lane, token = token_of(tile, row, p.group_size);
+            const int row = i * 32 + lane, token = token_of(tile, row, p.list.group_size);
             const int packed = tile.first_row + row < tile.num_rows ? tile.first_row + row : tile.num_rows - 1;
-            const int head = tile.kv_head * int(p.group_size.divisor) + packed - token * int(p.group_size.divisor);
+            const int head = tile.kv_head * int(p.list.group_size.divisor) + packed - token * int(p.list.group_size.divisor);
             from[i] = u32(((tile.request.first_query + token) * p.q_row_stride + head * p.q_head_stride) / 8);
             if (tile.num_rows == 0) from[i] = NOWHERE;
-            seen[i] = kv_limits(token, tile.request, p.positions);
+            seen[i] = kv_limits(token, tile.request, p.list.positions);
         }
         barrier_wait(shared + Q_EMPTY, number - 1);
 #pragma unroll
         for (int i = 0; i < TILE_ROWS / 32; ++i) {
             limits[number % 2 * TILE_ROWS + i * 32 + lane] = seen[i];
-            copy_32_rows(p.q, from[i], [&](int row, int chunk) { return shared + Rows::at(i * 32 + row, chunk); });
+            copy_32_rows<CHUNKS>(p.q, from[i], [&](int row, int chunk) { return shared + Rows::at(i * 32 + row, chunk); });
         }
         barrier_arrive_after_copies(shared + Q_FULL);
         barrier_arrive(shared + Q_FULL);  // and after the limits
@@ -412,187 +286,6 @@ __device__ __forceinline__ void multiply_p_v(float (&o)[HEAD_DIM / 2], const u32
     for (int step = 0; step < V_STEPS; ++step)
         wgmma<1>(o, weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3],
                  v + step * 2 * GROUP_BYTES / 16, true);
-}
-
-// Bits 2 i, 2 i + 1 for columns 8 i, 8 i + 1 below `limit`.
-__device__ __forceinline__ u32 columns_below(int limit) {
-    const int columns = limit < 0 ? 0 : limit / 8 * 2 + (limit % 8 < 2 ? limit % 8 : 2);
-    return columns >= 32 ? ~0u : (1u << columns) - 1;
-}
-
-// Tokens outside of what the two rows see become -INF, whatever they were. `first` is the thread's first column.
-__device__ __forceinline__ void mask_scores(float (&s)[BLOCK / 2], const KvLimits* seen, int first) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        const u32 visible = columns_below(seen[8 * row].end - first) & ~columns_below(seen[8 * row].begin - first);
-#pragma unroll
-        for (int i = 0; i < BLOCK / 8; ++i) {
-            float& low = s[4 * i + 2 * row];
-            float& high = s[4 * i + 2 * row + 1];
-            low = visible >> (2 * i) & 1 ? low : -INF;
-            high = visible >> (2 * i + 1) & 1 ? high : -INF;
-        }
-    }
-}
-
-// The state of a thread's rows: P is 2^(S - max), where max (base 2) is about the largest S; sum is that of P over the
-// thread's own columns.
-struct Softmax {
-    float max[2];
-    float sum[2];
-};
-
-// The maximum moves only when a score passes it by more than RESCALE_STEP: then, and only then, the lanes of a row agree
-// on a new one. Returns whether it did, and how much smaller old results become by it.
-__device__ __forceinline__ bool raise_max(const float (&s)[BLOCK / 2], Softmax& softmax, float (&keep)[2],
-                                          float scale) {
-    float top[2];
-    bool passed = false;
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        top[row] = s[2 * row];
-#pragma unroll
-        for (int i = 0; i < BLOCK / 8; ++i)
-            top[row] = fmaxf(top[row], fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]));
-        top[row] *= scale;
-        passed |= top[row] > softmax.max[row] + RESCALE_STEP;
-    }
-    passed = __any_sync(~0u, passed);
-    if (passed) {
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            top[row] = fmaxf(top[row], __shfl_xor_sync(~0u, top[row], 1));
-            top[row] = fmaxf(top[row], __shfl_xor_sync(~0u, top[row], 2));
-            top[row] = fmaxf(top[row], softmax.max[row]);
-            keep[row] = exp2_fast(softmax.max[row] - top[row]);
-            softmax.max[row] = top[row];
-            softmax.sum[row] *= keep[row];
-        }
-    }
-    return passed;
-}
-
-// S becomes P; gives the sum of the thread's columns.
-__device__ __forceinline__ void exponentials(float (&s)[BLOCK / 2], const Softmax& softmax, float (&sum)[2],
-                                             float scale) {
-#pragma unroll
-    for (int i = 0; i < BLOCK / 2; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -softmax.max[i / 2 % 2]));
-    sum[0] = sum[1] = 0.f;
-#pragma unroll
-    for (int i = 0; i < BLOCK / 2; ++i) sum[i / 2 % 2] += s[i];
-}
-
-// P that is finite but large is scaled down; the maximum goes up by as much.
-__device__ __forceinline__ void scale_down(float (&s)[BLOCK / 2], Softmax& softmax, float (&sum)[2], float (&keep)[2]) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        float most = fmaxf(sum[row], __shfl_xor_sync(~0u, sum[row], 1));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-        const float shift = most > CROWDED ? log2_fast(most) : 0.f;
-        keep[row] = exp2_fast(-shift);
-        softmax.max[row] += shift;
-        softmax.sum[row] *= keep[row];
-        sum[row] *= keep[row];
-#pragma unroll
-        for (int i = 0; i < BLOCK / 8; ++i) {
-            s[4 * i + 2 * row] *= keep[row];
-            s[4 * i + 2 * row + 1] *= keep[row];
-        }
-    }
-}
-
-// S = Q K^T of the warp's own 16 rows, without wgmma. `k_block` is the block of K in shared memory. Eight columns at a
-// time come in at the end of S and move up: a loop is short, and registers have no index.
-__device__ __forceinline__ void repeat_scores(float (&s)[BLOCK / 2], const u32 (&q)[K_STEPS * 4],
-                                              shared_address k_block) {
-    const int lane = threadIdx.x & 31, line = lane % 8;
-#pragma unroll 1
-    for (int i = 0; i < BLOCK / 8; ++i) {
-        float scores[4] = {};
-#pragma unroll
-        for (int step = 0; step < K_STEPS; step += 2) {  // two k-steps are four chunks, one for each 8 lanes
-            const int chunk = step % 4 * 2 + lane / 8;
-            u32 k[4];
-            load_matrix_x4(k, k_block + i * GROUP_BYTES + step / 4 * HALF_BYTES + line * 128 + (chunk ^ line) * 16);
-#pragma unroll
-            for (int half = 0; half < 2 && step + half < K_STEPS; ++half) {
-                const int at = (step + half) * 4;
-                mma_m16n8k16(scores, {q[at], q[at + 1], q[at + 2], q[at + 3]}, k[2 * half], k[2 * half + 1]);
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < BLOCK / 2 - 4; ++j) s[j] = s[j + 4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) s[BLOCK / 2 - 4 + j] = scores[j];
-    }
-}
-
-// The accumulators of S are the A fragments of P, by rounding alone.
-__device__ __forceinline__ void round_weights(u32 (&weights)[V_STEPS * 4], const float (&s)[BLOCK / 2]) {
-#pragma unroll
-    for (int i = 0; i < V_STEPS * 4; ++i) weights[i] = pack2(s[2 * i], s[2 * i + 1]);
-}
-
-// 16-bit results of a tile on their way to memory: 4 neighbouring columns of every 16, of the thread's two rows.
-struct Results {
-    u32 columns[HEAD_DIM / 4];
-    u16* target[2];  // null: the row stands nowhere
-
-    // A quarter of the stores.
-    template <int quarter>
-    __device__ __forceinline__ void store() const {
-        constexpr int COUNT = HEAD_DIM / 16;
-#pragma unroll
-        for (int i = quarter * COUNT / 4; i < (quarter + 1) * COUNT / 4; ++i)
-#pragma unroll
-            for (int row = 0; row < 2; ++row)
-                if (target[row])
-                    *reinterpret_cast<uint2*>(target[row] + i * 16) =
-                        make_uint2(columns[4 * i + 2 * row], columns[4 * i + 2 * row + 1]);
-    }
-};
-
-// O / sum, and the log-sum-exp. 16-bit results are kept for later, float32 is written at once.
-__device__ __forceinline__ void finish(const PrefillHopperParams& p, const Tile& tile, int first_row,
-                                       const float (&o)[HEAD_DIM / 2], const Softmax& softmax, Results& results) {
-    const int pair = threadIdx.x & 3;
-    float weight[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        float total = softmax.sum[row];
-        total += __shfl_xor_sync(~0u, total, 1);
-        total += __shfl_xor_sync(~0u, total, 2);
-        weight[row] = total == 0.f ? 0.f : __fdividef(1.f, total);
-        const int packed = tile.first_row + first_row + row * 8, token = divide(packed, p.group_size);
-        const i64 query = tile.request.first_query + token;
-        const int head = tile.kv_head * p.group_size.divisor + packed - token * p.group_size.divisor;
-        const bool stands = packed < tile.num_rows;
-        if (p.lse && pair == 0 && stands)
-            p.lse[query * p.num_qo_heads + head] = log_sum_exp(softmax.max[row], total);
-        const i64 at = query * p.out_row_stride + head * p.out_head_stride;
-        results.target[row] = nullptr;
-        if (!stands) continue;
-        if (!p.out_float32) {
-            results.target[row] = static_cast<u16*>(p.out) + at + (pair & 1) * 8 + (pair & 2) * 2;
-            continue;
-        }
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 8; ++i)
-            *reinterpret_cast<float2*>(static_cast<float*>(p.out) + at + i * 8 + pair * 2) =
-                make_float2(o[4 * i + 2 * row] * weight[row], o[4 * i + 2 * row + 1] * weight[row]);
-    }
-    // Of two fragments side by side an even lane takes the first, an odd lane the second: 8 bytes each instead of 4.
-    const bool odd = pair & 1;
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 16; ++i)
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            const u32 first = pack2(o[8 * i + 2 * row] * weight[row], o[8 * i + 2 * row + 1] * weight[row]);
-            const u32 second = pack2(o[8 * i + 4 + 2 * row] * weight[row], o[8 * i + 5 + 2 * row] * weight[row]);
-            const u32 other = __shfl_xor_sync(~0u, odd ? first : second, 1);
-            results.columns[4 * i + 2 * row] = odd ? other : first;
-            results.columns[4 * i + 2 * row + 1] = odd ? second : other;
-        }
 }
 
 // Which fallback of the lazy softmax the warp has taken, for tests.
@@ -734,7 +427,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
                     scale_down(s, softmax, added, keep);
                     count_fallback(p, 1);
                 } else {
-                    repeat_scores(s, q, shared + K_OFFSET + k_ring.slot * BLOCK_BYTES);
+                    repeat_scores<GROUP_BYTES, HALF_BYTES>(s, q, shared + K_OFFSET + k_ring.slot * BLOCK_BYTES);
                     prepare_scores(block, edge);
                     keep[0] = keep[1] = 1.f;
                     raise_max(s, softmax, keep, scale);
@@ -781,7 +474,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         hold(o);
         release(V_EMPTY, v_ring.slot);
         v_ring.advance();
-        finish(p, tile, first_row, o, softmax, results);
+        finish(p.to, p.list, tile, first_row, o, softmax, results);
         release(TILE_EMPTY, number % TILE_SLOTS);
         wgmma_wait<0>();
         hold(s);

@@ -769,52 +769,77 @@ class _HopperPrefill:
             ),
         )
         self._gather = tensor_map.box_tokens(spec.page_size) < tensor_map.LEAST_BOX_TOKENS
-        constants |= {"SHARED_BYTES": shape.shared_bytes, "GATHER": self._gather}
-        kernel = compile.kernel("prefill_hopper", device, shared_bytes=shape.shared_bytes, **constants)
-        own = {
-            "requests": ordered,
+        constants = constants | {"SHARED_BYTES": shape.shared_bytes, "GATHER": self._gather}
+        self._kernel = compile.kernel("prefill_hopper", device, shared_bytes=shape.shared_bytes, **constants)
+        self._threads = shape.threads
+        self._fields = {
+            "page_ids": fields["page_ids"],
             "claims": claims,
-            "group_size": compile.fast_divide(spec.group_size),
+            "list": {
+                "requests": ordered,
+                "positions": fields["positions"],
+                "group_size": compile.fast_divide(spec.group_size),
+                "num_requests": self._num_requests,
+                "num_kv_heads": spec.num_kv_heads,
+            },
             "box_tokens": tensor_map.box_tokens(spec.page_size),
+            "sm_scale": spec.sm_scale,
+            "logits_soft_cap": spec.logits_soft_cap,
         }
-        self._launch = compile.Launch(kernel, shape.threads, kernel.params(fields | own))
-        self._pool = functools.lru_cache(maxsize=1024)(self._make_pool)
+        self._layer = functools.lru_cache(maxsize=1024)(self._make_layer)
 
     def run(self, q: Any, kv: PagedKV, out: Any, lse: Any) -> bool:
         """Launch; or say no, where the kernel cannot count in a pool of such strides."""
         shape = (kv.num_pages, kv.page_size, kv.num_kv_heads, kv.head_dim)
-        k = self._pool(kv.k_pages.data.ptr, shape, kv.k_strides)
-        v = self._pool(kv.v_pages.data.ptr, shape, kv.v_strides)
-        if k is None or v is None:
+        layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, shape, kv.k_strides, kv.v_strides)
+        if layer is None:
             return False
-        params, rows, q_strides, out_strides = self._launch.params, q.shape[0], q.strides, out.strides
-        itemsize = out.dtype.itemsize
+        launch, write, tile_list = layer
+        rows, q_strides, out_strides, out_itemsize = q.shape[0], q.strides, out.strides, out.dtype.itemsize
         tiles = _most_tiles(rows * self._spec.group_size, self._tile_rows, self._num_requests)
-        params["k"], params["v"] = k, v
-        params["q"], params["out"], params["lse"] = q.data.ptr, out.data.ptr, 0 if lse is None else lse.data.ptr
-        params["q_row_stride"], params["q_head_stride"] = q_strides[0] // 2, q_strides[1] // 2
-        params["out_row_stride"], params["out_head_stride"] = out_strides[0] // itemsize, out_strides[1] // itemsize
-        params["out_float32"], params["q_rows"], params["num_tiles"] = itemsize == 4, rows, tiles
+        write(
+            q.data.ptr,
+            q_strides[0] // 2,
+            q_strides[1] // 2,
+            out.data.ptr,
+            0 if lse is None else lse.data.ptr,
+            out_strides[0] // out_itemsize,
+            out_strides[1] // out_itemsize,
+            self._spec.num_qo_heads,
+            out_itemsize == 4,
+        )
+        tile_list["q_rows"], tile_list["num_tiles"] = rows, tiles
         with _on(self._device):
             grid = min(self._num_multiprocessors, tiles * self._spec.num_kv_heads)
-            self._launch(cupy.cuda.get_current_stream().ptr, grid)
+            launch(cupy.cuda.get_current_stream().ptr, grid)
         return True
 
-    def _make_pool(self, pointer: int, shape: tuple[int, int, int, int], strides: tuple[int, int, int]) -> Any:
-        """The kernel's Pool as a structured array, made once for a layer's pool; None where it is too large."""
-        pool = np.zeros((), self._launch.params.dtype["k"])
-        if self._gather:
-            units = _units(strides)
-            if sum(extent * stride for extent, stride in zip(shape, units, strict=False)) >= 2**32 - 1:
-                return None
-            compile.fill(pool, {"pages": pointer, "strides": units})
-            return pool
-        page, slot, head = strides
-        geometry = tensor_map.pool_geometry(*shape, (page * 2, slot * 2, head * 2))
-        if geometry is None:
+    def _make_layer(
+        self,
+        k: int,
+        v: int,
+        shape: tuple[int, int, int, int],
+        k_strides: tuple[int, int, int],
+        v_strides: tuple[int, int, int],
+    ) -> tuple[compile.Launch, Callable[..., None], Any] | None:
+        """The launch for a layer's pools, made once; None where they are too large to count in."""
+        pools = self._pool(k, shape, k_strides), self._pool(v, shape, v_strides)
+        if None in pools:
             return None
-        compile.fill(pool, tensor_map.pool_map(pointer, geometry, self._spec.dtype == _BFLOAT16))
-        return pool
+        params = self._kernel.params(self._fields | {"k": pools[0], "v": pools[1]})
+        launch = compile.Launch(self._kernel, self._threads, params)
+        return launch, launch.writer("q", "to"), launch.params["list"]
+
+    def _pool(self, pointer: int, shape: tuple[int, int, int, int], strides: tuple[int, int, int]) -> Any:
+        """The fields of the kernel's Pool."""
+        page, slot, head = strides
+        if self._gather:
+            num_pages, page_size, num_kv_heads, _ = shape
+            units = _units(strides)
+            largest = num_pages * units[0] + page_size * units[1] + num_kv_heads * units[2]
+            return {"pages": pointer, "strides": units} if largest < 2**32 else None
+        geometry = tensor_map.pool_geometry(*shape, (page * 2, slot * 2, head * 2))
+        return None if geometry is None else tensor_map.pool_map(pointer, geometry, self._spec.dtype == _BFLOAT16)
 
 
 @functools.cache

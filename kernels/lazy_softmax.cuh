@@ -1,0 +1,156 @@
+// lazy_softmax: from scores to weights, on the registers of a warpgroup's 64 rows.
+//
+// A thread has two rows, 0 and 1: s[4 i + 2 r], s[4 i + 2 r + 1] are columns 8 i + 2 pair, + 1 of row r, where pair is
+// the thread's place among the four that share the row.
+//
+// The softmax is lazy: `max` is no more than a reference that keeps powers of two in range, and any other gives the same
+// out. A block whose rows are all seen in full is therefore done without looking for its maximum: P = 2^(S - max) with
+// the max of the blocks before. P >= 0, so the sum of a row bounds each of its P, and where it is at most MOST_SUM they
+// fit into 16 bits as they are. Else, which is rare, the warp alone does one of two things:
+//   all sums below 2^125   every P is known to 24 bits: it is scaled down, with O and the sum, and max goes up
+//   one is not             S is lost; the warp computes it again from its Q and the K that it has not given back yet
+//                          (mma.sync), and takes its maximum
+// The first block of a tile and blocks with masked tokens look for the maximum first. A row that sees a block in full
+// without a mask has always seen a token before (see `edge` in prefill_hopper.cu), so its max is that of a real score.
+#pragma once
+#include "convert.cuh"
+#include "load_global.cuh"
+#include "mma.cuh"
+#include "page_table.cuh"
+
+constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr float NO_KEY = -0x1.fffffep127f;  // max of a row before its first key: -INF - NO_KEY is -INF, as it has to be
+constexpr float RESCALE_STEP = 8.f;  // a maximum that is looked for moves only by more than this: the rescale is rare
+#if BFLOAT16
+constexpr float MOST_SUM = 0x1p40f;  // of a row's P in a block, a thread's share; out and its sum stay far from 2^128
+#else
+constexpr float MOST_SUM = 65504.f;  // the largest fp16. P of the max is 1: were it less, with more room above, then
+                                     // many weights of 2^-17 beside it, which count together, would be lost below
+#endif
+constexpr float MOST_SCALED = 0x1p125f;  // its inverse is a normal number: one that is not is a zero to the hardware
+constexpr float CROWDED = 0x1p8f;        // a sum above this is scaled down along with one above MOST_SUM
+
+// Bits 2 i, 2 i + 1 for columns 8 i, 8 i + 1 below `limit`.
+__device__ __forceinline__ u32 columns_below(int limit) {
+    const int columns = limit < 0 ? 0 : limit / 8 * 2 + (limit % 8 < 2 ? limit % 8 : 2);
+    return columns >= 32 ? ~0u : (1u << columns) - 1;
+}
+
+// Tokens outside of what the two rows see become -INF, whatever they were. `first` is the thread's first column.
+template <int count>
+__device__ __forceinline__ void mask_scores(float (&s)[count], const KvLimits* seen, int first) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        const u32 visible = columns_below(seen[8 * row].end - first) & ~columns_below(seen[8 * row].begin - first);
+#pragma unroll
+        for (int i = 0; i < count / 4; ++i) {
+            float& low = s[4 * i + 2 * row];
+            float& high = s[4 * i + 2 * row + 1];
+            low = visible >> (2 * i) & 1 ? low : -INF;
+            high = visible >> (2 * i + 1) & 1 ? high : -INF;
+        }
+    }
+}
+
+// The state of a thread's rows: P is 2^(S - max), where max (base 2) is about the largest S; sum is that of P over the
+// thread's own columns.
+struct Softmax {
+    float max[2];
+    float sum[2];
+};
+
+// The maximum moves only when a score passes it by more than RESCALE_STEP: then, and only then, the lanes of a row agree
+// on a new one. Returns whether it did, and how much smaller old results become by it.
+template <int count>
+__device__ __forceinline__ bool raise_max(const float (&s)[count], Softmax& softmax, float (&keep)[2],
+                                          float scale) {
+    float top[2];
+    bool passed = false;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        top[row] = s[2 * row];
+#pragma unroll
+        for (int i = 0; i < count / 4; ++i)
+            top[row] = fmaxf(top[row], fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]));
+        top[row] *= scale;
+        passed |= top[row] > softmax.max[row] + RESCALE_STEP;
+    }
+    passed = __any_sync(~0u, passed);
+    if (passed) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            top[row] = fmaxf(top[row], __shfl_xor_sync(~0u, top[row], 1));
+            top[row] = fmaxf(top[row], __shfl_xor_sync(~0u, top[row], 2));
+            top[row] = fmaxf(top[row], softmax.max[row]);
+            keep[row] = exp2_fast(softmax.max[row] - top[row]);
+            softmax.max[row] = top[row];
+            softmax.sum[row] *= keep[row];
+        }
+    }
+    return passed;
+}
+
+// S becomes P; gives the sum of the thread's columns.
+template <int count>
+__device__ __forceinline__ void exponentials(float (&s)[count], const Softmax& softmax, float (&sum)[2],
+                                             float scale) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -softmax.max[i / 2 % 2]));
+    sum[0] = sum[1] = 0.f;
+#pragma unroll
+    for (int i = 0; i < count; ++i) sum[i / 2 % 2] += s[i];
+}
+
+// P that is finite but large is scaled down; the maximum goes up by as much.
+template <int count>
+__device__ __forceinline__ void scale_down(float (&s)[count], Softmax& softmax, float (&sum)[2], float (&keep)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        float most = fmaxf(sum[row], __shfl_xor_sync(~0u, sum[row], 1));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+        const float shift = most > CROWDED ? log2_fast(most) : 0.f;
+        keep[row] = exp2_fast(-shift);
+        softmax.max[row] += shift;
+        softmax.sum[row] *= keep[row];
+        sum[row] *= keep[row];
+#pragma unroll
+        for (int i = 0; i < count / 4; ++i) {
+            s[4 * i + 2 * row] *= keep[row];
+            s[4 * i + 2 * row + 1] *= keep[row];
+        }
+    }
+}
+
+// S = Q K^T of the warp's own 16 rows, without wgmma. `k_block` is the block of K in shared memory: 8 tokens
+// are group_bytes apart, the 64 columns behind the first half_bytes. Eight columns at a
+// time come in at the end of S and move up: a loop is short, and registers have no index.
+template <int group_bytes, int half_bytes, int count, int fragments>
+__device__ __forceinline__ void repeat_scores(float (&s)[count], const u32 (&q)[fragments], shared_address k_block) {
+    const int lane = threadIdx.x & 31, line = lane % 8;
+#pragma unroll 1
+    for (int i = 0; i < count / 4; ++i) {
+        float scores[4] = {};
+#pragma unroll
+        for (int step = 0; step < fragments / 4; step += 2) {  // two k-steps are four chunks, one for each 8 lanes
+            const int chunk = step % 4 * 2 + lane / 8;
+            u32 k[4];
+            load_matrix_x4(k, k_block + i * group_bytes + step / 4 * half_bytes + line * 128 + (chunk ^ line) * 16);
+#pragma unroll
+            for (int half = 0; half < 2 && step + half < fragments / 4; ++half) {
+                const int at = (step + half) * 4;
+                mma_m16n8k16(scores, {q[at], q[at + 1], q[at + 2], q[at + 3]}, k[2 * half], k[2 * half + 1]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < count - 4; ++j) s[j] = s[j + 4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) s[count - 4 + j] = scores[j];
+    }
+}
+
+// The accumulators of S are the A fragments of P, by rounding alone.
+template <int count>
+__device__ __forceinline__ void round_weights(u32 (&weights)[count / 2], const float (&s)[count]) {
+#pragma unroll
+    for (int i = 0; i < count / 2; ++i) weights[i] = pack2(s[2 * i], s[2 * i + 1]);
+}
