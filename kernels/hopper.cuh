@@ -185,12 +185,12 @@ __device__ __forceinline__ void fence_shared_for_async() {
 // .. 16 w + 15, as the A fragment of mma.cuh. d[4 i .. 4 i + 3] is a C fragment (mma.cuh) of columns 8 i .. 8 i + 7. B
 // is in shared memory, 128-byte lines swizzled as TMA does it, and a descriptor says where:
 //   TRANSPOSED 0   B[k][n] stands at  n / 8 * group_bytes + n % 8 * 128 + 2 k                                 (K: n is a token)
-//   TRANSPOSED 1   B[k][n] stands at  k / 8 * group_bytes + k % 8 * 128 + n / 64 * half_bytes + 2 (n % 64)    (V: k is a token)
+//   TRANSPOSED 1   B[k][n] stands at  k / 8 * group_bytes + k % 8 * 128 + n / 64 * piece_bytes + 2 (n % 64)    (V: k is a token)
 
 // All numbers are multiples of 16 bytes; address without its swizzle, line 0 of 8 at a multiple of 1024.
-__device__ __forceinline__ u64 matrix_descriptor(shared_address address, u32 half_bytes, u32 group_bytes) {
+__device__ __forceinline__ u64 matrix_descriptor(shared_address address, u32 piece_bytes, u32 group_bytes) {
     const u64 swizzle_128_bytes = 1ull << 62;
-    return u64((address >> 4) & 0x3fff) | u64(half_bytes >> 4) << 16 | u64(group_bytes >> 4) << 32 | swizzle_128_bytes;
+    return u64((address >> 4) & 0x3fff) | u64(piece_bytes >> 4) << 16 | u64(group_bytes >> 4) << 32 | swizzle_128_bytes;
 }
 
 // Before a burst of products: registers that they read or write are as the program has them.
@@ -224,6 +224,15 @@ __device__ __forceinline__ void hold(float (&d)[count]) {
 #endif
 }
 
+// A value of which the compiler does not know that it was the same before: what is made of it is made again, which costs
+// less than registers that keep it.
+__device__ __forceinline__ u32 opaque(u32 value) {
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
+}
+
 #define WGMMA_8(d, i) \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define WGMMA_32(d) WGMMA_8(d, 0), WGMMA_8(d, 8), WGMMA_8(d, 16), WGMMA_8(d, 24)
@@ -234,6 +243,12 @@ __device__ __forceinline__ void hold(float (&d)[count]) {
 #define WGMMA_REGISTERS_48 WGMMA_REGISTERS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_REGISTERS_56 WGMMA_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define WGMMA_REGISTERS_64 WGMMA_REGISTERS_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_REGISTERS_128                                                                                \
+    WGMMA_REGISTERS_64                                                                                     \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, " \
+    "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, "     \
+    "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, " \
+    "%120, %121, %122, %123, %124, %125, %126, %127"
 #if BFLOAT16
 #define WGMMA_TYPES ".f32.bf16.bf16 "
 #else
@@ -244,14 +259,14 @@ __device__ __forceinline__ void hold(float (&d)[count]) {
 template <int TRANSPOSED, int count>
 void wgmma_on_host(float (&d)[count], u32 a0, u32 a1, u32 a2, u32 a3, u64 descriptor, bool accumulate) {
     const uint4* const lanes = simt::gather("wgmma", uint4{a0, a1, a2, a3});
-    const u32 address = u32(descriptor & 0x3fff) << 4, half = u32(descriptor >> 16 & 0x3fff) << 4;
+    const u32 address = u32(descriptor & 0x3fff) << 4, piece = u32(descriptor >> 16 & 0x3fff) << 4;
     const u32 group = u32(descriptor >> 32 & 0x3fff) << 4;
     for (int i = 0; i < count; ++i) {
         const int lane = simt::lane(), n = i / 4 * 8 + lane % 4 * 2 + i % 2;
         float sum = accumulate ? d[i] : 0.f;
         for (int k = 0; k < 16; ++k) {
             const u32 pair = (&lanes[lane / 4 * 4 + k % 8 / 2].x)[i % 4 / 2 + k / 8 * 2];
-            const u32 at = TRANSPOSED ? address + k / 8 * group + k % 8 * 128 + n / 64 * half + n % 64 * 2
+            const u32 at = TRANSPOSED ? address + k / 8 * group + k % 8 * 128 + n / 64 * piece + n % 64 * 2
                                       : address + n / 8 * group + n % 8 * 128 + k * 2;
             sum += to_float(u16(k % 2 ? pair >> 16 : pair)) * to_float(*simt::shared_at<u16>(at ^ (at >> 7 & 7) << 4));
         }
@@ -282,9 +297,32 @@ WGMMA(80, WGMMA_REGISTERS_40, WGMMA_OUTPUTS_80, "%40, %41, %42, %43", 44, 45, 46
 WGMMA(96, WGMMA_REGISTERS_48, WGMMA_OUTPUTS_96, "%48, %49, %50, %51", 52, 53, 54)
 WGMMA(112, WGMMA_REGISTERS_56, WGMMA_OUTPUTS_112, "%56, %57, %58, %59", 60, 61, 62)
 WGMMA(128, WGMMA_REGISTERS_64, WGMMA_OUTPUTS_128, "%64, %65, %66, %67", 68, 69, 70)
+#define WGMMA_OUTPUTS_256 \
+    WGMMA_OUTPUTS_128, WGMMA_8(d, 64), WGMMA_8(d, 72), WGMMA_8(d, 80), WGMMA_8(d, 88), WGMMA_8(d, 96), \
+        WGMMA_8(d, 104), WGMMA_8(d, 112), WGMMA_8(d, 120)
+WGMMA(256, WGMMA_REGISTERS_128, WGMMA_OUTPUTS_256, "%128, %129, %130, %131", 132, 133, 134)
 #else
 template <int TRANSPOSED, int count>
 void wgmma(float (&d)[count], u32 a0, u32 a1, u32 a2, u32 a3, u64 descriptor, bool accumulate) {
     wgmma_on_host<TRANSPOSED>(d, a0, a1, a2, a3, descriptor, accumulate);
 }
 #endif
+
+// The same with A in shared memory too, row r of its 64 at  r / 8 * group_bytes + r % 8 * 128 + 2 k. N = 64, not transposed.
+__device__ __forceinline__ void wgmma_shared(float (&d)[32], u64 a, u64 descriptor, bool accumulate) {
+#ifdef __CUDACC__
+    asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPES
+                 "{" WGMMA_REGISTERS_32 "}, %32, %33, accumulate, 1, 1, 0, 0; }"
+                 : WGMMA_32(d)
+                 : "l"(a), "l"(descriptor), "r"(int(accumulate)));
+#else
+    u32 fragment[4];
+    const u32 address = u32(a & 0x3fff) << 4, group = u32(a >> 32 & 0x3fff) << 4;
+    for (int i = 0; i < 4; ++i) {
+        const int row = threadIdx.x / 32 % 4 * 16 + simt::lane() / 4 + i % 2 * 8, k = simt::lane() % 4 * 2 + i / 2 * 8;
+        const u32 at = address + row / 8 * group + row % 8 * 128 + k * 2;
+        fragment[i] = *simt::shared_at<u32>(at ^ (at >> 7 & 7) << 4);
+    }
+    wgmma_on_host<0>(d, fragment[0], fragment[1], fragment[2], fragment[3], descriptor, accumulate);
+#endif
+}

@@ -122,23 +122,24 @@ __device__ __forceinline__ void scale_down(float (&s)[count], Softmax& softmax, 
 }
 
 // S = Q K^T of the warp's own 16 rows, without wgmma. `k_block` is the block of K in shared memory: 8 tokens
-// are group_bytes apart, the 64 columns behind the first half_bytes. Eight columns at a
+// are group_bytes apart, the 64 columns behind the first piece_bytes. Eight columns at a
 // time come in at the end of S and move up: a loop is short, and registers have no index.
-template <int group_bytes, int half_bytes, int count, int fragments>
-__device__ __forceinline__ void repeat_scores(float (&s)[count], const u32 (&q)[fragments], shared_address k_block) {
+template <int steps, int group_bytes, int piece_bytes, int count, typename Queries>
+__device__ __forceinline__ void repeat_scores(float (&s)[count], const Queries& queries, shared_address k_block) {
     const int lane = threadIdx.x & 31, line = lane % 8;
 #pragma unroll 1
     for (int i = 0; i < count / 4; ++i) {
         float scores[4] = {};
 #pragma unroll
-        for (int step = 0; step < fragments / 4; step += 2) {  // two k-steps are four chunks, one for each 8 lanes
+        for (int step = 0; step < steps; step += 2) {  // two k-steps are four chunks, one for each 8 lanes
             const int chunk = step % 4 * 2 + lane / 8;
             u32 k[4];
-            load_matrix_x4(k, k_block + i * group_bytes + step / 4 * half_bytes + line * 128 + (chunk ^ line) * 16);
+            load_matrix_x4(k, k_block + i * group_bytes + step / 4 * piece_bytes + line * 128 + (chunk ^ line) * 16);
 #pragma unroll
-            for (int half = 0; half < 2 && step + half < fragments / 4; ++half) {
-                const int at = (step + half) * 4;
-                mma_m16n8k16(scores, {q[at], q[at + 1], q[at + 2], q[at + 3]}, k[2 * half], k[2 * half + 1]);
+            for (int half = 0; half < 2 && step + half < steps; ++half) {
+                u32 q[4];
+                queries.fragment(q, step + half);
+                mma_m16n8k16(scores, {q[0], q[1], q[2], q[3]}, k[2 * half], k[2 * half + 1]);
             }
         }
 #pragma unroll

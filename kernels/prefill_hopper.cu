@@ -43,11 +43,14 @@
 //
 // The softmax of a block in full view of all rows does not look for its maximum (lazy_softmax.cuh).
 //
-// In shared memory 8 tokens of a block are two halves (HEAD_DIM 64: one) of 8 lines of 128 bytes, swizzled: a tensor map
-// of five dimensions (64 numbers, 8 tokens, halves, groups of 8 tokens, pages and heads) makes it so in one operation a
-// page. A second half that is not full, as with HEAD_DIM 80, takes an operation of its own. wgmma reads K as it stands
-// and V transposed, with the descriptors of hopper.cuh. Tokens of a last page that the request does not have may be NaN:
-// S is masked by selection, V is overwritten with zeros before it is used.
+// In shared memory 8 tokens of a block are HEAD_DIM / 64 pieces of 8 lines of 128 bytes, swizzled: a tensor map of five
+// dimensions (64 numbers, 8 tokens, pieces, groups of 8 tokens, pages and heads) makes it so in one operation a page. A
+// second piece that is not full, as with HEAD_DIM 80, takes an operation of its own. wgmma reads K as it stands and V
+// transposed, with the descriptors of hopper.cuh. Tokens of a last page that the request does not have may be NaN: S is
+// masked by selection, V is overwritten with zeros before it is used.
+//
+// With HEAD_DIM 256 (WIDE) O alone takes 128 registers. Then Q stays in shared memory, until the last scores of the tile
+// are done; blocks are of 64 tokens, and rings of two blocks.
 #include "convert.cuh"
 #include "hopper.cuh"
 #include "lazy_softmax.cuh"
@@ -58,27 +61,27 @@
 #include "tile_list.cuh"
 #include "tile_results.cuh"
 
-static_assert(HEAD_DIM == 64 || HEAD_DIM % 16 == 0 && HEAD_DIM > 64 && HEAD_DIM <= 128, "HEAD_DIM must be 64, 80 ... 128");
+static_assert(HEAD_DIM == 256 || HEAD_DIM % 16 == 0 && HEAD_DIM >= 64 && HEAD_DIM <= 128, "64, 80, ... 128 or 256");
 static_assert(GATHER == 0 || GATHER == 1, "GATHER must be 0 or 1");
 static_assert(SOFT_CAP == 0 || SOFT_CAP == 1, "SOFT_CAP must be 0 or 1");
 
-constexpr int STAGES = 3;   // blocks of K, and of V, in shared memory
+constexpr bool WIDE = HEAD_DIM > 128;
+constexpr int STAGES = WIDE ? 2 : 3;   // blocks of K, and of V, in shared memory
 constexpr int THREADS = 384;
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 static_assert(128 * PRODUCER_REGISTERS + 256 * CONSUMER_REGISTERS <= 168 * THREADS, "168 a thread at launch");
 constexpr int CONSUMER_WARPS = 8;
 
-constexpr int CHUNKS = HEAD_DIM / 8;             // 16-byte pieces of a row
-constexpr int HALVES = (HEAD_DIM + 63) / 64;     // lines of 128 bytes that a row of K or V takes
-constexpr int BLOCK_BYTES = BLOCK * HALVES * 128;
-// A box holds both halves where both are whole. Else each is a box of its own, filled up with zeros on the right.
-constexpr int BOXES = HEAD_DIM % 64 ? HALVES : 1;
-constexpr int GROUP_BYTES = HALVES / BOXES * 1024;               // from 8 tokens to the next 8
-constexpr int HALF_BYTES = BOXES > 1 ? BLOCK_BYTES / 2 : 1024;  // from a half to the other
-constexpr int K_STEPS = HEAD_DIM / 16;                  // k-steps of Q K^T
-constexpr int V_STEPS = BLOCK / 16;                     // k-steps of P V
-typedef SharedRows<CHUNKS> Rows;                        // of Q
-constexpr int K_OFFSET = TILE_ROWS * Rows::BYTES;       // Q stands at 0
+constexpr int CHUNKS = HEAD_DIM / 8;          // of 16 bytes in a row
+constexpr int PIECES = (HEAD_DIM + 63) / 64;  // lines of 128 bytes that a row of K or V takes
+constexpr int BLOCK_BYTES = BLOCK * PIECES * 128;
+// A box holds all pieces where all are whole. Else each is a box of its own, filled up with zeros on the right.
+constexpr int BOXES = HEAD_DIM % 64 ? PIECES : 1;
+constexpr int GROUP_BYTES = PIECES / BOXES * 1024;                        // from 8 tokens to the next 8
+constexpr int PIECE_BYTES = BOXES > 1 ? BLOCK_BYTES / PIECES : 1024;      // from 64 columns to the next 64
+constexpr int K_STEPS = HEAD_DIM / 16;                                    // k-steps of Q K^T
+constexpr int V_STEPS = BLOCK / 16;                                       // k-steps of P V
+constexpr int K_OFFSET = TILE_ROWS * HEAD_DIM * 2;                        // Q stands at 0
 constexpr int V_OFFSET = K_OFFSET + STAGES * BLOCK_BYTES;
 constexpr int LIMITS_OFFSET = V_OFFSET + STAGES * BLOCK_BYTES;    // [2] KvLimits of TILE_ROWS rows
 constexpr int TILES_OFFSET = LIMITS_OFFSET + 2 * TILE_ROWS * 8;  // [TILE_SLOTS] Tile
@@ -109,8 +112,8 @@ struct PrefillHopperParams {
     Pool k;
     Pool v;
     const u16* q;      // [q_rows, num_qo_heads, HEAD_DIM]
-    i64 q_row_stride;  // strides of q in elements
-    i64 q_head_stride;
+    u32 q_row_stride;  // strides of q in units of 16 bytes
+    u32 q_head_stride;
     Output to;
     TileList list;
     const int* page_ids;  // [max_pages]
@@ -132,6 +135,69 @@ struct Ring {
         if (++slot == STAGES) slot = 0, ++turn;
     }
 };
+
+// A tile's Q as a warpgroup sees it. `first_row` is the first of a warp's 16 rows.
+#if HEAD_DIM <= 128
+struct Queries {
+    u32 fragments[K_STEPS * 4];
+
+    // Byte offset in shared memory of a chunk of a row.
+    static __device__ __forceinline__ int at(int row, int chunk) { return SharedRows<CHUNKS>::at(row, chunk); }
+
+    // Into registers.
+    __device__ __forceinline__ void take(shared_address shared, int first_row) {
+        const int lane = threadIdx.x & 31;
+        const shared_address matrix = shared + at(first_row + (lane & 15), lane >> 4);
+#pragma unroll
+        for (int step = 0; step < K_STEPS; ++step) {
+            u32 loaded[4];
+            load_matrix_x4(loaded, SharedRows<CHUNKS>::advance(matrix, step));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) fragments[step * 4 + i] = loaded[i];
+        }
+    }
+
+    __device__ __forceinline__ void fragment(u32 (&a)[4], int step) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = fragments[step * 4 + i];
+    }
+
+    // S = Q K^T
+    __device__ __forceinline__ void multiply(float (&s)[BLOCK / 2], u64 k) const {
+#pragma unroll
+        for (int step = 0; step < K_STEPS; ++step)
+            wgmma<0>(s, fragments[4 * step], fragments[4 * step + 1], fragments[4 * step + 2], fragments[4 * step + 3],
+                     k + (step / 4 * PIECE_BYTES + step % 4 * 32) / 16, step > 0);
+    }
+};
+#else
+struct Queries {
+    static constexpr int QUARTER_BYTES = TILE_ROWS * 128;  // 64 columns of all rows: lines of 128 bytes, swizzled
+    shared_address rows;  // the warp's
+
+    static __device__ __forceinline__ int at(int row, int chunk) {
+        return chunk / 8 * QUARTER_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16;
+    }
+
+    __device__ __forceinline__ void take(shared_address shared, int first_row) {
+        rows = shared + first_row * 128;
+        fence_shared_for_async();
+    }
+
+    __device__ __forceinline__ void fragment(u32 (&a)[4], int step) const {
+        const int lane = threadIdx.x & 31;
+        load_matrix_x4(a, rows + at(lane & 15, step * 2 + (lane >> 4)));
+    }
+
+    __device__ __forceinline__ void multiply(float (&s)[BLOCK / 2], u64 k) const {
+        const shared_address q = opaque(rows & ~u32(64 * 128 - 1));  // of the warpgroup's 64 rows
+#pragma unroll
+        for (int step = 0; step < K_STEPS; ++step)
+            wgmma_shared(s, matrix_descriptor(q + step / 4 * QUARTER_BYTES + step % 4 * 32, 0, 1024),
+                         k + (step / 4 * PIECE_BYTES + step % 4 * 32) / 16, step > 0);
+    }
+};
+#endif
 
 // -- warp 0 ------------------------------------------------------------------------------------------------------------
 
@@ -159,11 +225,11 @@ __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* t
 
 // -- warps 1 and 2 -----------------------------------------------------------------------------------------------------
 
-// Keeps the ring at `ring_offset` filled with blocks of one pool. A block comes in pieces, a lane's among them: boxes, or
-// with GATHER single tokens. A piece of which no token is seen becomes zeros.
+// Keeps the ring at `ring_offset` filled with blocks of one pool. A block comes in parts, some of them a lane's: boxes, or
+// with GATHER single tokens. A part of which no token is seen becomes zeros.
 __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const Pool& pool, const Tile* tiles,
                                              shared_address shared, int ring_offset, int full, int empty, bool asks) {
-    constexpr int PIECES = GATHER ? BLOCK / 32 : 1;  // of a lane: numbers lane, lane + 32, ...
+    constexpr int OWN = GATHER ? BLOCK / 32 : 1;  // parts of a lane: numbers lane, lane + 32, ...
     const int lane = threadIdx.x & 31, tokens = GATHER ? 1 : p.box_tokens;
     const FastDivide& page_size = p.list.positions.page_size;
     const bool orders = lane * tokens < BLOCK;
@@ -174,10 +240,10 @@ __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const
         if (tile.num_blocks == 0) return;
 
         // The pages of the block that comes next are read while this one waits for its slot.
-        int block = (tile.first_block + tile.num_blocks - 1) * BLOCK, pages[PIECES];
+        int block = (tile.first_block + tile.num_blocks - 1) * BLOCK, pages[OWN];
         auto find_pages = [&](int block) {
 #pragma unroll
-            for (int i = 0; i < PIECES; ++i) {
+            for (int i = 0; i < OWN; ++i) {
                 const int token = block + (i * 32 + lane) * tokens;
                 const bool seen = orders && token < tile.end && token + tokens > tile.begin;
                 pages[i] = seen ? __ldg(p.page_ids + tile.request.first_page + divide(token, page_size)) : -1;
@@ -185,9 +251,9 @@ __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const
         };
         find_pages(block);
         for (int left = tile.num_blocks; left > 0; --left, block -= BLOCK) {
-            u32 places[PIECES];  // of the pieces, as their copies count
+            u32 places[OWN];  // of the parts, as their copies count
 #pragma unroll
-            for (int i = 0; i < PIECES; ++i) {
+            for (int i = 0; i < OWN; ++i) {
                 const int token = block + (i * 32 + lane) * tokens;
                 const int slot = token - divide(token, page_size) * int(page_size.divisor);
 #if GATHER
@@ -204,9 +270,9 @@ __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const
             barrier_wait(shared + empty + ring.slot * 8, ring.turn - 1);
 #if GATHER
 #pragma unroll
-            for (int i = 0; i < PIECES; ++i)
+            for (int i = 0; i < OWN; ++i)
                 copy_32_rows<CHUNKS>(pool.pages, places[i], [&](int row, int chunk) {
-                    return target + (i * 4 + row / 8) * GROUP_BYTES + chunk / 8 * HALF_BYTES + row % 8 * 128 +
+                    return target + (i * 4 + row / 8) * GROUP_BYTES + chunk / 8 * PIECE_BYTES + row % 8 * 128 +
                            (chunk % 8 ^ row % 8) * 16;
                 });
             barrier_arrive_after_copies(ready);
@@ -216,7 +282,7 @@ __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const
             if (orders)
 #pragma unroll
                 for (int box = 0; box < BOXES; ++box)
-                    copy_box_5d(target + lane * tokens / 8 * GROUP_BYTES + box * HALF_BYTES, &pool.map, box * 64,
+                    copy_box_5d(target + lane * tokens / 8 * GROUP_BYTES + box * PIECE_BYTES, &pool.map, box * 64,
                                 places[0], ready);
             __syncwarp();
 #endif
@@ -244,7 +310,7 @@ __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, con
             const int row = i * 32 + lane, token = token_of(tile, row, p.list.group_size);
             const int packed = tile.first_row + row < tile.num_rows ? tile.first_row + row : tile.num_rows - 1;
             const int head = tile.kv_head * int(p.list.group_size.divisor) + packed - token * int(p.list.group_size.divisor);
-            from[i] = u32(((tile.request.first_query + token) * p.q_row_stride + head * p.q_head_stride) / 8);
+            from[i] = u32(tile.request.first_query + token) * p.q_row_stride + u32(head) * p.q_head_stride;
             if (tile.num_rows == 0) from[i] = NOWHERE;
             seen[i] = kv_limits(token, tile.request, p.list.positions);
         }
@@ -252,7 +318,7 @@ __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, con
 #pragma unroll
         for (int i = 0; i < TILE_ROWS / 32; ++i) {
             limits[number % 2 * TILE_ROWS + i * 32 + lane] = seen[i];
-            copy_32_rows<CHUNKS>(p.q, from[i], [&](int row, int chunk) { return shared + Rows::at(i * 32 + row, chunk); });
+            copy_32_rows<CHUNKS>(p.q, from[i], [&](int row, int chunk) { return shared + Queries::at(i * 32 + row, chunk); });
         }
         barrier_arrive_after_copies(shared + Q_FULL);
         barrier_arrive(shared + Q_FULL);  // and after the limits
@@ -262,23 +328,6 @@ __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, con
 // -- warps 4 to 11 -----------------------------------------------------------------------------------------------------
 // A thread has two rows of its tile, 0 and 1: S[4 i + 2 r], S[4 i + 2 r + 1] are columns 8 i + 2 pair, + 1 of row r.
 
-__device__ __forceinline__ void load_q(u32 (&q)[K_STEPS * 4], shared_address q_matrix) {
-#pragma unroll
-    for (int step = 0; step < K_STEPS; ++step) {
-        u32 fragment[4];
-        load_matrix_x4(fragment, Rows::advance(q_matrix, step));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) q[step * 4 + i] = fragment[i];
-    }
-}
-
-// S = Q K^T
-__device__ __forceinline__ void multiply_q_k(float (&s)[BLOCK / 2], const u32 (&q)[K_STEPS * 4], u64 k) {
-#pragma unroll
-    for (int step = 0; step < K_STEPS; ++step)
-        wgmma<0>(s, q[4 * step], q[4 * step + 1], q[4 * step + 2], q[4 * step + 3],
-                 k + (step / 4 * HALF_BYTES + step % 4 * 32) / 16, step > 0);
-}
 
 // O += P V
 __device__ __forceinline__ void multiply_p_v(float (&o)[HEAD_DIM / 2], const u32 (&weights)[V_STEPS * 4], u64 v) {
@@ -306,10 +355,10 @@ __device__ __forceinline__ void wait_for(shared_address full, u32 turn) {
 // Zeros for the tokens from `used` on in a block of V, as far as a box has brought anything. By one warpgroup.
 __device__ __forceinline__ void clear_unused_tokens(unsigned char* block, int used, int box_tokens, int thread) {
     const int end = (used + box_tokens - 1) / box_tokens * box_tokens;
-    constexpr int CHUNKS_OF_LINES = HALVES * 8;
+    constexpr int CHUNKS_OF_LINES = PIECES * 8;
     for (int i = used * CHUNKS_OF_LINES + thread; i < end * CHUNKS_OF_LINES; i += 128) {
         const int token = i / CHUNKS_OF_LINES, chunk = i % CHUNKS_OF_LINES;  // all of a line: its swizzle does not matter
-        *reinterpret_cast<uint4*>(block + token / 8 * GROUP_BYTES + chunk / 8 * HALF_BYTES + token % 8 * 128 +
+        *reinterpret_cast<uint4*>(block + token / 8 * GROUP_BYTES + chunk / 8 * PIECE_BYTES + token % 8 * 128 +
                                   chunk % 8 * 16) = uint4{0, 0, 0, 0};
     }
     fence_shared_for_async();
@@ -319,16 +368,18 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
                                              unsigned char* shared_memory, int warpgroup) {
     const int thread = threadIdx.x & 127, lane = thread & 31, pair = lane & 3;
     const int first_row = warpgroup * 64 + thread / 32 * 16 + lane / 4;  // the thread's rows: this one and first_row + 8
-    const shared_address q_matrix = shared + Rows::at(first_row - lane / 4 + (lane & 15), lane >> 4);
-    const u64 k_matrix = matrix_descriptor(shared + K_OFFSET, 0, GROUP_BYTES);
-    const u64 v_matrix = matrix_descriptor(shared + V_OFFSET, HALF_BYTES, GROUP_BYTES);
+    auto k_matrix = [&](u32 slot) { return matrix_descriptor(shared + K_OFFSET + slot * BLOCK_BYTES, 0, GROUP_BYTES); };
+    auto v_matrix = [&](u32 slot) {
+        return matrix_descriptor(shared + V_OFFSET + slot * BLOCK_BYTES, PIECE_BYTES, GROUP_BYTES);
+    };
 #if SOFT_CAP
     const float scale = 1.f, to_cap = p.sm_scale / p.logits_soft_cap, from_cap = p.logits_soft_cap * LOG2_E;
 #else
     const float scale = p.sm_scale * LOG2_E;
 #endif
     float s[BLOCK / 2], o[HEAD_DIM / 2], keep[2], added[2];
-    u32 q[K_STEPS * 4], weights[V_STEPS * 4];
+    Queries queries;
+    u32 weights[V_STEPS * 4];
     Softmax softmax;
     const KvLimits* seen;  // of the thread's rows, 0 and 8
     int first_end, last_begin;
@@ -342,11 +393,11 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
     // Q of a tile, and what the thread's rows see: limits grow with the row.
     auto take_q = [&](u32 number) {
         barrier_wait(shared + Q_FULL, number);
-        load_q(q, q_matrix);
+        queries.take(shared, first_row - lane / 4);
         seen = reinterpret_cast<const KvLimits*>(shared_memory + LIMITS_OFFSET) + number % 2 * TILE_ROWS + first_row;
         first_end = __shfl_sync(~0u, seen[0].end, 0);
         last_begin = __shfl_sync(~0u, seen[8].begin, 31);
-        release(Q_EMPTY, 0);
+        if (!WIDE) release(Q_EMPTY, 0);
     };
     auto prepare_scores = [&](int block, bool edge) {
 #if SOFT_CAP
@@ -364,7 +415,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
     wait_for(shared + K_FULL, 0);
     hold(s);
     wgmma_fence();
-    multiply_q_k(s, q, k_matrix);
+    queries.multiply(s, k_matrix(0));
     wgmma_commit();
     wgmma_wait<0>();
     hold(s);
@@ -379,6 +430,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         int block = first_block + (tile.num_blocks - 1) * BLOCK;
         softmax.max[0] = softmax.max[1] = NO_KEY;
         softmax.sum[0] = softmax.sum[1] = 0.f;
+        if (WIDE && block == first_block) release(Q_EMPTY, 0);
         results.store<0>();
         prepare_scores(block, true);
         results.store<1>();
@@ -404,12 +456,12 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             named_barrier_sync(ORDER + warpgroup, 256);
             hold(s);
             wgmma_fence();
-            multiply_q_k(s, q, k_matrix + k_ring.slot * (BLOCK_BYTES / 16));
+            queries.multiply(s, k_matrix(k_ring.slot));
             wgmma_commit();
             wait_for(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
             hold(o);
             wgmma_fence();
-            multiply_p_v(o, weights, v_matrix + v_ring.slot * (BLOCK_BYTES / 16));
+            multiply_p_v(o, weights, v_matrix(v_ring.slot));
             wgmma_commit();
             named_barrier_arrive(ORDER + 1 - warpgroup, 256);
 
@@ -427,7 +479,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
                     scale_down(s, softmax, added, keep);
                     count_fallback(p, 1);
                 } else {
-                    repeat_scores<GROUP_BYTES, HALF_BYTES>(s, q, shared + K_OFFSET + k_ring.slot * BLOCK_BYTES);
+                    repeat_scores<K_STEPS, GROUP_BYTES, PIECE_BYTES>(s, queries, shared + K_OFFSET + k_ring.slot * BLOCK_BYTES);
                     prepare_scores(block, edge);
                     keep[0] = keep[1] = 1.f;
                     raise_max(s, softmax, keep, scale);
@@ -439,6 +491,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             softmax.sum[1] += added[1];
             release(K_EMPTY, k_ring.slot);
             k_ring.advance();
+            if (WIDE && block == first_block) release(Q_EMPTY, 0);
 
             wgmma_wait<0>();
             hold(o);
@@ -456,18 +509,24 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         const Tile& next = tiles[(number + 1) % TILE_SLOTS];
         barrier_wait(shared + TILE_FULL + (number + 1) % TILE_SLOTS * 8, (number + 1) / TILE_SLOTS);
         const bool more = next.num_blocks > 0;
-        if (more) {
+        auto prepare_next = [&] {
+            if (!more) return;
             take_q(number + 1);
             wait_for(shared + K_FULL + k_ring.slot * 8, k_ring.turn);
-        }
+        };
+        if (!WIDE) prepare_next();
         wait_for(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
         named_barrier_sync(ORDER + warpgroup, 256);
         hold(o);
         hold(s);
         wgmma_fence();
-        multiply_p_v(o, weights, v_matrix + v_ring.slot * (BLOCK_BYTES / 16));
+        multiply_p_v(o, weights, v_matrix(v_ring.slot));
         wgmma_commit();
-        multiply_q_k(s, q, k_matrix + k_ring.slot * (BLOCK_BYTES / 16));
+        if (WIDE) {  // Q could not be brought before the last scores were done
+            prepare_next();
+            wgmma_fence();
+        }
+        queries.multiply(s, k_matrix(k_ring.slot));
         wgmma_commit();
         named_barrier_arrive(ORDER + 1 - warpgroup, 256);
         wgmma_wait<1>();

@@ -9,7 +9,7 @@
 #include "page_table.cuh"
 
 constexpr int TILE_ROWS = 128;
-constexpr int BLOCK = 128;  // tokens
+constexpr int BLOCK = HEAD_DIM > 128 ? 64 : 128;  // tokens
 constexpr int SECTION_BYTES = 6 << 20;  // of K and V: tiles that run together share what stays in L2
 
 struct TileList {

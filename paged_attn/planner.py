@@ -94,12 +94,12 @@ def prefill_shape(head_dim: int) -> PrefillShape:
 
 def prefill_hopper_shape(head_dim: int) -> PrefillShape | None:
     """The Hopper kernel's tile, or None for a head_dim that the portable kernel serves."""
-    if not 64 <= head_dim <= 128:
+    if not (64 <= head_dim <= 128 or head_dim == 256):
         return None
-    # Q and three blocks each of K and V, 128 rows all, those of K and V of whole lines of 128 bytes; then what the rows
-    # see, tile records and barriers.
-    row, line = 2 * head_dim, 128
-    shared_bytes = 128 * (row + 6 * _ceil_div(row, line) * line) + 3072
+    # Q, 128 rows, and three blocks each of K and V, 128 rows too, of whole lines of 128 bytes; where rows are wide, two
+    # of 64 rows. Then what the rows of Q see, tile records and barriers.
+    row, line, rows = 2 * head_dim, 128, 4 * 64 if head_dim > 128 else 6 * 128
+    shared_bytes = 128 * row + rows * _ceil_div(row, line) * line + 3072
     return PrefillShape(tile_rows=128, threads=384, shared_bytes=shared_bytes)
 
 

@@ -4,9 +4,9 @@ One operation copies a *box*: up to 128 neighbouring tokens of one page and one 
 order that the tensor cores read: for every 8 tokens, for every 64 columns, 8 lines of 128 bytes. That order is also the
 order of a tensor's dimensions, so the pool is described as one of five:
 
-    64 columns | 8 tokens | halves of head_dim | groups of 8 tokens | everything else
+    64 columns | 8 tokens | pieces of 64 of head_dim | groups of 8 tokens | everything else
 
-Where head_dim is no multiple of 64 there is one half, as wide as head_dim: a box takes 64 columns of it all the same,
+Where head_dim is no multiple of 64 there is one piece, as wide as head_dim: a box takes 64 columns of it all the same,
 and columns that do not exist become zeros. The last dimension counts in steps of ``unit`` bytes, the greatest that
 every page, head and box starts at a multiple of; any strided pool, NHD or HND, is thus one tensor. The driver is
 touched inside functions only.
@@ -22,7 +22,7 @@ from typing import Any
 
 LEAST_BOX_TOKENS = 8  # pages of fewer, or of odd numbers, are nothing for TMA
 
-_BLOCK = 128  # tokens that the kernel takes at a time
+_BLOCK, _WIDE_BLOCK = 128, 64  # tokens that the kernel takes at a time, those of a wide head_dim
 _GROUP = 8  # tokens of one swizzle pattern: 8 lines of 128 bytes
 _COLUMNS = 64  # 16-bit numbers of a line
 _MOST_BOXES = 2**31
@@ -34,9 +34,9 @@ _L2_PROMOTION_128B = 2
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 
 
-def box_tokens(page_size: int) -> int:
-    """Tokens of a box: the largest power of two that divides the page size, 128 at most; TMA needs 8 or more."""
-    return gcd(page_size, _BLOCK)
+def box_tokens(page_size: int, head_dim: int) -> int:
+    """Tokens of a box: the largest power of two that divides the page size, a block at most; TMA needs 8 or more."""
+    return gcd(page_size, _BLOCK if head_dim <= 128 else _WIDE_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def pool_geometry(
 
     None where TMA cannot read it: a page size that is no multiple of 8, more boxes than an index can count.
     """
-    tokens = box_tokens(page_size)
+    tokens = box_tokens(page_size, head_dim)
     if tokens < LEAST_BOX_TOKENS:
         return None
     page, token, head = strides

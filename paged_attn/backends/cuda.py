@@ -768,7 +768,7 @@ class _HopperPrefill:
                 }
             ),
         )
-        self._gather = tensor_map.box_tokens(spec.page_size) < tensor_map.LEAST_BOX_TOKENS
+        self._gather = tensor_map.box_tokens(spec.page_size, spec.head_dim) < tensor_map.LEAST_BOX_TOKENS
         constants = constants | {"SHARED_BYTES": shape.shared_bytes, "GATHER": self._gather}
         self._kernel = compile.kernel("prefill_hopper", device, shared_bytes=shape.shared_bytes, **constants)
         self._threads = shape.threads
@@ -782,7 +782,7 @@ class _HopperPrefill:
                 "num_requests": self._num_requests,
                 "num_kv_heads": spec.num_kv_heads,
             },
-            "box_tokens": tensor_map.box_tokens(spec.page_size),
+            "box_tokens": tensor_map.box_tokens(spec.page_size, spec.head_dim),
             "sm_scale": spec.sm_scale,
             "logits_soft_cap": spec.logits_soft_cap,
         }
@@ -799,8 +799,8 @@ class _HopperPrefill:
         tiles = _most_tiles(rows * self._spec.group_size, self._tile_rows, self._num_requests)
         write(
             q.data.ptr,
-            q_strides[0] // 2,
-            q_strides[1] // 2,
+            q_strides[0] // 16,
+            q_strides[1] // 16,
             out.data.ptr,
             0 if lse is None else lse.data.ptr,
             out_strides[0] // out_itemsize,

@@ -55,7 +55,7 @@ def is_hopper() -> bool:
     return bool(cupy.cuda.Device().compute_capability == "90")
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scores", cases.SCORES)
 def test_scores_of_every_kind(scores: str, dtype: str, head_dim: int, counting: None) -> None:

@@ -96,9 +96,9 @@ def run(
             "num_qo_heads": case.num_qo_heads,
             "is_float32": float32,
         },
-        "q_row_stride": q.strides[0] // q.itemsize,
-        "q_head_stride": q.strides[1] // q.itemsize,
-        "box_tokens": tensor_map.box_tokens(case.page_size),
+        "q_row_stride": q.strides[0] // 16,
+        "q_head_stride": q.strides[1] // 16,
+        "box_tokens": tensor_map.box_tokens(case.page_size, case.head_dim),
         "sm_scale": case.sm_scale,
         "logits_soft_cap": case.logits_soft_cap,
     }
@@ -114,7 +114,7 @@ def run(
         BFLOAT16=case.dtype == "bfloat16",
         SOFT_CAP=case.logits_soft_cap > 0,
         SHARED_BYTES=shape.shared_bytes,
-        GATHER=tensor_map.box_tokens(case.page_size) < tensor_map.LEAST_BOX_TOKENS,
+        GATHER=tensor_map.box_tokens(case.page_size, case.head_dim) < tensor_map.LEAST_BOX_TOKENS,
         COUNT_FALLBACKS=1,
     )
     right_out, right_lse = expected(inputs)
@@ -154,6 +154,11 @@ CASES = [
     case("head_dim80", (300, 77), (100, 50), (4, 2), head_dim=80),
     case("head_dim96", (333, 20), (130, 20), (3, 1), head_dim=96, page_size=8, layout="HND", dtype="bfloat16"),
     case("head_dim112", (270,), (70,), (2, 2), head_dim=112, page_size=48, window_left=100),
+    case("head_dim256", (300, 77), (100, 40), (4, 2), head_dim=256),
+    case("head_dim256_page8_window", (270, 0, 64), (90, 3, 64), (3, 1), head_dim=256, page_size=8, window_left=70),
+    case("head_dim256_page128_cap", (140, 64), (70, 1), (2, 2), head_dim=256, page_size=128, layout="HND",
+         dtype="bfloat16", logits_soft_cap=3.0),
+    case("head_dim256_page5", (133, 0, 1), (60, 2, 9), (2, 1), head_dim=256, page_size=5, dtype="bfloat16"),
     case("page1", (300, 33), (90, 33), (4, 1), page_size=1),
     case("page3", (200, 0, 130), (60, 5, 3), (10, 2), page_size=3, layout="HND", dtype="bfloat16", head_dim=64),
     case("page5_window", (500,), (140,), (2, 1), page_size=5, window_left=130, head_dim=96),
@@ -198,6 +203,8 @@ def test_scores_of_every_kind(scores: str, dtype: str) -> None:
     assert scores != "falling" or scaled > 0
     assert scores != "falling_fast" or repeated > 0
     run(build(replace(inputs.case, head_dim=64), scores=scores), reverse=True)
+    if dtype == "bfloat16":
+        run(build(replace(inputs.case, kv_lens=(300, 150), head_dim=256), scores=scores))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -248,7 +255,7 @@ def test_boxes_may_arrive_late_and_in_any_order(name: str) -> None:
     ("right", "wrong"),
     [
         ("!GATHER && used > 0", "false && used > 0"),
-        ("(chunk % 8 ^ row % 8) * 16", "chunk % 8 * 16"),
+        ("(chunk % 8 ^ row % 8) * 16;\n                });", "chunk % 8 * 16;\n                });"),
         ("begin, i * 8 + first_row)", "begin, i * 8 + (first_row ^ 1))"),
         ("barrier_arrive_after_copies(ready);", "if (number % 2 == 0) barrier_arrive_after_copies(ready);"),
         ("o[i] *= keep[i / 2 % 2]", "o[i] *= 1.f"),
@@ -258,7 +265,7 @@ def test_boxes_may_arrive_late_and_in_any_order(name: str) -> None:
         ("release(TILE_EMPTY, number % TILE_SLOTS);", ""),
         ("left == claims_with(tile) + 1", "left == claims_with(tile) + 2"),
         ("softmax.max[row] += shift", "softmax.max[row] += 0.f"),
-        ("repeat_scores<GROUP_BYTES", "if (false) repeat_scores<GROUP_BYTES"),
+        ("repeat_scores<K_STEPS", "if (false) repeat_scores<K_STEPS"),
         ("line * 128 + (chunk ^ line) * 16", "line * 128 + chunk * 16"),
         ("raise_max(s, softmax, keep, scale);\n                    exponentials", "exponentials"),
     ],
