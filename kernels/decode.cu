@@ -27,7 +27,8 @@
 //          No barrier of the block before the end.
 //   shared memory, per warp: one K tile and one V tile (shared_rows.cuh). K of tile i+1 loads while tile i does its
 //          softmax and V, V of tile i+1 while tile i+1 does its scores. At the end the same bytes hold the warp's O.
-//   Q      in registers, as operands of the products; with Q_IN_SHARED in shared memory, once for all warps.
+//   Q      in registers, as operands of the products; with Q_IN_SHARED in shared memory, once for all warps, which wait
+//          for it before their first tile.
 //   split  the last CTA of a split row to arrive merges all partial states, in the order of the splits: the same bits
 //          on every run. The arrival counter wraps to zero by itself.
 #include "attention_state.cuh"
@@ -42,8 +43,8 @@ static_assert(COLUMNS % 8 == 0 && COLUMNS >= 8 && COLUMNS <= 32, "COLUMNS must b
 
 constexpr int WARPS = HEAD_DIM > 128 ? 4 : 8;
 constexpr int THREADS = WARPS * 32;
-// 16 columns of 128 dims take 64 registers a thread for O, and as many again for Q and S: without Q two CTAs share an
-// SM's registers (H100, 64 x 4096, 16/1 heads in two splits each: 53.5 us, with Q in registers 55.0).
+// With 16 columns of 128 dims a thread has 64 registers of O and would have 32 of Q: without these, two CTAs fit an SM
+// (H100, 64 x 4096, 16/1 heads, each in two splits: 53.5 us, with Q in registers 55.0).
 #define Q_IN_SHARED (HEAD_DIM == 128 && COLUMNS == 16)
 constexpr int CTAS_PER_SM = COLUMNS == 8 || Q_IN_SHARED ? 2 : 1;
 constexpr int TILE = 16;                                 // tokens
@@ -138,12 +139,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 
     // The pages of a warp's first tiles are looked up before it is known what its columns see: without a window, tiles
     // begin at token 0 (64 x 4096, 16/1 heads: 56.0 us, without 57.2). Lane l asks for token l % 16 of a tile.
-    const int first = (warp * num_splits + split) * TILE, stride = WARPS * num_splits * TILE;  // tokens
+    const int warp_first = (warp * num_splits + split) * TILE, stride = WARPS * num_splits * TILE;  // tokens
     auto page_of = [&](int first_token) -> int {
         const int page = divide(first_token + (lane & 15), p.positions.page_size);
         return u32(page) < u32(request.num_pages) ? __ldg(p.page_ids + request.first_page + page) : 0;
     };
-    int page = page_of(first), next_page = page_of(first + stride);
+    int page = page_of(warp_first), next_page = page_of(warp_first + stride);
 
     // Lane c speaks for column c: query token c / group_size of the request, head c % group_size of the group.
     const int columns_left = p.q_len * p.group_size - column_block * COLUMNS;
@@ -190,8 +191,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         }
     };
 
-    int left = visible - first;
-    if (begin > 0) {
+    int left = visible - warp_first;
+    if (begin > 0) {  // other tiles than those above
         page = page_of(end - left);
         next_page = page_of(end - left + stride);
     }

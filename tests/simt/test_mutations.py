@@ -117,7 +117,7 @@ MUTATIONS = [
     ),
     Mutation(
         "decode.cu", "pages counted from the first token instead of the first visible one",
-        "page = page_of(end - left);", "page = page_of(first);",
+        "page = page_of(end - left);", "page = page_of(warp_first);",
         decodes("window20"),
     ),
     # -- prefill --
