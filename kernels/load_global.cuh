@@ -1,4 +1,5 @@
-// load_global: the only ways in which kernels read global memory past L1, copy it to shared memory, and count arrivals.
+// load_global: the only ways in which kernels read global memory past L1, fetch it ahead, copy it to shared memory, and
+// count arrivals.
 //
 // A shared_address is the 32-bit address inside the block's shared memory that PTX wants; on a CPU it is the byte
 // offset into shared_memory. Both can be added to and XORed alike.
@@ -84,6 +85,15 @@ template <int pending>
 __device__ __forceinline__ void wait_copies() {
 #ifdef __CUDACC__
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// Asks for the line of 128 bytes around *pointer, an element of an array, to be in L2 when it is read.
+__device__ __forceinline__ void prefetch_to_l2(const int* pointer) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
+#else
+    (void)*const_cast<const volatile int*>(simt::aligned<int>(pointer));
 #endif
 }
 

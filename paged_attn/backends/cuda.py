@@ -654,7 +654,7 @@ class Plan:
             kernel_shape = planner.decode_shape(spec.q_len, spec.group_size, spec.head_dim)
             columns, column_blocks = kernel_shape.columns, kernel_shape.column_blocks
             name, last, constants["COLUMNS"] = "decode", "batch", columns
-            splits = planner.decode_splits(num_requests, spec.num_kv_heads, column_blocks, self._batch_invariant)
+            splits = planner.decode_splits(num_requests, spec.num_kv_heads, kernel_shape, self._batch_invariant)
             most_items = num_requests + splits.extra_items
             partials = splits.most_partials * splits.ctas_an_item * columns
             items = self._buffer("items", most_items * ITEM_BYTES)
@@ -662,6 +662,7 @@ class Plan:
                 "items": items,
                 "q_len": spec.q_len,
                 "column_blocks": column_blocks,
+                "num_page_ids": max_pages,
                 "partial_out": self._buffer("partial_out", partials * spec.head_dim * 4),
                 "partial_state": self._buffer("partial_state", partials * 8),
                 "arrivals": self._buffer("arrivals", num_requests * splits.ctas_an_item * 4),
@@ -670,7 +671,7 @@ class Plan:
             self._splits = functools.partial(
                 planner.decode_splits,
                 num_kv_heads=spec.num_kv_heads,
-                column_blocks=column_blocks,
+                shape=kernel_shape,
                 batch_invariant=self._batch_invariant,
             )
             self._grid = functools.lru_cache(functools.partial(_decode_grid, spec.q_len, self._splits))
@@ -683,7 +684,7 @@ class Plan:
                     "max_items": most_items,
                     "window_left": spec.window_left,
                     "ctas_an_item": splits.ctas_an_item,
-                    "whole_ctas": planner.WHOLE_CTAS,
+                    "whole_ctas": splits.whole_ctas,
                     "split_ctas": planner.SPLIT_CTAS,
                     "fixed_splits": splits.fixed_splits,
                 }

@@ -105,13 +105,19 @@ MUTATIONS = [
         decodes("group1"),
     ),
     Mutation(
+        "decode.cu", "wrong rows of a Q in shared memory",
+        "Q_OFFSET + Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1)",
+        "Q_OFFSET + Rows::at((lane & 7) + ((lane >> 3) & 1) * 8, lane >> 4)",
+        decodes("group16_dim128"),
+    ),
+    Mutation(
         "decode.cu", "a partial state left out of the merge",
-        "if (from >= active_splits) other[i].x = -INF;", "if (from >= active_splits - 1) other[i].x = -INF;",
+        "from < active_splits ? other.x : -INF", "from < active_splits - 1 ? other.x : -INF",
         decodes("group1", 3),
     ),
     Mutation(
         "decode.cu", "pages counted from the first token instead of the first visible one",
-        "request.first_page + divide(begin + token, ", "request.first_page + divide(token, ",
+        "page = page_of(end - left);", "page = page_of(warp_first);",
         decodes("window20"),
     ),
     # -- prefill --
@@ -311,13 +317,23 @@ MUTATIONS = [
     ),
     Mutation(
         "attention_state.cuh", "an empty state counts",
-        "if (max == -INF) return;", "",
+        "if (common == -INF) return;", "",
         decodes("group12"),
     ),
     Mutation(
         "attention_state.cuh", "a sum that does not shrink",
-        "state.sum * keep + sum * weight", "state.sum + sum * weight",
+        "state.sum *= keep;", "",
+        decodes("group7", 3),
+    ),
+    Mutation(
+        "attention_state.cuh", "a state that does not weigh its sum",
+        "state.sum += others[i].sum * weights[i];", "state.sum += others[i].sum;",
         decodes("group1"),
+    ),
+    Mutation(
+        "attention_state.cuh", "what stands in an empty state counts",
+        "if (others[i].max == -INF) continue;", "",
+        decode.test_an_infinite_value_stays_infinite,
     ),
     Mutation(
         "attention_state.cuh", "lse to base 2",
