@@ -148,7 +148,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     // 2. Loads. Lane l knows where token l % 16 of a tile stands; the lanes then fetch it in pieces of 16 bytes.
     const shared_address warp_base = shared_address_of(shared_memory) + warp * WARP_BYTES;
     const shared_address k_tile = warp_base, v_tile = warp_base + TILE_BYTES;
-    const u64 policy = cache_policy(num_splits > 1);  // KV must not push partial states out of L2
+    // KV must not push partial states out of L2.
+    const u64 policy = cache_policy(num_splits > 1 ? Evict::FIRST : Evict::UNCHANGED);
 
     auto page_of = [&](int tile) -> int {
         const int token = tile * TILE + (lane & 15);
