@@ -195,7 +195,7 @@ __device__ __forceinline__ void merge(const StateList& states, int num_states, f
 // 4096 rows of 8 states of 32 heads of 128 halves on an H100, where reading them takes 88.6 us: 109.1 us with x = row
 // and plain loads and stores, 101.2 row-major, 95.5 with v first out of L2 as well, 93.5 with out last, too.
 extern "C" __global__ void __launch_bounds__(256, 4) merge_states(const __grid_constant__ MergeStatesParams p) {
-    // By way of int: without it, and with a division in place of y and z, sm_100 and later run out of registers.
+    // By way of int: without it, and with a division in place of y and z, sm_100 and later spill registers.
     const i64 row = int(p.row_major ? blockIdx.z * gridDim.y + blockIdx.y : blockIdx.x);
     const int group = p.row_major ? blockIdx.x : blockIdx.y;
     const int head = group * (blockDim.x / 32) + threadIdx.x / 32;
