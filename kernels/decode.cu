@@ -170,7 +170,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     // A tile is known by how many tokens are left from its first one to the end.
     const shared_address warp_base = shared_address_of(shared_memory) + warp * WARP_BYTES;
     const shared_address k_tile = warp_base, v_tile = warp_base + TILE_BYTES;
-    const u64 policy = cache_policy(num_splits > 1);  // KV must not push partial states out of L2
+    // KV must not push partial states out of L2.
+    const u64 policy = cache_policy(num_splits > 1 ? Evict::FIRST : Evict::UNCHANGED);
 
     auto offset_of = [&](int left, int page, const PoolStrides& strides) -> u32 {  // in units of 16 bytes
         const int x = end - left + (lane & 15);

@@ -164,6 +164,16 @@ MUTATIONS = [
         merges(merge.test_merge_states),
     ),
     Mutation(
+        "merge.cu", "the layers of a grid fall together",
+        "blockIdx.z * gridDim.y + blockIdx.y", "blockIdx.y",
+        merges(merge.test_merge_states, heads=9, warps=5),
+    ),
+    Mutation(
+        "merge.cu", "groups of heads from the axis of the rows",
+        "p.row_major ? blockIdx.x : blockIdx.y", "blockIdx.x",
+        merges(merge.test_merge_states, heads=9, warps=5),
+    ),
+    Mutation(
         "merge.cu", "the first score taken twice",
         "distance(s_a, s_b)", "distance(s_a, s_a)",
         merges(merge.test_merge_state, num_states=2),
@@ -398,6 +408,11 @@ MUTATIONS = [
     Mutation(
         "load_global.cuh", "the second number left out",
         "return *simt::aligned<float2>(pointer);", "return {simt::aligned<float2>(pointer)->x, 0.f};",
+        warp_wrappers,
+    ),
+    Mutation(
+        "load_global.cuh", "a store that goes nowhere",
+        "*simt::aligned<T>(pointer) = value;", "",
         warp_wrappers,
     ),
     Mutation("mma.cuh", "neighbouring columns swapped", "->x)[pair]", "->x)[pair ^ 1]", warp_wrappers),
