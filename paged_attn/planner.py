@@ -7,11 +7,17 @@ Nothing here looks at sequence lengths. What depends on them is decided on the d
 import functools
 from dataclasses import dataclass
 
-# With this many (request, KV head) pairs, requests of about equal length stay whole: a split costs more than it gives
-# (in an early form of the kernel, 64 pairs: 56.5 us whole, 57.4 us halved).
-WHOLE_CTAS = 64
-# With fewer they are split into this many CTAs: 64 SMs already saturate memory, and more CTAs only add partial states
-# to merge (the same early form, bs1_4k_g4: 8 splits a head 14.3 us, 16: 14.2, 33: 15.8, 66: 18.2).
+# With this many (request, KV head) pairs, requests of about equal length stay whole; by the columns of the kernel.
+WHOLE_CTAS = {
+    8: 64,  # 64 CTAs saturate memory (an early form of the kernel, 64 pairs: 56.5 us whole, 57.4 us halved)
+    # A wide product takes longer for every byte, and 64 CTAs fall behind (64 x 4096, 16/1 heads: 54.9 us whole, 53.5
+    # halved; where an SM has room for one CTA only, 57.2 and 55.0). More columns follow suit, unmeasured.
+    16: 128,
+    24: 128,
+    32: 128,
+}
+# With fewer they are split into this many CTAs: with less, SMs are idle, and more only add partial states to merge
+# (1 x 4096, 32/8 heads: 13.7 us, with 64 CTAs 14.4, 192: 14.6, 256: 15.0; 64 x 4096, 16/1 heads: 53.5, 256: 54.1).
 SPLIT_CTAS = 128
 # Ragged requests are cut into pieces, about this many CTAs in all: eight for each that an H100 runs at a time (64
 # requests of 128 to 16000 tokens: 712.8 us; half as many pieces 723.8, a quarter 731.3, whole 741).
@@ -41,11 +47,11 @@ def decode_shape(q_len: int, group_size: int, head_dim: int) -> DecodeShape:
     warps = 4 if head_dim > 128 else 8
     tile = 16 * head_dim * 2  # one K or V tile: 16 tokens
     out = columns * (head_dim + 4) * 4
+    shared_bytes = warps * (max(2 * tile, out) + columns * 16) + 16
+    if (head_dim, columns) == (128, 16):  # Q_IN_SHARED of the kernel
+        shared_bytes = _ceil_div(shared_bytes, 128) * 128 + columns * head_dim * 2
     return DecodeShape(
-        columns=columns,
-        column_blocks=_ceil_div(rows, columns),
-        threads=warps * 32,
-        shared_bytes=warps * (max(2 * tile, out) + columns * 16) + 16,
+        columns=columns, column_blocks=_ceil_div(rows, columns), threads=warps * 32, shared_bytes=shared_bytes
     )
 
 
@@ -54,6 +60,7 @@ class DecodeSplits:
     """What the device needs to divide a step among CTAs (kernels/splits.cu), and what its answer may take."""
 
     ctas_an_item: int  # KV heads * column blocks
+    whole_ctas: int  # with so many CTAs, requests of about equal length stay whole
     fixed_splits: int  # splits of every request, or 0: by the lengths
     ragged_ctas: int  # CTAs of a step whose requests are ragged, about
     extra_items: int  # items that splitting may add to one for each request; it grows with the batch
@@ -65,14 +72,14 @@ class DecodeSplits:
 
 
 @functools.cache
-def decode_splits(batch_size: int, num_kv_heads: int, column_blocks: int, batch_invariant: bool) -> DecodeSplits:
+def decode_splits(batch_size: int, num_kv_heads: int, shape: DecodeShape, batch_invariant: bool) -> DecodeSplits:
     """A batch-invariant plan splits every request as if it were alone, so that its bits do not depend on others."""
-    ctas_an_item = num_kv_heads * column_blocks
+    ctas_an_item, whole_ctas = num_kv_heads * shape.column_blocks, WHOLE_CTAS[shape.columns]
     if batch_invariant:
         splits = max(1, SPLIT_CTAS // ctas_an_item)
-        return DecodeSplits(ctas_an_item, splits, SPLIT_CTAS, batch_size * (splits - 1))
+        return DecodeSplits(ctas_an_item, whole_ctas, splits, SPLIT_CTAS, batch_size * (splits - 1))
     ragged_ctas = RAGGED_CTAS if batch_size * ctas_an_item > RESIDENT_CTAS else SPLIT_CTAS
-    return DecodeSplits(ctas_an_item, 0, ragged_ctas, ragged_ctas // ctas_an_item)
+    return DecodeSplits(ctas_an_item, whole_ctas, 0, ragged_ctas, ragged_ctas // ctas_an_item)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import paged_attn as pa
+from paged_attn import planner
 from paged_attn.backends import reference
 from tests.cases import Case, Inputs, build
 
@@ -406,6 +407,29 @@ def test_a_jax_pool_is_read_but_not_written() -> None:
         pa.append(inputs.kv(jnp.asarray), np.zeros(1, np.int64), token, token)
     pa.append(inputs.kv(), np.zeros(1, np.int64), jnp.asarray(token), jnp.asarray(token))
     assert not inputs.k_pages[0, 0].any()
+
+
+# -- how decode is divided ---------------------------------------------------------------------------------------------
+
+
+def test_split_rules_know_every_kernel_of_decode() -> None:
+    shapes = [planner.decode_shape(1, rows, head_dim) for rows in range(1, 41) for head_dim in range(16, 257, 16)]
+    assert {shape.columns for shape in shapes} == set(planner.WHOLE_CTAS)
+    for shape in shapes:
+        for num_kv_heads in (1, 8, 200):
+            splits = planner.decode_splits(64, num_kv_heads, shape, False)
+            assert splits.ctas_an_item == num_kv_heads * shape.column_blocks
+            assert splits.whole_ctas == planner.WHOLE_CTAS[shape.columns]
+            # What is not left whole has an item for each of its splits.
+            busy = (splits.whole_ctas - 1) // splits.ctas_an_item
+            if busy:
+                assert busy * (planner.SPLIT_CTAS // (busy * splits.ctas_an_item) - 1) <= splits.extra_items
+
+
+@pytest.mark.parametrize("columns", [8, 16])
+def test_two_blocks_of_decode_share_a_multiprocessor(columns: int) -> None:
+    """With 128 dims, beside 1 KiB a block that CUDA takes; on cards of 164 KiB (compute capability 8.0) and more."""
+    assert 2 * (planner.decode_shape(1, columns, 128).shared_bytes + 1024) <= 164 * 1024
 
 
 # -- status and supports -----------------------------------------------------------------------------------------------

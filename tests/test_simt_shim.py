@@ -163,6 +163,9 @@ def test_misuse_is_an_error_with_its_place(body: str, message: str, reverse: boo
         ("copy_async_16(64, p.out, true);", "16 bytes at shared address 64, of 64 bytes"),
         ("copy_async_16(0, p.out + 1, true);", "is not a multiple of 16"),
         ("load_global_cg((const float4*)(p.out + 1));", "is not a multiple of 16"),
+        ("prefetch_to_l2((const int*)((const char*)p.out + 2));", "is not a multiple of 4"),
+        ("load_global((const float4*)(p.out + 1), cache_policy(Evict::FIRST));", "is not a multiple of 16"),
+        ("store_global((float2*)(p.out + 1), {}, cache_policy(Evict::LAST));", "is not a multiple of 8"),
         ("shared_address_of(shared_memory + 65);", "is not into the launch's shared memory"),
         ("u32 m[4]; load_matrix_x4(m, threadIdx.x * 16);", "16 bytes at shared address 64"),
         ("u32 m[4]; if (threadIdx.x) load_matrix_x4(m, 0);", "deadlock: it waits in load_matrix_x4 for lanes 0x1"),
@@ -196,6 +199,7 @@ def test_warp_wrappers(bfloat16: int, dtype: np.dtype, valid_rows: int, reverse:
     np.testing.assert_array_equal(np.sort(out["tickets"]), np.sort((3 + LANES) % 5))
     assert out["counter"] == (3 + 32) % 5
     np.testing.assert_array_equal(out["loaded"], [1, 2, 3, 4, 1, 2, 1])
+    np.testing.assert_array_equal(out["moved"], [1, 2, 3, 4, 1, 2])
 
 
 @pytest.mark.parametrize(("bfloat16", "dtype"), FORMATS)

@@ -37,6 +37,7 @@ MOST_ROW_BLOCKS = 1024
 APPEND_THREADS = 256
 MOST_APPEND_BLOCKS = 4096
 MERGE_WARPS = 4
+MAX_GRID_Y = 65535  # and z: CUDA's limit
 INT_LARGEST = 2**31 - 1
 TILES_BYTES = 256 * 4 + SCAN_BYTES  # shared memory of plan_tiles
 SPLITS_BYTES = 258 * 4 + SCAN_BYTES + 4  # and of plan_splits
@@ -472,11 +473,12 @@ def merge_states(v: Any, s: Any, out: Any, lse: Any, base: float) -> None:
     rows, num_states, heads, _ = v.shape
     if not rows * heads:
         return
-    _merge("merge_states", (v,), rows, heads, out, {
+    row_major = num_states > 3  # else a lane has one load or two, as in merge_state, where the other order is better
+    _merge("merge_states", (v,), rows, heads, out, row_major, {
         "v": v, "s": s, "out": out, "lse": lse,
         "v_row_stride": _stride(v, 0), "v_state_stride": _stride(v, 1), "v_head_stride": _stride(v, 2),
         "s_row_stride": _stride(s, 0), "s_state_stride": _stride(s, 1), "s_head_stride": _stride(s, 2),
-        "rows": rows, "num_states": num_states, "heads": heads, "log2_of_base": math.log2(base),
+        "rows": rows, "num_states": num_states, "heads": heads, "row_major": row_major, "log2_of_base": math.log2(base),
     })  # fmt: skip
 
 
@@ -484,7 +486,7 @@ def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any, out: Any, lse: Any, base
     rows, heads, _ = v_a.shape
     if not rows * heads:
         return
-    _merge("merge_state", (v_a, v_b), rows, heads, out, {
+    _merge("merge_state", (v_a, v_b), rows, heads, out, False, {
         "v_a": v_a, "v_b": v_b, "s_a": s_a, "s_b": s_b, "out": out, "lse": lse,
         "v_a_row_stride": _stride(v_a, 0), "v_a_head_stride": _stride(v_a, 1),
         "v_b_row_stride": _stride(v_b, 0), "v_b_head_stride": _stride(v_b, 1),
@@ -494,7 +496,10 @@ def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any, out: Any, lse: Any, base
     })  # fmt: skip
 
 
-def _merge(name: str, states: tuple[Any, ...], rows: int, heads: int, out: Any, fields: dict[str, Any]) -> None:
+def _merge(
+    name: str, states: tuple[Any, ...], rows: int, heads: int, out: Any, row_major: bool, fields: dict[str, Any]
+) -> None:
+    """Row-major: the blocks of a row run one after the other, else the blocks of all rows for the same heads."""
     v = states[0]
     head_dim, itemsize = v.shape[-1], v.dtype.itemsize
     # The widest load that every row begins on a multiple of: 16 bytes but for odd head_dims and views.
@@ -502,10 +507,12 @@ def _merge(name: str, states: tuple[Any, ...], rows: int, heads: int, out: Any, 
     spots += [number for array in states for number in (array.data.ptr, *array.strides[:-1])]
     vector = math.gcd(*spots, out.data.ptr // out.dtype.itemsize * itemsize) // itemsize
     warps = min(MERGE_WARPS, heads)
+    groups, layers = -(-heads // warps), -(-rows // MAX_GRID_Y)
+    grid = (groups, -(-rows // layers), layers) if row_major else (rows, groups)
     device = f"cuda:{v.device.id}"
     with _on(device):
         _launch(
-            name, device, (rows, -(-heads // warps)), warps * 32, fields,
+            name, device, grid, warps * 32, fields,
             HEAD_DIM=head_dim, VEC=vector, BFLOAT16=_BFLOAT16 in (v.dtype, out.dtype),
             V_FLOAT32=v.dtype == np.float32, OUT_FLOAT32=out.dtype == np.float32,
         )  # fmt: skip
@@ -654,7 +661,7 @@ class Plan:
             kernel_shape = planner.decode_shape(spec.q_len, spec.group_size, spec.head_dim)
             columns, column_blocks = kernel_shape.columns, kernel_shape.column_blocks
             name, last, constants["COLUMNS"] = "decode", "batch", columns
-            splits = planner.decode_splits(num_requests, spec.num_kv_heads, column_blocks, self._batch_invariant)
+            splits = planner.decode_splits(num_requests, spec.num_kv_heads, kernel_shape, self._batch_invariant)
             most_items = num_requests + splits.extra_items
             partials = splits.most_partials * splits.ctas_an_item * columns
             items = self._buffer("items", most_items * ITEM_BYTES)
@@ -662,6 +669,7 @@ class Plan:
                 "items": items,
                 "q_len": spec.q_len,
                 "column_blocks": column_blocks,
+                "num_page_ids": max_pages,
                 "partial_out": self._buffer("partial_out", partials * spec.head_dim * 4),
                 "partial_state": self._buffer("partial_state", partials * 8),
                 "arrivals": self._buffer("arrivals", num_requests * splits.ctas_an_item * 4),
@@ -670,7 +678,7 @@ class Plan:
             self._splits = functools.partial(
                 planner.decode_splits,
                 num_kv_heads=spec.num_kv_heads,
-                column_blocks=column_blocks,
+                shape=kernel_shape,
                 batch_invariant=self._batch_invariant,
             )
             self._grid = functools.lru_cache(functools.partial(_decode_grid, spec.q_len, self._splits))
@@ -683,7 +691,7 @@ class Plan:
                     "max_items": most_items,
                     "window_left": spec.window_left,
                     "ctas_an_item": splits.ctas_an_item,
-                    "whole_ctas": planner.WHOLE_CTAS,
+                    "whole_ctas": splits.whole_ctas,
                     "split_ctas": planner.SPLIT_CTAS,
                     "fixed_splits": splits.fixed_splits,
                 }

@@ -55,6 +55,7 @@ def run(
         "items": items,
         "batch": rows,
         "page_ids": inputs.indices,
+        "num_page_ids": inputs.indices.size,
         "partial_out": np.full((ctas, shape.columns, case.head_dim), np.nan, np.float32),
         "partial_state": np.full((ctas, shape.columns, 2), np.nan, np.float32),
         "arrivals": arrivals,
@@ -174,6 +175,15 @@ def test_more_splits_than_tiles_spare_requests_float32_and_reversed_threads() ->
     for num_splits in (1, 16):
         for reverse in (False, True):
             check(inputs, *run(inputs, num_splits=num_splits, spare_requests=2, float32=True, reverse=reverse))
+
+
+def test_an_infinite_value_stays_infinite() -> None:
+    """0 * inf is NaN: a merge has to leave out the places that no split has filled."""
+    inputs = build(Case("infinite", (48,), page_size=16, num_qo_heads=2, head_dim=32))
+    inputs.v_pages[inputs.indices[0], 0, :, 5] = np.inf
+    out, _, _ = run(inputs, num_splits=3)
+    assert np.isposinf(out[..., 5].astype(np.float32)).all()
+    assert np.isfinite(np.delete(out, 5, axis=-1).astype(np.float32)).all()
 
 
 def test_needles_at_every_tile_and_split_border() -> None:

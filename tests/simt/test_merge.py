@@ -103,8 +103,10 @@ def assert_close(case: Case, out: np.ndarray, lse: np.ndarray, want_out: np.ndar
     np.testing.assert_allclose(lse[seen], want_lse[seen], rtol=1e-6, atol=2e-6)
 
 
-def run(case: Case, v: np.ndarray, s: np.ndarray, with_lse: bool = True, reverse: bool = False) -> tuple:
-    """v, s in plain C order; they are laid out as the case says."""
+def run(
+    case: Case, v: np.ndarray, s: np.ndarray, with_lse: bool = True, row_major: bool = True, reverse: bool = False
+) -> tuple:
+    """v, s in plain C order; they are laid out as the case says. Row-major: rows lie along y and z of the grid."""
     guarded = Guarded()
     spread = np.zeros((*v.shape[:3], case.head_dim + case.gap), case.v)
     spread[..., : case.head_dim] = v
@@ -131,11 +133,13 @@ def run(case: Case, v: np.ndarray, s: np.ndarray, with_lse: bool = True, reverse
         "rows": case.rows,
         "num_states": case.num_states,
         "heads": case.heads,
+        "row_major": row_major,
         "log2_of_base": math.log2(case.base),
     }
+    groups = -(-case.heads // case.warps)
     launch(
         "merge_states",
-        (case.rows, -(-case.heads // case.warps)),
+        (groups, -(-case.rows // 2), 2) if row_major else (case.rows, groups),
         case.warps * 32,
         fields | ({"lse": lse} if with_lse else {}),
         reverse=reverse,
@@ -167,7 +171,7 @@ def test_merge_states(case: Case) -> None:
     want = expected(v, s, case.base)
     out, lse = run(case, v, s)
     assert_close(case, out, lse, *want)
-    again, _ = run(case, v, s, with_lse=False, reverse=True)
+    again, _ = run(case, v, s, with_lse=False, row_major=False, reverse=True)
     np.testing.assert_array_equal(bits(again), bits(out))
 
 

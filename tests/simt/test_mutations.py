@@ -105,13 +105,19 @@ MUTATIONS = [
         decodes("group1"),
     ),
     Mutation(
+        "decode.cu", "wrong rows of a Q in shared memory",
+        "Q_OFFSET + Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1)",
+        "Q_OFFSET + Rows::at((lane & 7) + ((lane >> 3) & 1) * 8, lane >> 4)",
+        decodes("group16_dim128"),
+    ),
+    Mutation(
         "decode.cu", "a partial state left out of the merge",
-        "if (from >= active_splits) other[i].x = -INF;", "if (from >= active_splits - 1) other[i].x = -INF;",
+        "from < active_splits ? other.x : -INF", "from < active_splits - 1 ? other.x : -INF",
         decodes("group1", 3),
     ),
     Mutation(
         "decode.cu", "pages counted from the first token instead of the first visible one",
-        "request.first_page + divide(begin + token, ", "request.first_page + divide(token, ",
+        "page = page_of(end - left);", "page = page_of(warp_first);",
         decodes("window20"),
     ),
     # -- prefill --
@@ -156,6 +162,16 @@ MUTATIONS = [
         "merge.cu", "lse in the wrong base",
         "__fdividef(max + log2_fast(sum), log2_of_base)", "max + log2_fast(sum)",
         merges(merge.test_merge_states),
+    ),
+    Mutation(
+        "merge.cu", "the layers of a grid fall together",
+        "blockIdx.z * gridDim.y + blockIdx.y", "blockIdx.y",
+        merges(merge.test_merge_states, heads=9, warps=5),
+    ),
+    Mutation(
+        "merge.cu", "groups of heads from the axis of the rows",
+        "p.row_major ? blockIdx.x : blockIdx.y", "blockIdx.x",
+        merges(merge.test_merge_states, heads=9, warps=5),
     ),
     Mutation(
         "merge.cu", "the first score taken twice",
@@ -311,13 +327,23 @@ MUTATIONS = [
     ),
     Mutation(
         "attention_state.cuh", "an empty state counts",
-        "if (max == -INF) return;", "",
+        "if (common == -INF) return;", "",
         decodes("group12"),
     ),
     Mutation(
         "attention_state.cuh", "a sum that does not shrink",
-        "state.sum * keep + sum * weight", "state.sum + sum * weight",
+        "state.sum *= keep;", "",
+        decodes("group7", 3),
+    ),
+    Mutation(
+        "attention_state.cuh", "a state that does not weigh its sum",
+        "state.sum += others[i].sum * weights[i];", "state.sum += others[i].sum;",
         decodes("group1"),
+    ),
+    Mutation(
+        "attention_state.cuh", "what stands in an empty state counts",
+        "if (others[i].max == -INF) continue;", "",
+        decode.test_an_infinite_value_stays_infinite,
     ),
     Mutation(
         "attention_state.cuh", "lse to base 2",
@@ -382,6 +408,11 @@ MUTATIONS = [
     Mutation(
         "load_global.cuh", "the second number left out",
         "return *simt::aligned<float2>(pointer);", "return {simt::aligned<float2>(pointer)->x, 0.f};",
+        warp_wrappers,
+    ),
+    Mutation(
+        "load_global.cuh", "a store that goes nowhere",
+        "*simt::aligned<T>(pointer) = value;", "",
         warp_wrappers,
     ),
     Mutation("mma.cuh", "neighbouring columns swapped", "->x)[pair]", "->x)[pair ^ 1]", warp_wrappers),

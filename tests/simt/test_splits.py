@@ -14,12 +14,13 @@ TILE = 16
 
 def plan(
     kv_lens: list[int], num_kv_heads: int, *, spare: int = 0, window_left: int = -1, batch_invariant: bool = False,
-    extra_items: int | None = None,
+    extra_items: int | None = None, columns: int = 8,
 ) -> tuple[np.ndarray, planner.DecodeSplits]:  # fmt: skip
     """The items, idle ones included, of requests of these lengths in a plan with `spare` more rows."""
     source = kernels.load_source("plan_splits")
     rows = len(kv_lens) + spare
-    splits = planner.decode_splits(len(kv_lens), num_kv_heads, 1, batch_invariant)
+    shape = planner.decode_shape(1, columns, 64)
+    splits = planner.decode_splits(len(kv_lens), num_kv_heads, shape, batch_invariant)
     extra = splits.extra_items if extra_items is None else extra_items
     requests = np.zeros(rows + 1, kernels.params_dtype(source, "Request"))
     requests["kv_len"][: len(kv_lens)] = kv_lens
@@ -35,7 +36,7 @@ def plan(
         "extra_items": extra,
         "window_left": window_left,
         "ctas_an_item": splits.ctas_an_item,
-        "whole_ctas": planner.WHOLE_CTAS,
+        "whole_ctas": splits.whole_ctas,
         "split_ctas": planner.SPLIT_CTAS,
         "ragged_ctas": splits.ragged_ctas,
         "fixed_splits": splits.fixed_splits,
@@ -87,6 +88,13 @@ def test_requests_of_about_equal_length(kv_lens: list[int], num_kv_heads: int, e
     num_splits = check(items, kv_lens, 2, splits.most_partials)
     assert (num_splits[: len(kv_lens)][np.array(kv_lens) > 0] == expected).all()
     assert (num_splits[: len(kv_lens)][np.array(kv_lens) == 0] == 1).all()
+
+
+def test_64_requests_of_wide_products_are_halved() -> None:
+    for columns in (8, 16, 32):
+        for batch, expected in ((63, 2), (64, 1 if columns == 8 else 2), (65, 1)):
+            items, splits = plan([4096] * batch, 1, columns=columns)
+            assert (check(items, [4096] * batch, 0, splits.most_partials) == expected).all()
 
 
 RAGGED = [
