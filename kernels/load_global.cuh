@@ -1,5 +1,5 @@
 // load_global: the only ways in which kernels read global memory past L1, fetch it ahead, tell L2 what to keep of what
-// they read and write, copy to shared memory, and count arrivals.
+// they read, copy to shared memory, and count arrivals.
 //
 // A shared_address is the 32-bit address inside the block's shared memory that PTX wants; on a CPU it is the byte
 // offset into shared_memory. Both can be added to and XORed alike.
@@ -42,7 +42,7 @@ __device__ __forceinline__ void copy_32_rows(const u16* base, u32 begin, Place p
     for (int i = 0; i < 4; ++i) from[i] = __shfl_sync(~0u, begin, i * 8 + first_row);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const u16* const source = base + (u64(from[i]) + first_chunk) * 8;
+        const u16* const source = base + (from[i] == NOWHERE ? 0 : u64(from[i]) + first_chunk) * 8;
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; chunk += 4)
             if (chunk + first_chunk < CHUNKS)
@@ -50,18 +50,17 @@ __device__ __forceinline__ void copy_32_rows(const u16* base, u32 begin, Place p
     }
 }
 
-// When L2 gives a line away: before all others, for data that is read once and must not push out what is used again;
-// after all others, for what the next kernel reads; or as the line came.
-enum class Evict { FIRST, LAST, UNCHANGED };
+// When L2 gives a line away: before all others, for data that is read once and must not push out what is used again; or
+// as the line came.
+enum class Evict { FIRST, UNCHANGED };
 
-// The same as copies, loads and stores take it.
+// The same as copies and loads take it.
 __device__ __forceinline__ u64 cache_policy(Evict evict) {
 #ifdef __CUDACC__
-    u64 first, last, unchanged;
+    u64 first, unchanged;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
-    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(last));
     asm("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;" : "=l"(unchanged));
-    return evict == Evict::FIRST ? first : evict == Evict::LAST ? last : unchanged;
+    return evict == Evict::FIRST ? first : unchanged;
 #else
     return 0;
 #endif
@@ -136,8 +135,8 @@ __device__ __forceinline__ float4 load_global_cg(const float4* pointer) {
 #endif
 }
 
-// Loads past L1 and stores of up to 16 bytes under a cache policy. Of less than 16 bytes they are plain ones: only odd
-// shapes have those.
+// Loads of up to 16 bytes past L1, under a cache policy. Of less than 16 bytes they are plain ones: only odd shapes have
+// those.
 template <typename T>
 __device__ __forceinline__ T load_global(const T* pointer, u64 policy) {
 #ifdef __CUDACC__
@@ -153,22 +152,6 @@ __device__ __forceinline__ T load_global(const T* pointer, u64 policy) {
     }
 #else
     return *simt::aligned<const T>(pointer);
-#endif
-}
-
-template <typename T>
-__device__ __forceinline__ void store_global(T* pointer, const T& value, u64 policy) {
-#ifdef __CUDACC__
-    if constexpr (sizeof(T) == 16) {
-        const uint4 x = reinterpret_cast<const uint4&>(value);
-        asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(pointer),
-                     "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "l"(policy)
-                     : "memory");
-    } else {
-        *pointer = value;
-    }
-#else
-    *simt::aligned<T>(pointer) = value;
 #endif
 }
 

@@ -173,24 +173,26 @@ struct Queries {
 #else
 struct Queries {
     static constexpr int QUARTER_BYTES = TILE_ROWS * 128;  // 64 columns of all rows: lines of 128 bytes, swizzled
-    shared_address rows;  // the warp's
+    shared_address rows;  // where the warpgroup's 64 rows begin
+    int warp_row;         // where among them the warp's 16 do
 
     static __device__ __forceinline__ int at(int row, int chunk) {
         return chunk / 8 * QUARTER_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16;
     }
 
     __device__ __forceinline__ void take(shared_address shared, int first_row) {
-        rows = shared + first_row * 128;
+        warp_row = first_row % 64;
+        rows = shared + (first_row - warp_row) * 128;
         fence_shared_for_async();
     }
 
     __device__ __forceinline__ void fragment(u32 (&a)[4], int step) const {
         const int lane = threadIdx.x & 31;
-        load_matrix_x4(a, rows + at(lane & 15, step * 2 + (lane >> 4)));
+        load_matrix_x4(a, rows + at(warp_row + (lane & 15), step * 2 + (lane >> 4)));
     }
 
     __device__ __forceinline__ void multiply(float (&s)[BLOCK / 2], u64 k) const {
-        const shared_address q = opaque(rows & ~u32(64 * 128 - 1));  // of the warpgroup's 64 rows
+        const shared_address q = opaque(rows);
 #pragma unroll
         for (int step = 0; step < K_STEPS; ++step)
             wgmma_shared(s, matrix_descriptor(q + step / 4 * QUARTER_BYTES + step % 4 * 32, 0, 1024),
@@ -441,7 +443,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         results.store<3>();
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.f;
-        const int used = tile.request.kv_len - block;
+        const int used = tile.end - block;
         if (!GATHER && used > 0 && used < BLOCK && (used & (p.box_tokens - 1))) {
             wait_for(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
             clear_unused_tokens(shared_memory + V_OFFSET + v_ring.slot * BLOCK_BYTES, used, p.box_tokens, thread);
@@ -473,7 +475,8 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             prepare_scores(block, edge);
             bool moved = edge && raise_max(s, softmax, keep, scale);
             exponentials(s, softmax, added, scale);
-            if (__any_sync(~0u, !(added[0] <= MOST_SUM) || !(added[1] <= MOST_SUM))) {
+            // Where the maximum has been looked for, only a NaN of Q, K or V is too large, and that is nobody's fault.
+            if (!edge && __any_sync(~0u, !(added[0] <= MOST_SUM) || !(added[1] <= MOST_SUM))) {
                 moved = true;
                 if (__all_sync(~0u, added[0] < MOST_SCALED && added[1] < MOST_SCALED)) {
                     scale_down(s, softmax, added, keep);

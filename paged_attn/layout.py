@@ -42,7 +42,7 @@ class PagedKV:
     ----------
     k_pages, v_pages: the pages as NumPy or CuPy arrays.
     num_pages, page_size, num_kv_heads, head_dim: ints.
-    k_strides, v_strides: (page, slot, head) strides in elements, whatever the layout.
+    k_strides, v_strides: (page, slot, head) strides in elements, whatever the layout; 0 for an axis of extent 1.
     dtype: np.dtype.    layout: Layout.    device: "cpu" or "cuda:<i>".    writable: whether append may write.
 
     Raises
@@ -77,7 +77,10 @@ class PagedKV:
         shape = self.k_pages.shape
         self.num_pages, self.page_size, self.num_kv_heads, self.head_dim = shape[0], shape[slot], shape[head], shape[3]
         self.k_strides, self.v_strides = (
-            tuple(pages.strides[axis] // pages.dtype.itemsize for axis in (0, slot, head))
+            tuple(
+                pages.strides[axis] // pages.dtype.itemsize if shape[axis] > 1 else 0  # nothing is that far
+                for axis in (0, slot, head)
+            )
             for pages in (self.k_pages, self.v_pages)
         )
 

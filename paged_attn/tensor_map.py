@@ -1,8 +1,8 @@
 """How TMA, the copy engine of Hopper, sees a pool of pages.
 
-One operation copies a *box*: up to 128 neighbouring tokens of one page and one KV head. It fills shared memory in the
-order that the tensor cores read: for every 8 tokens, for every 64 columns, 8 lines of 128 bytes. That order is also the
-order of a tensor's dimensions, so the pool is described as one of five:
+One operation copies a *box*: up to 128 neighbouring tokens of one page and one KV head, or 64 columns of them. It fills
+shared memory in the order that the tensor cores read: for every 8 tokens, for every 64 columns, 8 lines of 128 bytes.
+That order is also the order of a tensor's dimensions, so the pool is described as one of five:
 
     64 columns | 8 tokens | pieces of 64 of head_dim | groups of 8 tokens | everything else
 
@@ -62,10 +62,10 @@ def pool_geometry(
 ) -> PoolGeometry | None:
     """The tensor of a pool of 16-bit numbers with ``strides`` (page, token, head) in bytes, multiples of 16.
 
-    None where TMA cannot read it: a page size that is no multiple of 8, more boxes than an index can count.
+    None where TMA cannot read it: a page size that is no multiple of 8, no page, more boxes than an index can count.
     """
     tokens = box_tokens(page_size, head_dim)
-    if tokens < LEAST_BOX_TOKENS:
+    if tokens < LEAST_BOX_TOKENS or num_pages == 0:
         return None
     page, token, head = strides
     # Strides of axes along which no box is counted may be anything.

@@ -24,6 +24,13 @@ def to_numpy(array) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else array.get()
 
 
+def test_an_axis_of_one_has_no_stride() -> None:
+    """Nothing is found by it, so it may be anything: that of a reversed axis, or too large for a kernel to count in."""
+    pages = random_pool(np, (NUM_PAGES, PAGE_SIZE, 1, HEAD_DIM))
+    kv = pa.PagedKV(pages[:, :, ::-1], pages, layout="NHD")
+    assert kv.k_strides == kv.v_strides == (PAGE_SIZE * HEAD_DIM, HEAD_DIM, 0)
+
+
 @pytest.mark.parametrize("layout", ["NHD", "HND", pa.Layout.NHD, pa.Layout.HND])
 def test_the_tag_gives_the_names(xp, layout: str) -> None:
     k_pages, v_pages = random_pool(xp, SHAPES[layout]), random_pool(xp, SHAPES[layout])
@@ -105,7 +112,7 @@ def test_a_pool_of_no_page_and_axes_of_extent_one(xp) -> None:
     assert none.num_pages == 0
     odd = xp.zeros(3 * 16 + 8, np.float16)
     view = xp.lib.stride_tricks.as_strided(odd, shape=(1, 3, 1, 16), strides=(2, 32, 6, 2))
-    assert pa.PagedKV(view, view, layout="NHD").k_strides == (1, 16, 3)
+    assert pa.PagedKV(view, view, layout="NHD").k_strides == (0, 16, 0)  # which no kernel has to count in
 
 
 @pytest.mark.gpu

@@ -165,7 +165,6 @@ def test_misuse_is_an_error_with_its_place(body: str, message: str, reverse: boo
         ("load_global_cg((const float4*)(p.out + 1));", "is not a multiple of 16"),
         ("prefetch_to_l2((const int*)((const char*)p.out + 2));", "is not a multiple of 4"),
         ("load_global((const float4*)(p.out + 1), cache_policy(Evict::FIRST));", "is not a multiple of 16"),
-        ("store_global((float2*)(p.out + 1), {}, cache_policy(Evict::LAST));", "is not a multiple of 8"),
         ("shared_address_of(shared_memory + 65);", "is not into the launch's shared memory"),
         ("u32 m[4]; load_matrix_x4(m, threadIdx.x * 16);", "16 bytes at shared address 64"),
         ("u32 m[4]; if (threadIdx.x) load_matrix_x4(m, 0);", "deadlock: it waits in load_matrix_x4 for lanes 0x1"),

@@ -42,6 +42,7 @@ INT_LARGEST = 2**31 - 1
 TILES_BYTES = 256 * 4 + SCAN_BYTES  # shared memory of plan_tiles
 SPLITS_BYTES = 258 * 4 + SCAN_BYTES + 4  # and of plan_splits
 SMALLEST_STAGING = 1 << 16  # bytes
+NOWHERE = 2**32 - 1  # a place in units of 16 bytes that no array reaches (load_global.cuh)
 _BFLOAT16 = FLOAT_DTYPES["bfloat16"]
 _INT32 = np.dtype(np.int32)
 
@@ -525,6 +526,20 @@ def _stride(array: Any, axis: int) -> int:
 # -- attention -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Launches:
+    """What a plan repeats for steps of one shape, and what writes their parameters."""
+
+    plan_requests: compile.Launch
+    write_step: Callable[..., None]
+    plan_splits: compile.Launch | None  # decode
+    splits: Callable[[int], planner.DecodeSplits] | None  # by the batch size
+    attend: compile.Launch
+    write_run: Callable[..., None]
+    grid: Callable[[int], tuple[int, ...]]  # rows of q -> CTAs, and the last fields of write_run
+    hopper: _HopperPrefill | None  # prefill, on a Hopper card
+
+
 class Plan:
     """One step's metadata in buffers of its own, and the launches that read them.
 
@@ -552,13 +567,7 @@ class Plan:
         self._outgrown: list[Any] = []
         self._shape: Any = None  # what the launches were prepared for
         self._plan_requests: compile.Launch
-        self._write_step: Callable[..., None]
-        self._attend: compile.Launch
-        self._write_run: Callable[..., None]
-        self._hopper: _HopperPrefill | None = None
-        self._plan_splits: compile.Launch | None = None
-        self._splits: Callable[[int], planner.DecodeSplits]  # by the batch size
-        self._grid: Callable[[int], tuple[int, ...]]  # rows of q -> CTAs, and the last fields of _write_run
+        self._launches: _Launches
 
     def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: Any) -> None:
         """Copy and clean a step's table on the device, and prepare the launch that run() repeats."""
@@ -584,22 +593,28 @@ class Plan:
             max_pages = num_indices if self._max_pages is None else self._max_pages
             shape = (spec, table.page_stride, num_requests, max_pages)
             if self._shape != shape:
-                self._prepare(*shape)
+                before = dict(self._buffers)
+                try:
+                    self._launches = self._prepare(*shape)
+                except BaseException:
+                    self._buffers = before  # the step before is still to be run
+                    raise
                 self._shape = shape
             if not self._one_shot:
                 self._status.data.memset_async(0, STATUS_BYTES, stream)
+            launches = self._launches
             parts = _row_blocks(batch_size, max_pages) if batch_size else 0
-            self._write_step(*addresses, batch_size, num_indices)
-            self._plan_requests(stream.ptr, 1 + parts)
-            if self._hopper:
-                self._hopper.order_tiles(stream.ptr, 1)
-            elif self._plan_splits:
-                splits, params = self._splits(batch_size), self._plan_splits.params
+            launches.write_step(*addresses, batch_size, num_indices)
+            launches.plan_requests(stream.ptr, 1 + parts)
+            if launches.hopper:
+                launches.hopper.order_tiles(stream.ptr, 1)
+            elif launches.plan_splits and launches.splits:
+                splits, params = launches.splits(batch_size), launches.plan_splits.params
                 params["batch"], params["extra_items"] = batch_size, splits.extra_items
                 params["ragged_ctas"] = splits.ragged_ctas
-                self._plan_splits(stream.ptr, 1)
+                launches.plan_splits(stream.ptr, 1)
 
-    def _prepare(self, spec: AttentionSpec, page_stride: int, num_requests: int, max_pages: int) -> None:
+    def _prepare(self, spec: AttentionSpec, page_stride: int, num_requests: int, max_pages: int) -> _Launches:
         """The buffers and the launches for steps of this shape: all that does not change from step to step."""
         device = self._device
         requests = self._buffer("requests", (num_requests + 1) * REQUEST_BYTES)
@@ -621,8 +636,7 @@ class Plan:
                 "group_size": spec.group_size,
             }
         )
-        self._plan_requests = compile.Launch(kernel, SCAN_THREADS, params)
-        self._write_step = self._plan_requests.writer("indptr", "num_indices")
+        plan_requests = compile.Launch(kernel, SCAN_THREADS, params)
 
         fields = {
             "requests": requests,
@@ -645,7 +659,8 @@ class Plan:
             "SOFT_CAP": spec.logits_soft_cap > 0,
         }
         kernel_shape: planner.DecodeShape | planner.PrefillShape
-        self._hopper = self._plan_splits = None
+        hopper = plan_splits = None
+        splits_of: Callable[[int], planner.DecodeSplits] | None = None
         if spec.q_len is None:
             kernel_shape = planner.prefill_shape(spec.head_dim)
             name, last = "prefill", "num_tiles"
@@ -654,9 +669,9 @@ class Plan:
             if hopper_shape and _is_hopper(device):
                 ordered = self._buffer("ordered", (num_requests + 1) * REQUEST_BYTES)
                 claims = self._buffer("claims", 4)
-                self._hopper = _HopperPrefill(spec, device, hopper_shape, constants, fields, ordered, claims)
+                hopper = _HopperPrefill(spec, device, hopper_shape, constants, fields, ordered, claims)
             constants["TILE_ROWS"] = kernel_shape.tile_rows
-            self._grid = functools.lru_cache(functools.partial(_prefill_grid, spec, num_requests))
+            grid: Callable[[int], tuple[int, ...]] = functools.partial(_prefill_grid, spec, num_requests)
         else:
             kernel_shape = planner.decode_shape(spec.q_len, spec.group_size, spec.head_dim)
             columns, column_blocks = kernel_shape.columns, kernel_shape.column_blocks
@@ -675,13 +690,13 @@ class Plan:
                 "arrivals": self._buffer("arrivals", num_requests * splits.ctas_an_item * 4),
             }
             del fields["requests"]
-            self._splits = functools.partial(
+            splits_of = functools.partial(
                 planner.decode_splits,
                 num_kv_heads=spec.num_kv_heads,
                 shape=kernel_shape,
                 batch_invariant=self._batch_invariant,
             )
-            self._grid = functools.lru_cache(functools.partial(_decode_grid, spec.q_len, self._splits))
+            grid = functools.partial(_decode_grid, spec.q_len, splits_of)
             kernel = compile.kernel("plan_splits", device, shared_bytes=SPLITS_BYTES)
             params = kernel.params(
                 {
@@ -696,18 +711,28 @@ class Plan:
                     "fixed_splits": splits.fixed_splits,
                 }
             )
-            self._plan_splits = compile.Launch(kernel, SCAN_THREADS, params)
+            plan_splits = compile.Launch(kernel, SCAN_THREADS, params)
         constants["SHARED_BYTES"] = kernel_shape.shared_bytes
         kernel = compile.kernel(name, device, shared_bytes=kernel_shape.shared_bytes, **constants)
-        self._attend = compile.Launch(kernel, kernel_shape.threads, kernel.params(fields))
-        self._write_run = self._attend.writer("q", last)
+        attend = compile.Launch(kernel, kernel_shape.threads, kernel.params(fields))
+        return _Launches(
+            plan_requests=plan_requests,
+            write_step=plan_requests.writer("indptr", "num_indices"),
+            plan_splits=plan_splits,
+            splits=splits_of,
+            attend=attend,
+            write_run=attend.writer("q", last),
+            grid=functools.lru_cache(grid),
+            hopper=hopper,
+        )
 
     def run(self, spec: AttentionSpec, q: Any, kv: PagedKV, out: Any, lse: Any) -> None:
-        if self._hopper and self._hopper.run(q, kv, out, lse):
+        launches = self._launches
+        if launches.hopper and launches.hopper.run(q, kv, out, lse):
             return
-        grid, *extents = self._grid(q.shape[0])
+        grid, *extents = launches.grid(q.shape[0])
         q_strides, out_strides, out_itemsize = q.strides, out.strides, out.dtype.itemsize
-        self._write_run(
+        launches.write_run(
             q.data.ptr,
             kv.k_pages.data.ptr,
             kv.v_pages.data.ptr,
@@ -723,7 +748,7 @@ class Plan:
             *extents,
         )
         with _on(self._device):
-            self._attend(cupy.cuda.get_current_stream().ptr, grid)
+            launches.attend(cupy.cuda.get_current_stream().ptr, grid)
 
     def raise_status(self) -> None:
         """PageTableError for the first fault that the last update met. Waits for the device."""
@@ -776,11 +801,10 @@ class _HopperPrefill:
                 }
             ),
         )
-        self._gather = tensor_map.box_tokens(spec.page_size, spec.head_dim) < tensor_map.LEAST_BOX_TOKENS
-        constants = constants | {"SHARED_BYTES": shape.shared_bytes, "GATHER": self._gather}
-        self._kernel = compile.kernel("prefill_hopper", device, shared_bytes=shape.shared_bytes, **constants)
-        self._threads = shape.threads
-        self._fields = {
+        gather = tensor_map.box_tokens(spec.page_size, spec.head_dim) < tensor_map.LEAST_BOX_TOKENS
+        constants = constants | {"SHARED_BYTES": shape.shared_bytes, "GATHER": gather}
+        kernel = compile.kernel("prefill_hopper", device, shared_bytes=shape.shared_bytes, **constants)
+        own = {
             "page_ids": fields["page_ids"],
             "claims": claims,
             "list": {
@@ -794,21 +818,25 @@ class _HopperPrefill:
             "sm_scale": spec.sm_scale,
             "logits_soft_cap": spec.logits_soft_cap,
         }
-        self._layer = functools.lru_cache(maxsize=1024)(self._make_layer)
+        pool_of = _gathered_pool if gather else functools.partial(_mapped_pool, spec.dtype == _BFLOAT16)
+        make_layer = functools.partial(_hopper_layer, kernel, shape.threads, own, pool_of)
+        self._layer = functools.lru_cache(maxsize=1024)(make_layer)
 
     def run(self, q: Any, kv: PagedKV, out: Any, lse: Any) -> bool:
-        """Launch; or say no, where the kernel cannot count in a pool of such strides."""
+        """Launch; or say no, where the kernel cannot count in a q or a pool of such strides."""
         shape = (kv.num_pages, kv.page_size, kv.num_kv_heads, kv.head_dim)
         layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, shape, kv.k_strides, kv.v_strides)
-        if layer is None:
+        rows, heads, _ = q.shape
+        q_row, q_head = (q.strides[0] // 16 if rows > 1 else 0), (q.strides[1] // 16 if heads > 1 else 0)
+        if layer is None or min(q_row, q_head) < 0 or rows * q_row + heads * q_head >= NOWHERE:
             return False
         launch, write, tile_list = layer
-        rows, q_strides, out_strides, out_itemsize = q.shape[0], q.strides, out.strides, out.dtype.itemsize
+        out_strides, out_itemsize = out.strides, out.dtype.itemsize
         tiles = _most_tiles(rows * self._spec.group_size, self._tile_rows, self._num_requests)
         write(
             q.data.ptr,
-            q_strides[0] // 16,
-            q_strides[1] // 16,
+            q_row,
+            q_head,
             out.data.ptr,
             0 if lse is None else lse.data.ptr,
             out_strides[0] // out_itemsize,
@@ -822,32 +850,42 @@ class _HopperPrefill:
             launch(cupy.cuda.get_current_stream().ptr, grid)
         return True
 
-    def _make_layer(
-        self,
-        k: int,
-        v: int,
-        shape: tuple[int, int, int, int],
-        k_strides: tuple[int, int, int],
-        v_strides: tuple[int, int, int],
-    ) -> tuple[compile.Launch, Callable[..., None], Any] | None:
-        """The launch for a layer's pools, made once; None where they are too large to count in."""
-        pools = self._pool(k, shape, k_strides), self._pool(v, shape, v_strides)
-        if None in pools:
-            return None
-        params = self._kernel.params(self._fields | {"k": pools[0], "v": pools[1]})
-        launch = compile.Launch(self._kernel, self._threads, params)
-        return launch, launch.writer("q", "to"), launch.params["list"]
 
-    def _pool(self, pointer: int, shape: tuple[int, int, int, int], strides: tuple[int, int, int]) -> Any:
-        """The fields of the kernel's Pool."""
-        page, slot, head = strides
-        if self._gather:
-            num_pages, page_size, num_kv_heads, _ = shape
-            units = _units(strides)
-            largest = num_pages * units[0] + page_size * units[1] + num_kv_heads * units[2]
-            return {"pages": pointer, "strides": units} if largest < 2**32 else None
-        geometry = tensor_map.pool_geometry(*shape, (page * 2, slot * 2, head * 2))
-        return None if geometry is None else tensor_map.pool_map(pointer, geometry, self._spec.dtype == _BFLOAT16)
+def _hopper_layer(
+    kernel: compile.Kernel,
+    threads: int,
+    fields: dict[str, Any],
+    pool_of: Callable[[int, tuple[int, int, int, int], tuple[int, int, int]], dict[str, Any] | None],
+    k: int,
+    v: int,
+    shape: tuple[int, int, int, int],
+    k_strides: tuple[int, int, int],
+    v_strides: tuple[int, int, int],
+) -> tuple[compile.Launch, Callable[..., None], Any] | None:
+    """The launch for a layer's pools at k and v, made once; None where the kernel cannot count in them."""
+    pools = pool_of(k, shape, k_strides), pool_of(v, shape, v_strides)
+    if None in pools:
+        return None
+    launch = compile.Launch(kernel, threads, kernel.params(fields | {"k": pools[0], "v": pools[1]}))
+    return launch, launch.writer("q", "to"), launch.params["list"]
+
+
+def _gathered_pool(
+    pointer: int, shape: tuple[int, int, int, int], strides: tuple[int, int, int]
+) -> dict[str, Any] | None:
+    """The fields of the kernel's Pool where threads copy from it."""
+    units = _units(strides)
+    reach = sum(extent * unit for extent, unit in zip(shape, units, strict=False))
+    return {"pages": pointer, "strides": units} if min(units) >= 0 and reach < NOWHERE else None
+
+
+def _mapped_pool(
+    bfloat16: bool, pointer: int, shape: tuple[int, int, int, int], strides: tuple[int, int, int]
+) -> dict[str, Any] | None:
+    """The fields of the kernel's Pool where TMA copies from it."""
+    page, slot, head = strides
+    geometry = tensor_map.pool_geometry(*shape, (page * 2, slot * 2, head * 2))
+    return None if geometry is None else tensor_map.pool_map(pointer, geometry, bfloat16)
 
 
 @functools.cache

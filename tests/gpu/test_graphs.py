@@ -7,6 +7,7 @@ import pytest
 
 import paged_attn as pa
 from tests import cases
+from tests.gpu.answers import assert_right, on_gpu
 from tests.gpu.capture import captured, no_allocation
 
 cupy = pytest.importorskip("cupy")
@@ -327,3 +328,23 @@ def test_what_cannot_be_captured_raises_before_anything_is_launched() -> None:
     with pytest.raises(TypeError, match="capturing"):
         captured(lambda: fixed.plan(kv, host_table, HEADS))
     assert plan.run(q, kv).shape == q.shape
+
+
+def test_a_plan_that_fails_leaves_the_step_before() -> None:
+    """Its buffers too: an error during a capture is one that a server may survive."""
+    few = cases.build(cases.Case("few", (100, 33, 7), num_qo_heads=4, num_kv_heads=2, head_dim=64))
+    many = cases.build(cases.Case("many", (50, 20, 9), num_qo_heads=64, num_kv_heads=2, head_dim=128, page_size=8))
+    kv, q = few.kv(on_gpu), on_gpu(few.q)
+    attention = pa.BatchDecodeWithPagedKVCache(max_batch_size=3, max_pages=64)
+    attention.plan(kv, few.table(on_gpu), 4)
+    assert_right(few, *attention.run(q, kv, return_lse=True))
+
+    other, table = many.kv(on_gpu), many.table(on_gpu)
+    with pytest.raises(ValueError, match="while the stream is capturing"):
+        captured(lambda: attention.plan(other, table, 64))
+
+    assert_right(few, *attention.run(q, kv, return_lse=True))
+    shorter = pa.PageTable(few.indptr, few.indices, np.ones(3, np.int32), page_size=few.case.page_size)
+    attention.plan(kv, shorter, 4)
+    right = pa.decode(few.q, few.kv(), shorter)
+    cases.assert_close(attention.run(q, kv).get(), right, tolerance=cases.OUT_TOLERANCE["float16"])

@@ -214,6 +214,26 @@ def test_many_small_weights_count_beside_a_large_one(dtype: str) -> None:
     run(inputs)
 
 
+def test_a_nan_of_q_stays_in_its_row() -> None:
+    """The warp that has to work around it has 15 rows more."""
+    for scores in ("sigma5", "falling", "falling_fast"):
+        inputs = build(case("nan", (300,), (150,), (2, 1), head_dim=64), scores=scores)
+        inputs.q[10::16, 1, 5] = np.nan
+        run(inputs)
+
+
+@pytest.mark.parametrize("page_size", [12, 16])
+@pytest.mark.parametrize("total_len", [100, 130])
+def test_what_stands_behind_total_len_does_not_matter(page_size: int, total_len: int) -> None:
+    """Slots that are reserved and not written yet, say."""
+    inputs = build(case("reserved", (144,), (20,), (1, 1), head_dim=64, page_size=page_size, total_lens=(total_len,)))
+    for token in range(total_len, 144):
+        place = inputs.indices[token // page_size], token % page_size
+        inputs.k_pages[place] = inputs.v_pages[place] = np.nan
+        inputs.k[0][token] = inputs.v[0][token] = 0
+    run(inputs)
+
+
 LATE = """
 struct LateBox { shared_address target; const TensorMap* map; int first; int last; shared_address barrier; };
 static LateBox late[4096];

@@ -15,7 +15,7 @@ struct WarpParams {
     u32* tickets;       // [32]     what atomic_inc_acq_rel gave each lane
     const float4* sums; // [1]
     float* loaded;      // [7]      sums by load_global_cg of float4, float2, float
-    float* moved;       // [6]      sums by load_global and store_global of float4, float2
+    float* moved;       // [6]      sums by load_global of float4, float2
     int valid_rows;
 };
 
@@ -62,9 +62,9 @@ extern "C" __global__ void warp_wrappers(const __grid_constant__ WarpParams p) {
         const float2 two = load_global_cg((const float2*)p.sums);
         const float loaded[7] = {four.x, four.y, four.z, four.w, two.x, two.y, load_global_cg((const float*)p.sums)};
         for (int i = 0; i < 7; ++i) p.loaded[i] = loaded[i];
-        const u64 first = cache_policy(Evict::FIRST), last = cache_policy(Evict::LAST);
-        store_global((float4*)p.moved, load_global(p.sums, first), last);
-        store_global((float2*)p.moved + 2, load_global((const float2*)p.sums, first), last);
+        const u64 first = cache_policy(Evict::FIRST);
+        *(float4*)p.moved = load_global(p.sums, first);
+        *((float2*)p.moved + 2) = load_global((const float2*)p.sums, first);
     }
 }
 
