@@ -411,11 +411,6 @@ MUTATIONS = [
         "return *simt::aligned<float2>(pointer);", "return {simt::aligned<float2>(pointer)->x, 0.f};",
         warp_wrappers,
     ),
-    Mutation(
-        "load_global.cuh", "a store that goes nowhere",
-        "*simt::aligned<T>(pointer) = value;", "",
-        warp_wrappers,
-    ),
     Mutation("mma.cuh", "neighbouring columns swapped", "->x)[pair]", "->x)[pair ^ 1]", warp_wrappers),
     Mutation(
         "mma.cuh", "a matrix transposed in blocks",
