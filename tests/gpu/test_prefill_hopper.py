@@ -41,7 +41,7 @@ def run(inputs: cases.Inputs) -> tuple[int, int]:
     largest = float(np.abs(right_lse[np.isfinite(right_lse)]).max(initial=0))
     cases.assert_close(
         out.get(), right_out, lse.get(), right_lse,
-        tolerance=cases.OUT_TOLERANCE[inputs.case.dtype], lse_tolerance=cases.LSE_TOLERANCE + 2e-6 * largest,
+        tolerance=cases.OUT_TOLERANCE[inputs.case.dtype], lse_tolerance=cases.LSE_TOLERANCE + 4e-6 * largest,
     )  # fmt: skip
     claims = attention._plan._buffers.get("claims")
     if claims is None:

@@ -121,7 +121,7 @@ def run(
     largest = np.abs(right_lse[np.isfinite(right_lse)]).max(initial=0.0)
     assert_close(
         out[:rows], right_out, lse[:rows], right_lse,
-        tolerance=OUT_TOLERANCE[case.dtype], lse_tolerance=(1e-3 if case.logits_soft_cap else 1e-4) + 2e-6 * largest,
+        tolerance=OUT_TOLERANCE[case.dtype], lse_tolerance=(1e-3 if case.logits_soft_cap else 1e-4) + 4e-6 * largest,
     )  # fmt: skip
     assert (out[rows:] == 0).all()
     assert np.isneginf(lse[rows:]).all()
