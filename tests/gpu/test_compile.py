@@ -1,5 +1,8 @@
 """What RawModule builds for this card is what the matrix of tests/nvrtc.py sees without one: the same registers."""
 
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import pytest
 
 from paged_attn import compile as kernels
@@ -15,6 +18,17 @@ def builds_of_this_card() -> list[Build]:
     return [build for build in matrix((arch,)) if build.constants.get("HEAD_DIM", 128) == 128]
 
 
+@pytest.fixture(scope="module")
+def built() -> Iterator[dict[Build, Future[tuple[str, list[kernels.Kernel]]]]]:
+    """The log of each build, and its kernels as CuPy has built them: NVRTC works on many at a time."""
+
+    def both(build: Build) -> tuple[str, list[kernels.Kernel]]:
+        return compile_build(build), [kernels.kernel(name, "cuda:0", **build.constants) for name in build.kernels]
+
+    with ThreadPoolExecutor() as pool:
+        yield {build: pool.submit(both, build) for build in builds_of_this_card()}
+
+
 def test_one_nvrtc() -> None:
     """The registers of two NVRTCs need not agree."""
     from cuda.bindings import nvrtc
@@ -24,9 +38,8 @@ def test_one_nvrtc() -> None:
 
 
 @pytest.mark.parametrize("build", builds_of_this_card(), ids=str)
-def test_cupy_builds_the_same(build: Build) -> None:
-    log = compile_build(build)
-    for name in build.kernels:
-        function = kernels.kernel(name, "cuda:0", **build.constants)._function
-        assert function.num_regs == registers(log, name), name
-        assert function.local_size_bytes == 0, f"{name} spills"
+def test_cupy_builds_the_same(build: Build, built: dict[Build, Future[tuple[str, list[kernels.Kernel]]]]) -> None:
+    log, of_cupy = built[build].result()
+    for kernel in of_cupy:
+        assert kernel._function.num_regs == registers(log, kernel.name), kernel.name
+        assert kernel._function.local_size_bytes == 0, f"{kernel.name} spills"

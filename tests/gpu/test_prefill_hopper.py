@@ -32,7 +32,10 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(inputs: cases.Inputs) -> tuple[int, int]:
-    """Plan and run; the answer is checked, lse to what float32 gives at its size. The two counts; 0 on other cards."""
+    """Plan and run; the answer is checked. The two counts; 0 on other cards.
+
+    Tensor cores truncate the sums of a score: large ones are off by some millionths of their size, weights by as much.
+    """
     attention = pa.BatchPrefillWithPagedKVCache()
     kv = inputs.kv(on_gpu)
     attention.plan(kv, inputs.table(on_gpu), on_gpu(inputs.qo_indptr), inputs.case.num_qo_heads, **inputs.options())
@@ -41,7 +44,8 @@ def run(inputs: cases.Inputs) -> tuple[int, int]:
     largest = float(np.abs(right_lse[np.isfinite(right_lse)]).max(initial=0))
     cases.assert_close(
         out.get(), right_out, lse.get(), right_lse,
-        tolerance=cases.OUT_TOLERANCE[inputs.case.dtype], lse_tolerance=cases.LSE_TOLERANCE + 4e-6 * largest,
+        tolerance=cases.OUT_TOLERANCE[inputs.case.dtype] + 4e-6 * largest,
+        lse_tolerance=cases.LSE_TOLERANCE + 4e-6 * largest,
     )  # fmt: skip
     claims = attention._plan._buffers.get("claims")
     if claims is None:
