@@ -25,7 +25,7 @@ GPU_TESTS = ROOT / "tests" / "gpu"
 RESULTS = GPU_TESTS / "results.json"
 PACKAGES = ("numpy", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc", "jax")
 
-OUTCOMES = pytest.StashKey[dict[str, Counter[str]]]()
+OUTCOMES = "outcomes of gpu tests"
 
 
 def gpu_is_required() -> bool:
@@ -62,10 +62,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         if report.skipped and gpu_is_required() and not hasattr(report, "wasxfail"):
             report.outcome = "failed"
             report.longrepr = f"a gpu test was skipped, and PA_REQUIRE_GPU=1: {report.longrepr}"
-        if report.when == "call" or not report.passed:
-            name = item.nodeid.partition("[")[0]
-            outcome = "error" if report.failed and report.when != "call" else report.outcome
-            item.config.stash.setdefault(OUTCOMES, {}).setdefault(name, Counter())[outcome] += 1
     return report
 
 
@@ -83,8 +79,24 @@ def pytest_make_collect_report(
 # -- the evidence ----------------------------------------------------------------------------------------------------
 
 
+class Outcomes:
+    """How often each gpu test passed, failed and so on; the same where pytest-xdist runs them in several processes."""
+
+    def __init__(self) -> None:
+        self.tests: dict[str, Counter[str]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if "gpu" in report.keywords and (report.when == "call" or not report.passed):
+            outcome = "error" if report.failed and report.when != "call" else report.outcome
+            self.tests.setdefault(report.nodeid.partition("[")[0], Counter())[outcome] += 1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Outcomes(), OUTCOMES)
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    outcomes = config.stash.get(OUTCOMES, {})
+    outcomes = config.pluginmanager.get_plugin(OUTCOMES).tests
     total = sum(outcomes.values(), Counter())
     if total["passed"] + total["failed"]:
         RESULTS.write_text(json.dumps(evidence(outcomes, total), indent=1) + "\n")

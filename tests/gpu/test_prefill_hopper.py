@@ -69,7 +69,8 @@ def test_scores_of_every_kind(scores: str, dtype: str, head_dim: int, counting: 
         assert (scaled, repeated) == (0, 0)
     if is_hopper():
         assert scores != "falling" or scaled > 0
-        assert scores != "falling_fast" or repeated > 0
+        # A wide head_dim has blocks of half as many tokens, and what falls from one to the next is less.
+        assert scores != "falling_fast" or (repeated if head_dim <= 128 else scaled) > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
