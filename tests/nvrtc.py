@@ -152,7 +152,12 @@ def matrix(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Build]:
 
 
 def compile_text(source: str, arch: str, constants: Mapping[str, Any]) -> str:
-    """Compiles a text to a cubin as CuPy does; the log, with ptxas's report. Raises ValueError with the messages."""
+    """The log of compile_cubin."""
+    return compile_cubin(source, arch, constants)[0]
+
+
+def compile_cubin(source: str, arch: str, constants: Mapping[str, Any]) -> tuple[str, bytes]:
+    """Compiles a text as CuPy does: the log, with ptxas's report, and the cubin. ValueError with the messages."""
     from cuda.bindings import nvrtc
 
     def check(result: tuple[Any, ...]) -> Any:
@@ -165,11 +170,14 @@ def compile_text(source: str, arch: str, constants: Mapping[str, Any]) -> str:
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program))
     check(nvrtc.nvrtcGetProgramLog(program, log))
-    check(nvrtc.nvrtcDestroyProgram(program))
     text = log.decode().strip("\0 ")
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        check(nvrtc.nvrtcDestroyProgram(program))
         raise ValueError(text)
-    return text
+    cubin = b" " * check(nvrtc.nvrtcGetCUBINSize(program))
+    check(nvrtc.nvrtcGetCUBIN(program, cubin))
+    check(nvrtc.nvrtcDestroyProgram(program))
+    return text, cubin
 
 
 def compile_build(build: Build) -> str:
