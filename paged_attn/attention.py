@@ -199,7 +199,7 @@ class _Arrays:
         if found != self._right:
             spec.check_arrays(call, q, out, lse, rows)
             self._right = found
-        spec.check_addresses(q, out)
+        spec.check_addresses(q, out, lse)
 
 
 def _decode_step(

@@ -185,11 +185,12 @@ def _check_vector(array: Any, name: str, dtype: np.dtype, length: int | None, me
             f"{name} must be contiguous, got a stride of {array.strides[0]} bytes for {dtype}; "
             f"pass np.ascontiguousarray({name})"
         )
+    _check_base(array, name, dtype.itemsize)
 
 
 def _check_strides(array: Any, name: str, *, aligned: bool = True) -> None:
     """The last axis is contiguous. On a GPU base and strides are multiples of 16 bytes where kernels load that much
-    at once (`aligned`). Strides of axes of extent 1 are free."""
+    at once (`aligned`), else of an element. Strides of axes of extent 1 are free."""
     shape, strides, dtype = array.shape, array.strides, array.dtype
     if 0 in shape:
         return
@@ -199,15 +200,15 @@ def _check_strides(array: Any, name: str, *, aligned: bool = True) -> None:
             f"{dtype} has {dtype.itemsize} ({name}.shape={shape}); pass a contiguous copy, np.ascontiguousarray({name})"
         )
     unit = 1
-    if aligned and not isinstance(array, np.ndarray):
-        _check_base(array, name)
-        unit = ALIGNMENT
+    if not isinstance(array, np.ndarray):
+        unit = ALIGNMENT if aligned else dtype.itemsize
+        _check_base(array, name, unit)
     for axis, stride in enumerate(strides[:-1]):
         if (stride < 0 or stride % unit) and shape[axis] > 1:
-            _refuse_stride(array, name, axis)
+            _refuse_stride(array, name, axis, unit)
 
 
-def _refuse_stride(array: Any, name: str, axis: int) -> None:
+def _refuse_stride(array: Any, name: str, axis: int, unit: int) -> None:
     stride = array.strides[axis]
     if stride < 0:
         raise ValueError(
@@ -215,19 +216,18 @@ def _refuse_stride(array: Any, name: str, axis: int) -> None:
             f"pass a contiguous copy, np.ascontiguousarray({name})"
         )
     raise ValueError(
-        f"{name} has a stride of {stride} bytes along axis {axis}, no multiple of {ALIGNMENT} (the kernels load "
-        f"{ALIGNMENT} at once; {name}.shape={array.shape}, {array.dtype}); pad the axes inside it to multiples of "
-        f"{ALIGNMENT // array.dtype.itemsize} elements, or pass a copy"
+        f"{name} has a stride of {stride} bytes along axis {axis}, no multiple of {unit} (the kernels load "
+        f"{unit} at once; {name}.shape={array.shape}, {array.dtype}); pad the axes inside it to multiples of "
+        f"{unit // array.dtype.itemsize} elements, or pass a copy"
     )
 
 
-def _check_base(array: Any, name: str) -> None:
-    """A GPU array begins at a multiple of 16 bytes."""
-    base = array.data.ptr
-    if base % ALIGNMENT:
+def _check_base(array: Any, name: str, unit: int = ALIGNMENT) -> None:
+    """A GPU array begins at a multiple of `unit` bytes."""
+    if not isinstance(array, np.ndarray) and array.data.ptr % unit:
         raise ValueError(
-            f"{name} begins at address {base:#x}, which is no multiple of {ALIGNMENT} bytes (the kernels load "
-            f"{ALIGNMENT} at once); pass a view that begins at a multiple of it, or a copy"
+            f"{name} begins at address {array.data.ptr:#x}, which is no multiple of {unit} bytes (the kernels load "
+            f"{unit} at once); pass a view that begins at a multiple of it, or a copy"
         )
 
 
@@ -690,13 +690,15 @@ def form_of(array: Any) -> tuple[Any, ...] | None:
     return None if array is None else (array.shape, array.strides, array.dtype, array.device)
 
 
-def check_addresses(q: Any, out: Any) -> None:
-    """Where the q and out of a run begin, on a GPU."""
+def check_addresses(q: Any, out: Any, lse: Any) -> None:
+    """Where the q, out and lse of a run begin, on a GPU."""
     if isinstance(q, np.ndarray) or not q.shape[0]:
         return
     _check_base(q, "q")
     if out is not None:
         _check_base(out, "out")
+    if lse is not None:
+        _check_base(lse, "lse", lse.dtype.itemsize)
 
 
 def _check_same_pool(spec: AttentionSpec, kv: "PagedKV") -> None:
@@ -750,12 +752,14 @@ def _check_results(
             raise TypeError(f"out must be {allowed}, got {out.dtype}; make it empty(shape, dtype={dtypes[0]})")
         _check_device(out, "out", device, source)
         _check_contiguous(out, "out")
+        _check_base(out, "out", out.dtype.itemsize)
     if lse is not None:
         _check_shape(lse, "lse", shape[:-1], f"as {source} without its last axis")
         if lse.dtype != _FLOAT32:
             raise TypeError(f"lse must be float32, got {lse.dtype}; make it empty(shape, dtype=np.float32)")
         _check_device(lse, "lse", device, source)
         _check_contiguous(lse, "lse")
+        _check_base(lse, "lse", _FLOAT32.itemsize)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -815,6 +819,7 @@ def check_merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any, base: Any, out: An
         _check_dtype(array, name, _FLOAT32)
         _check_shape(array, name, v_a.shape[:-1], "[rows, heads], as v_a without its last axis")
         _check_device(array, name, device, "v_a")
+        _check_base(array, name, _FLOAT32.itemsize)
     _check_results(out, lse, v_a.shape, (v_a.dtype, *FLOAT_DTYPES.values()), "v_a", device)
     return number
 
@@ -829,6 +834,7 @@ def check_merge_states(v: Any, s: Any, base: Any, out: Any, lse: Any) -> float:
     _check_shape(s, "s", v.shape[:-1], "[rows, num_states, heads], as v without its last axis")
     device = device_of(v)
     _check_device(s, "s", device, "v")
+    _check_base(s, "s", _FLOAT32.itemsize)
     rows, _, heads, dim = v.shape
     _check_results(out, lse, (rows, heads, dim), (v.dtype, *FLOAT_DTYPES.values()), "v without num_states", device)
     return number

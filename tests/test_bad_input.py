@@ -1392,13 +1392,15 @@ class TwoDevices:
         self.kv = pa.PagedKV(self.gpu(6, 4, 2, 16), self.gpu(6, 4, 2, 16), layout="NHD")
         self.q = self.gpu(2, 4, 16)
 
-    def gpu(self, *shape: int, dtype: Any = np.float16, padding: int = 0, shift: int = 0) -> Any:
+    def gpu(self, *shape: int, dtype: Any = np.float16, padding: int = 0, shift: float = 0) -> Any:
         """Zeros on the GPU, `shift` elements into a buffer and with `padding` elements behind each last axis."""
         *leading, last = shape
         count = int(np.prod(leading, dtype=int)) * (last + padding)
-        flat = (np if self.xp is None else self.xp).zeros(count + shift, dtype)
-        array = flat[shift:].reshape(*leading, last + padding)[..., :last]
-        return FakeGpuArray(array, 4096 + shift * array.itemsize) if self.xp is None else array
+        itemsize = np.dtype(dtype).itemsize
+        skipped = int(shift * itemsize)
+        flat = (np if self.xp is None else self.xp).zeros(count * itemsize + skipped, np.uint8)
+        array = flat[skipped:].view(dtype).reshape(*leading, last + padding)[..., :last]
+        return FakeGpuArray(array, 4096 + skipped) if self.xp is None else array
 
     def table(self) -> pa.PageTable:
         return pa.PageTable(*(self.gpu(n, dtype=np.int32) for n in (3, 3, 2)), page_size=4)
@@ -1525,6 +1527,21 @@ TWO_DEVICES: dict[str, tuple[Callable[[TwoDevices], Any], type[Exception], tuple
         lambda w: pa.decode(w.q, w.kv, w.host.table, out=w.gpu(2, 4, 16, shift=3)),
         ValueError,
         ("out begins at address 0x", "no multiple of 16 bytes", "or a copy"),
+    ),
+    "base of lse": (
+        lambda w: pa.decode(w.q, w.kv, w.host.table, lse=w.gpu(2, 4, dtype=np.float32, shift=0.5)),
+        ValueError,
+        ("lse begins at address 0x", "no multiple of 4 bytes", "or a copy"),
+    ),
+    "base of slots": (
+        lambda w: pa.append(w.kv, w.gpu(3, dtype=np.int64, shift=0.5), w.gpu(3, 2, 16), w.gpu(3, 2, 16)),
+        ValueError,
+        ("slots begins at address 0x", "no multiple of 8 bytes", "or a copy"),
+    ),
+    "base of s": (
+        lambda w: pa.merge_states(w.gpu(3, 4, 4, 16), w.gpu(3, 4, 4, dtype=np.float32, shift=0.25)),
+        ValueError,
+        ("s begins at address 0x", "no multiple of 4 bytes", "or a copy"),
     ),
     "stride of k": (
         lambda w: pa.append(w.kv, w.host.slots, w.gpu(3, 2, 16, padding=1), w.gpu(3, 2, 16)),
