@@ -590,7 +590,8 @@ class Plan:
             _memory, addresses = _addresses_of(_arrays_of(table, qo_indptr), device)
             num_indices = table.indices.size
             num_requests = batch_size if self._max_batch_size is None else self._max_batch_size
-            max_pages = num_indices if self._max_pages is None else self._max_pages
+            # Without a capacity there is room to grow: a step with a page more is prepared already.
+            max_pages = 1 << num_indices.bit_length() if self._max_pages is None else self._max_pages
             shape = (spec, table.page_stride, num_requests, max_pages)
             if self._shape != shape:
                 before = dict(self._buffers)
