@@ -136,6 +136,8 @@ class Bench:
     dtype: str = "float16"
     reps: int = 30
     work: str | None = None  # the figure that counts a case's work, for comparison with its bases
+    flags: tuple[str, ...] = ()  # those of FLAGS that it knows
+    has_peers: bool = True
 
     def cases(self) -> dict[str, Any]:
         """All cases by name; a case may be in several groups."""
@@ -155,6 +157,7 @@ BENCHES = {
             **COMPARED,
         },
         work="kv_mb",
+        flags=FLAGS,
     ),
     "grid": Bench(
         {HEADLINE: BENCH_GRID},
@@ -167,6 +170,7 @@ BENCHES = {
             f"run / ({BOUND_FLOORS} floor + {BOUND_US:.0f} us)": _ratio("over_bound"),
         },
         reps=7,
+        flags=FLAGS,
     ),
     "layers": Bench(
         {HEADLINE: BENCH_LAYERS},
@@ -180,6 +184,8 @@ BENCHES = {
             "run / floors": _ratio("ratio"),
             f"(run - {ALLOWED_US:.0f} us a layer) / floors": _ratio("over_allowed"),
         },
+        flags=("combined", "batch_invariant"),
+        has_peers=False,
     ),
     "prefill": Bench(
         {HEADLINE: BENCH_PREFILL, **BENCH_PREFILL_MORE},
@@ -192,6 +198,7 @@ BENCHES = {
         },
         dtype="bfloat16",
         work="gflop",
+        flags=FLAGS,
     ),
     "merge": Bench(
         {HEADLINE: BENCH_MERGE},
@@ -215,7 +222,7 @@ BENCHES = {
             "host us": _host,
         },
     ),
-    "host": Bench({HEADLINE: HOST}, measure_host, {"host us (p10 - p90)": _spread("host_us")}),
+    "host": Bench({HEADLINE: HOST}, measure_host, {"host us (p10 - p90)": _spread("host_us")}, has_peers=False),
     "cold": Bench(
         {HEADLINE: COLD},
         measure_cold,
@@ -224,6 +231,7 @@ BENCHES = {
             "warm cache s": _spread("warm_s"),
             "import cupy + context s": _spread("import_cupy_and_context_s"),
         },
+        has_peers=False,
     ),
 }
 
@@ -325,6 +333,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     ):
         if unknown := sorted(set(chosen) - set(known)):
             parser.error(f"unknown {what} {', '.join(unknown)}; there are {', '.join(known)}")
+    unknown = [f"--{name.replace('_', '-')}" for name in FLAGS if getattr(options, name) and name not in bench.flags]
+    unknown += ["--peer"] if options.peer and not bench.has_peers else []
+    if unknown:
+        parser.error(f"{options.bench} knows no {', '.join(unknown)}")
     options.reps = bench.reps if options.reps is None else options.reps
     options.dtype = options.dtype or [bench.dtype]
     if min(options.reps, *options.page_size) < 1:

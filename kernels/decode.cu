@@ -24,7 +24,7 @@
 //          fastest, so that CTAs which run together read neighbouring memory. The hardware hands out CTAs, the longest
 //          items first, which evens out SMs of unequal bandwidth better than any equal split.
 //   warp   an independent pipeline over tiles of 16 tokens: tile = (i * WARPS + warp) * num_splits + split.
-//          No barrier of the block before the end.
+//          No barrier of the block before the end but that of Q_IN_SHARED.
 //   shared memory, per warp: one K tile and one V tile (shared_rows.cuh). K of tile i+1 loads while tile i does its
 //          softmax and V, V of tile i+1 while tile i+1 does its scores. At the end the same bytes hold the warp's O.
 //   Q      in registers, as operands of the products; with Q_IN_SHARED in shared memory, once for all warps, which wait
@@ -129,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     index /= p.num_kv_heads;
     const int column_block = index % p.column_blocks;
     const DecodeItem work = p.items[index / p.column_blocks];
-    // While the item is on its way, so are the page ids of all requests: 4 KiB a CTA, a line a lane of its first warp
+    // While the item is on its way, so are the plan's page ids, 4 KiB a CTA: a line for each lane of its first warp
     // (H100, 1 x 4096, 32/8 heads: 13.73 us, without 14.05).
     const i64 own_id = (i64(blockIdx.x) * 32 + threadIdx.x) * 32;
     if (warp == 0 && own_id < p.num_page_ids) prefetch_to_l2(p.page_ids + own_id);
@@ -373,7 +373,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             total += __shfl_xor_sync(~0u, total, 8);
             total += __shfl_xor_sync(~0u, total, 16);
             if (quad == 0) {
-                states[warp * COLUMNS + c].x = max[n][i];
+                // A column of NaN has no maximum, but is not empty.
+                states[warp * COLUMNS + c].x = max[n][i] == -INF && total != 0.f ? 0.f : max[n][i];
                 states[warp * COLUMNS + c].y = total;
             }
 #pragma unroll

@@ -106,7 +106,7 @@ struct StateList {
 };
 
 // One warp, one (row, head): its states into out[HEAD_DIM] and *lse, turns * SIDE of them in a batch. Streamed: v, read
-// once, leaves L2 first, and out, which the next kernel reads, last.
+// once, leaves L2 first.
 template <int turns, bool streamed>
 __device__ __forceinline__ void merge(const StateList& states, int num_states, float log2_of_base, Out* out,
                                       float* lse) {

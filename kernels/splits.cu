@@ -71,7 +71,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
     i64 even_splits = 1, tokens_a_split = INT_LARGEST;
     if (p.fixed_splits > 0) even_splits = p.fixed_splits;
     else if (ragged) {
-        const i64 piece = tokens * p.ctas_an_item / p.ragged_ctas;
+        // Rounded up: pieces that were too small would be too many for extra_items.
+        const i64 piece = (tokens * p.ctas_an_item + p.ragged_ctas - 1) / p.ragged_ctas;
         tokens_a_split = clamp((piece + 127) / 128 * 128, 256, INT_LARGEST);
     } else if (ctas < p.whole_ctas && busy > 0) {
         even_splits = p.split_ctas / ctas;

@@ -7,14 +7,15 @@ Nothing here looks at sequence lengths. What depends on them is decided on the d
 import functools
 from dataclasses import dataclass
 
-# With this many (request, KV head) pairs, requests of about equal length stay whole; by the columns of the kernel.
+# With this many CTAs, one for each request, KV head and block of columns, requests of about equal length stay whole; by
+# the columns of the kernel. Fewer share SPLIT_CTAS, so 65 is as good as 128: up to 64 of them are halved.
 WHOLE_CTAS = {
     8: 64,  # 64 CTAs saturate memory (an early form of the kernel, 64 pairs: 56.5 us whole, 57.4 us halved)
     # A wide product takes longer for every byte, and 64 CTAs fall behind (64 x 4096, 16/1 heads: 54.9 us whole, 53.5
     # halved; where an SM has room for one CTA only, 57.2 and 55.0). More columns follow suit, unmeasured.
-    16: 128,
-    24: 128,
-    32: 128,
+    16: 65,
+    24: 65,
+    32: 65,
 }
 # With fewer they are split into this many CTAs: with less, SMs are idle, and more only add partial states to merge
 # (1 x 4096, 32/8 heads: 13.7 us, with 64 CTAs 14.4, 192: 14.6, 256: 15.0; 64 x 4096, 16/1 heads: 53.5, 256: 54.1).

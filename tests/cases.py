@@ -226,11 +226,18 @@ LSE_TOLERANCE, LSE_TOLERANCE_SOFT_CAP = 1e-4, 1e-3
 
 
 def assert_close(
-    out: Any, expected: Any, lse: Any = None, expected_lse: Any = None, *, tolerance: float, lse_tolerance: float = 1e-4
+    out: Any,
+    expected: Any,
+    lse: Any = None,
+    expected_lse: Any = None,
+    *,
+    tolerance: float | np.ndarray,
+    lse_tolerance: float | np.ndarray = 1e-4,
 ) -> None:
     """Raise unless inf and NaN stand at the same places and every row (last axis) has ||err|| <= tolerance * ||row||.
 
     Absolute tolerances would hide a skipped page in a long sequence. lse is compared by value, within lse_tolerance.
+    Both may be arrays, a number for each row.
     """
     out, expected = np.asarray(out, np.float64), np.asarray(expected, np.float64)
     assert out.shape == expected.shape, f"out has shape {out.shape}, expected {expected.shape}"
@@ -242,7 +249,7 @@ def assert_close(
         row = np.unravel_index(np.argmax(np.where(wrong, error / np.maximum(norm, 1e-9), 0)), wrong.shape)
         raise AssertionError(
             f"{np.count_nonzero(wrong)} of {wrong.size} rows are off; worst is row {tuple(map(int, row))}: "
-            f"||err|| = {error[row]:.3g}, ||expected|| = {norm[row]:.3g}, tolerance {tolerance:.3g}"
+            f"||err|| = {error[row]:.3g}, ||expected|| = {norm[row]:.3g}, tolerance {np.max(tolerance):.3g}"
         )
     if lse is None:
         return
@@ -250,7 +257,7 @@ def assert_close(
     assert lse.shape == expected_lse.shape, f"lse has shape {lse.shape}, expected {expected_lse.shape}"
     _assert_same_specials(lse, expected_lse, "lse")
     error = np.abs(_finite_difference(lse, expected_lse))
-    assert (error <= lse_tolerance).all(), f"lse is off by {error.max():.3g}, tolerance {lse_tolerance:.3g}"
+    assert (error <= lse_tolerance).all(), f"lse is off by {error.max():.3g}, tolerance {np.max(lse_tolerance):.3g}"
 
 
 def _finite_difference(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -58,7 +58,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if item.get_closest_marker("gpu"):
+    report.needs_gpu = item.get_closest_marker("gpu") is not None
+    if report.needs_gpu:
         if report.skipped and gpu_is_required() and not hasattr(report, "wasxfail"):
             report.outcome = "failed"
             report.longrepr = f"a gpu test was skipped, and PA_REQUIRE_GPU=1: {report.longrepr}"
@@ -86,7 +87,7 @@ class Outcomes:
         self.tests: dict[str, Counter[str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if "gpu" in report.keywords and (report.when == "call" or not report.passed):
+        if getattr(report, "needs_gpu", False) and (report.when == "call" or not report.passed):
             outcome = "error" if report.failed and report.when != "call" else report.outcome
             self.tests.setdefault(report.nodeid.partition("[")[0], Counter())[outcome] += 1
 

@@ -493,6 +493,9 @@ def test_the_command_line_takes_groups_and_each_case_once() -> None:
         ["decode", "--reps", "0"],
         ["decode", "--peer", "flashinfer,nobody"],
         ["merge", "--plot"],
+        ["merge", "--combined"],
+        ["layers", "--lse"],
+        ["layers", "--peer", "flashinfer"],
         ["sort"],
     ],
 )

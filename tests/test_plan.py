@@ -416,14 +416,15 @@ def test_split_rules_know_every_kernel_of_decode() -> None:
     shapes = [planner.decode_shape(1, rows, head_dim) for rows in range(1, 41) for head_dim in range(16, 257, 16)]
     assert {shape.columns for shape in shapes} == set(planner.WHOLE_CTAS)
     for shape in shapes:
-        for num_kv_heads in (1, 8, 200):
-            splits = planner.decode_splits(64, num_kv_heads, shape, False)
-            assert splits.ctas_an_item == num_kv_heads * shape.column_blocks
-            assert splits.whole_ctas == planner.WHOLE_CTAS[shape.columns]
+        for num_kv_heads in (1, 2, 3, 8, 200):
+            ctas_an_item = num_kv_heads * shape.column_blocks
+            whole_ctas = planner.WHOLE_CTAS[shape.columns]
+            assert whole_ctas <= planner.SPLIT_CTAS
             # What is not left whole has an item for each of its splits.
-            busy = (splits.whole_ctas - 1) // splits.ctas_an_item
-            if busy:
-                assert busy * (planner.SPLIT_CTAS // (busy * splits.ctas_an_item) - 1) <= splits.extra_items
+            for busy in range(1, (whole_ctas - 1) // ctas_an_item + 1):
+                splits = planner.decode_splits(busy, num_kv_heads, shape, False)
+                assert (splits.ctas_an_item, splits.whole_ctas) == (ctas_an_item, whole_ctas)
+                assert busy * (planner.SPLIT_CTAS // (busy * ctas_an_item) - 1) <= splits.extra_items
 
 
 @pytest.mark.parametrize("columns", [8, 16])

@@ -474,7 +474,7 @@ def merge_states(v: Any, s: Any, out: Any, lse: Any, base: float) -> None:
     rows, num_states, heads, _ = v.shape
     if not rows * heads:
         return
-    row_major = num_states > 3  # else a lane has one load or two, as in merge_state, where the other order is better
+    row_major = num_states > 3  # with few states the other order is better, as merge_state has shown
     _merge("merge_states", (v,), rows, heads, out, row_major, {
         "v": v, "s": s, "out": out, "lse": lse,
         "v_row_stride": _stride(v, 0), "v_state_stride": _stride(v, 1), "v_head_stride": _stride(v, 2),

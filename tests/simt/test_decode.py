@@ -186,6 +186,23 @@ def test_an_infinite_value_stays_infinite() -> None:
     assert np.isfinite(np.delete(out, 5, axis=-1).astype(np.float32)).all()
 
 
+@pytest.mark.parametrize("num_splits", (1, 3))
+@pytest.mark.parametrize("shape", ({"head_dim": 32}, {"head_dim": 128, "num_qo_heads": 16}), ids=str)
+def test_a_nan_is_seen(num_splits: int, shape: dict[str, int]) -> None:
+    """A warp that meets nothing but NaN has no maximum, as one that meets no key has none."""
+    case = Case("nan", (200,), page_size=16, **({"num_qo_heads": 2, "num_kv_heads": 1} | shape))
+    inputs = build(case)
+    inputs.q[0, 0, 3] = np.nan
+    out, lse, _ = run(inputs, num_splits=num_splits)
+    assert np.isnan(out[0, 0].astype(np.float32)).all() and np.isnan(lse[0, 0])
+    assert np.isfinite(out[0, 1:].astype(np.float32)).all() and np.isfinite(lse[0, 1:]).all()
+
+    inputs = build(case)
+    inputs.k_pages[inputs.indices[2]] = np.nan
+    out, lse, _ = run(inputs, num_splits=num_splits)
+    assert np.isnan(out.astype(np.float32)).all() and np.isnan(lse).all()
+
+
 def test_needles_at_every_tile_and_split_border() -> None:
     case = Case("needle", (140,), num_qo_heads=4, head_dim=32)
     for needle in sorted({*range(0, 140, 16), *range(15, 140, 16), 139}):
