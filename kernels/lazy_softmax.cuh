@@ -62,8 +62,7 @@ struct Softmax {
 // The maximum moves only when a score passes it by more than RESCALE_STEP: then, and only then, the lanes of a row agree
 // on a new one. Returns whether it did, and how much smaller old results become by it.
 template <int count>
-__device__ __forceinline__ bool raise_max(const float (&s)[count], Softmax& softmax, float (&keep)[2],
-                                          float scale) {
+__device__ __forceinline__ bool raise_max(const float (&s)[count], Softmax& softmax, float (&keep)[2], float scale) {
     float top[2];
     bool passed = false;
 #pragma unroll
@@ -92,8 +91,7 @@ __device__ __forceinline__ bool raise_max(const float (&s)[count], Softmax& soft
 
 // S becomes P; gives the sum of the thread's columns.
 template <int count>
-__device__ __forceinline__ void exponentials(float (&s)[count], const Softmax& softmax, float (&sum)[2],
-                                             float scale) {
+__device__ __forceinline__ void exponentials(float (&s)[count], const Softmax& softmax, float (&sum)[2], float scale) {
 #pragma unroll
     for (int i = 0; i < count; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -softmax.max[i / 2 % 2]));
     sum[0] = sum[1] = 0.f;

@@ -69,8 +69,8 @@ __device__ __forceinline__ u64 cache_policy(Evict evict) {
 __device__ __forceinline__ void copy_async_16(shared_address target, const void* source, bool valid, u64 policy) {
 #ifdef __CUDACC__
     const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(target),
-                 "l"(source), "r"(bytes), "l"(policy)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(target), "l"(source),
+                 "r"(bytes), "l"(policy)
                  : "memory");
 #else
     copy_async_16(target, source, valid);

@@ -5,8 +5,8 @@
 //   lse[row, head] = ln(sum_x exp(score))
 //
 // in    q         [q_rows, num_qo_heads, HEAD_DIM]    rows first_query .. first_query + num_queries are a request's
-//       k, v      pools of pages                      by tensor maps, where page_size is a multiple of 8 (tensor_map.py);
-//                                                     any, with -DGATHER=1: threads copy tokens, 16 bytes at a time
+//       k, v      pools of pages                      by tensor maps (tensor_map.py) where page_size is a multiple of 8;
+//                                                     else with -DGATHER=1: threads copy tokens, 16 bytes at a time
 //       list      the requests, cut into tiles of 128 rows (a token and a head of the group each) and their tokens into
 //                 blocks of 128, which are taken from the last one down (tile_list.cuh)
 //       page_ids  [max_pages] int                     clean: every id is inside the pool
@@ -43,21 +43,17 @@
 //
 // The softmax of a block in full view of all rows does not look for its maximum (lazy_softmax.cuh).
 //
-// In shared memory 8 tokens of a block are HEAD_DIM / 64 pieces of 8 lines of 128 bytes, swizzled: a tensor map of five
-// dimensions (64 numbers, 8 tokens, pieces, groups of 8 tokens, pages and heads) makes it so in one operation a page. A
-// second piece that is not full, as with HEAD_DIM 80, takes an operation of its own. wgmma reads K as it stands and V
-// transposed, with the descriptors of hopper.cuh. Tokens of a last page that the request does not have may be NaN: S is
-// masked by selection, V is overwritten with zeros before it is used.
+// Tokens of a last page that no row sees may be NaN: S is masked by selection, V is overwritten with zeros before it is
+// used. How all of it stands in shared memory: block_layout.cuh.
 //
-// With HEAD_DIM 256 (WIDE) O alone takes 128 registers. Then Q stays in shared memory, until the last scores of the tile
-// are done; blocks are of 64 tokens, and rings of two blocks.
+// With HEAD_DIM 256 (WIDE) O alone takes 128 registers. Then Q stays in shared memory, until the last scores of the
+// tile are done; blocks are of 64 tokens, and rings of two blocks.
+#include "block_layout.cuh"
 #include "convert.cuh"
 #include "hopper.cuh"
 #include "lazy_softmax.cuh"
 #include "load_global.cuh"
-#include "mma.cuh"
 #include "page_table.cuh"
-#include "shared_rows.cuh"
 #include "tile_list.cuh"
 #include "tile_results.cuh"
 
@@ -65,25 +61,15 @@ static_assert(HEAD_DIM == 256 || HEAD_DIM % 16 == 0 && HEAD_DIM >= 64 && HEAD_DI
 static_assert(GATHER == 0 || GATHER == 1, "GATHER must be 0 or 1");
 static_assert(SOFT_CAP == 0 || SOFT_CAP == 1, "SOFT_CAP must be 0 or 1");
 
-constexpr bool WIDE = HEAD_DIM > 128;
-constexpr int STAGES = WIDE ? 2 : 3;   // blocks of K, and of V, in shared memory
+constexpr int STAGES = WIDE ? 2 : 3;  // blocks of K, and of V, in shared memory
 constexpr int THREADS = 384;
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 static_assert(128 * PRODUCER_REGISTERS + 256 * CONSUMER_REGISTERS <= 168 * THREADS, "168 a thread at launch");
 constexpr int CONSUMER_WARPS = 8;
 
-constexpr int CHUNKS = HEAD_DIM / 8;          // of 16 bytes in a row
-constexpr int PIECES = (HEAD_DIM + 63) / 64;  // lines of 128 bytes that a row of K or V takes
-constexpr int BLOCK_BYTES = BLOCK * PIECES * 128;
-// A box holds all pieces where all are whole. Else each is a box of its own, filled up with zeros on the right.
-constexpr int BOXES = HEAD_DIM % 64 ? PIECES : 1;
-constexpr int GROUP_BYTES = PIECES / BOXES * 1024;                        // from 8 tokens to the next 8
-constexpr int PIECE_BYTES = BOXES > 1 ? BLOCK_BYTES / PIECES : 1024;      // from 64 columns to the next 64
-constexpr int K_STEPS = HEAD_DIM / 16;                                    // k-steps of Q K^T
-constexpr int V_STEPS = BLOCK / 16;                                       // k-steps of P V
-constexpr int K_OFFSET = TILE_ROWS * HEAD_DIM * 2;                        // Q stands at 0
+constexpr int K_OFFSET = TILE_ROWS * HEAD_DIM * 2;  // Q stands at 0
 constexpr int V_OFFSET = K_OFFSET + STAGES * BLOCK_BYTES;
-constexpr int LIMITS_OFFSET = V_OFFSET + STAGES * BLOCK_BYTES;    // [2] KvLimits of TILE_ROWS rows
+constexpr int LIMITS_OFFSET = V_OFFSET + STAGES * BLOCK_BYTES;   // [2] KvLimits of TILE_ROWS rows
 constexpr int TILES_OFFSET = LIMITS_OFFSET + 2 * TILE_ROWS * 8;  // [TILE_SLOTS] Tile
 constexpr int TILE_SLOTS = 4;
 constexpr int TILE_FULL = TILES_OFFSET + TILE_SLOTS * 64;  // [TILE_SLOTS], from here on mbarriers
@@ -123,8 +109,8 @@ struct PrefillHopperParams {
     float logits_soft_cap;
 };
 
-// The next tile is claimed when so many blocks of this one are not ordered yet: late, so that the long tiles at the head
-// of the list go to whoever is free, but early enough to find it meanwhile.
+// The next tile is claimed when so many blocks of this one are not ordered yet: late, so that the long tiles at the
+// head of the list go to whoever is free, but early enough to find it meanwhile.
 __device__ __forceinline__ int claims_with(const Tile& tile) { return tile.num_blocks > 8 ? 5 : 3; }
 
 // Where a ring stands: its slot, and how often that one has been used before.
@@ -135,71 +121,6 @@ struct Ring {
         if (++slot == STAGES) slot = 0, ++turn;
     }
 };
-
-// A tile's Q as a warpgroup sees it. `first_row` is the first of a warp's 16 rows.
-#if HEAD_DIM <= 128
-struct Queries {
-    u32 fragments[K_STEPS * 4];
-
-    // Byte offset in shared memory of a chunk of a row.
-    static __device__ __forceinline__ int at(int row, int chunk) { return SharedRows<CHUNKS>::at(row, chunk); }
-
-    // Into registers.
-    __device__ __forceinline__ void take(shared_address shared, int first_row) {
-        const int lane = threadIdx.x & 31;
-        const shared_address matrix = shared + at(first_row + (lane & 15), lane >> 4);
-#pragma unroll
-        for (int step = 0; step < K_STEPS; ++step) {
-            u32 loaded[4];
-            load_matrix_x4(loaded, SharedRows<CHUNKS>::advance(matrix, step));
-#pragma unroll
-            for (int i = 0; i < 4; ++i) fragments[step * 4 + i] = loaded[i];
-        }
-    }
-
-    __device__ __forceinline__ void fragment(u32 (&a)[4], int step) const {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = fragments[step * 4 + i];
-    }
-
-    // S = Q K^T
-    __device__ __forceinline__ void multiply(float (&s)[BLOCK / 2], u64 k) const {
-#pragma unroll
-        for (int step = 0; step < K_STEPS; ++step)
-            wgmma<0>(s, fragments[4 * step], fragments[4 * step + 1], fragments[4 * step + 2], fragments[4 * step + 3],
-                     k + (step / 4 * PIECE_BYTES + step % 4 * 32) / 16, step > 0);
-    }
-};
-#else
-struct Queries {
-    static constexpr int QUARTER_BYTES = TILE_ROWS * 128;  // 64 columns of all rows: lines of 128 bytes, swizzled
-    shared_address rows;  // where the warpgroup's 64 rows begin
-    int warp_row;         // where among them the warp's 16 do
-
-    static __device__ __forceinline__ int at(int row, int chunk) {
-        return chunk / 8 * QUARTER_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16;
-    }
-
-    __device__ __forceinline__ void take(shared_address shared, int first_row) {
-        warp_row = first_row % 64;
-        rows = shared + (first_row - warp_row) * 128;
-        fence_shared_for_async();
-    }
-
-    __device__ __forceinline__ void fragment(u32 (&a)[4], int step) const {
-        const int lane = threadIdx.x & 31;
-        load_matrix_x4(a, rows + at(warp_row + (lane & 15), step * 2 + (lane >> 4)));
-    }
-
-    __device__ __forceinline__ void multiply(float (&s)[BLOCK / 2], u64 k) const {
-        const shared_address q = opaque(rows);
-#pragma unroll
-        for (int step = 0; step < K_STEPS; ++step)
-            wgmma_shared(s, matrix_descriptor(q + step / 4 * QUARTER_BYTES + step % 4 * 32, 0, 1024),
-                         k + (step / 4 * PIECE_BYTES + step % 4 * 32) / 16, step > 0);
-    }
-};
-#endif
 
 // -- warp 0 ------------------------------------------------------------------------------------------------------------
 
@@ -227,8 +148,8 @@ __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* t
 
 // -- warps 1 and 2 -----------------------------------------------------------------------------------------------------
 
-// Keeps the ring at `ring_offset` filled with blocks of one pool. A block comes in parts, some of them a lane's: boxes, or
-// with GATHER single tokens. A part of which no token is seen becomes zeros.
+// Keeps the ring at `ring_offset` filled with blocks of one pool. A block comes in parts, some of them a lane's: boxes,
+// or with GATHER single tokens. A part of which no token is seen becomes zeros.
 __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const Pool& pool, const Tile* tiles,
                                              shared_address shared, int ring_offset, int full, int empty, bool asks) {
     constexpr int OWN = GATHER ? BLOCK / 32 : 1;  // parts of a lane: numbers lane, lane + 32, ...
@@ -259,7 +180,8 @@ __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const
                 const int token = block + (i * 32 + lane) * tokens;
                 const int slot = token - divide(token, page_size) * int(page_size.divisor);
 #if GATHER
-                places[i] = u32(pages[i]) * pool.strides.page + slot * pool.strides.slot + tile.kv_head * pool.strides.head;
+                places[i] =
+                    u32(pages[i]) * pool.strides.page + slot * pool.strides.slot + tile.kv_head * pool.strides.head;
                 if (pages[i] < 0) places[i] = NOWHERE;
 #else
                 places[i] = pages[i] * pool.page_step + slot / 8 * pool.rows_step + tile.kv_head * pool.head_step;
@@ -311,7 +233,8 @@ __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, con
         for (int i = 0; i < TILE_ROWS / 32; ++i) {
             const int row = i * 32 + lane, token = token_of(tile, row, p.list.group_size);
             const int packed = tile.first_row + row < tile.num_rows ? tile.first_row + row : tile.num_rows - 1;
-            const int head = tile.kv_head * int(p.list.group_size.divisor) + packed - token * int(p.list.group_size.divisor);
+            const int head =
+                tile.kv_head * int(p.list.group_size.divisor) + packed - token * int(p.list.group_size.divisor);
             from[i] = u32(tile.request.first_query + token) * p.q_row_stride + u32(head) * p.q_head_stride;
             if (tile.num_rows == 0) from[i] = NOWHERE;
             seen[i] = kv_limits(token, tile.request, p.list.positions);
@@ -320,7 +243,8 @@ __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, con
 #pragma unroll
         for (int i = 0; i < TILE_ROWS / 32; ++i) {
             limits[number % 2 * TILE_ROWS + i * 32 + lane] = seen[i];
-            copy_32_rows<CHUNKS>(p.q, from[i], [&](int row, int chunk) { return shared + Queries::at(i * 32 + row, chunk); });
+            copy_32_rows<CHUNKS>(p.q, from[i],
+                                 [&](int row, int chunk) { return shared + Queries::at(i * 32 + row, chunk); });
         }
         barrier_arrive_after_copies(shared + Q_FULL);
         barrier_arrive(shared + Q_FULL);  // and after the limits
@@ -329,7 +253,6 @@ __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, con
 
 // -- warps 4 to 11 -----------------------------------------------------------------------------------------------------
 // A thread has two rows of its tile, 0 and 1: S[4 i + 2 r], S[4 i + 2 r + 1] are columns 8 i + 2 pair, + 1 of row r.
-
 
 // O += P V
 __device__ __forceinline__ void multiply_p_v(float (&o)[HEAD_DIM / 2], const u32 (&weights)[V_STEPS * 4], u64 v) {
@@ -359,7 +282,7 @@ __device__ __forceinline__ void clear_unused_tokens(unsigned char* block, int us
     const int end = (used + box_tokens - 1) / box_tokens * box_tokens;
     constexpr int CHUNKS_OF_LINES = PIECES * 8;
     for (int i = used * CHUNKS_OF_LINES + thread; i < end * CHUNKS_OF_LINES; i += 128) {
-        const int token = i / CHUNKS_OF_LINES, chunk = i % CHUNKS_OF_LINES;  // all of a line: its swizzle does not matter
+        const int token = i / CHUNKS_OF_LINES, chunk = i % CHUNKS_OF_LINES;  // whole lines, swizzled or not
         *reinterpret_cast<uint4*>(block + token / 8 * GROUP_BYTES + chunk / 8 * PIECE_BYTES + token % 8 * 128 +
                                   chunk % 8 * 16) = uint4{0, 0, 0, 0};
     }
@@ -369,7 +292,8 @@ __device__ __forceinline__ void clear_unused_tokens(unsigned char* block, int us
 __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const Tile* tiles, shared_address shared,
                                              unsigned char* shared_memory, int warpgroup) {
     const int thread = threadIdx.x & 127, lane = thread & 31, pair = lane & 3;
-    const int first_row = warpgroup * 64 + thread / 32 * 16 + lane / 4;  // the thread's rows: this one and first_row + 8
+    const int first_row =
+        warpgroup * 64 + thread / 32 * 16 + lane / 4;  // the thread's rows: this one and first_row + 8
     auto k_matrix = [&](u32 slot) { return matrix_descriptor(shared + K_OFFSET + slot * BLOCK_BYTES, 0, GROUP_BYTES); };
     auto v_matrix = [&](u32 slot) {
         return matrix_descriptor(shared + V_OFFSET + slot * BLOCK_BYTES, PIECE_BYTES, GROUP_BYTES);
@@ -482,7 +406,8 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
                     scale_down(s, softmax, added, keep);
                     count_fallback(p, 1);
                 } else {
-                    repeat_scores<K_STEPS, GROUP_BYTES, PIECE_BYTES>(s, queries, shared + K_OFFSET + k_ring.slot * BLOCK_BYTES);
+                    const shared_address k_block = shared + K_OFFSET + k_ring.slot * BLOCK_BYTES;
+                    repeat_scores<K_STEPS, GROUP_BYTES, PIECE_BYTES>(s, queries, k_block);
                     prepare_scores(block, edge);
                     keep[0] = keep[1] = 1.f;
                     raise_max(s, softmax, keep, scale);
@@ -579,8 +504,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_hopper(const __
     if (warp < 4) {
         shrink_registers<PRODUCER_REGISTERS>();
         if (warp == 0) deal_tiles(p, tiles, shared);
-        if (warp == 3)
-            gather_queries(p, tiles, shared, reinterpret_cast<KvLimits*>(shared_memory + LIMITS_OFFSET));
+        if (warp == 3) gather_queries(p, tiles, shared, reinterpret_cast<KvLimits*>(shared_memory + LIMITS_OFFSET));
         if (warp == 1 || warp == 2)
             order_blocks(p, warp == 1 ? p.k : p.v, tiles, shared, warp == 1 ? K_OFFSET : V_OFFSET,
                          warp == 1 ? K_FULL : V_FULL, warp == 1 ? K_EMPTY : V_EMPTY, warp == 1);

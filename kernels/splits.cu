@@ -69,7 +69,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
     const i64 ctas = busy * p.ctas_an_item;
     const bool ragged = *longest * busy * 4 > tokens * 5;  // the longest is a quarter longer than the mean
     i64 even_splits = 1, tokens_a_split = INT_LARGEST;
-    if (p.fixed_splits > 0) even_splits = p.fixed_splits;
+    if (p.fixed_splits > 0)
+        even_splits = p.fixed_splits;
     else if (ragged) {
         // Rounded up: pieces that were too small would be too many for extra_items.
         const i64 piece = (tokens * p.ctas_an_item + p.ragged_ctas - 1) / p.ragged_ctas;

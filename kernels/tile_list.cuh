@@ -1,16 +1,16 @@
 // tile_list: the work of a Hopper prefill, tile after tile, in the order of its requests (tiles.cu).
 //
 // The query heads of one KV head and the tokens of a request are packed into one axis of rows: packed row r is token
-// r / group_size, head r % group_size of the group. A tile is TILE_ROWS packed rows of a request and a KV head; its tokens
-// are taken in blocks of BLOCK, from the last one down, so that blocks with masked tokens come first. A tile that no
-// token is seen from has one block, all of it masked.
+// r / group_size, head r % group_size of the group. A tile is TILE_ROWS packed rows of a request and a KV head; its
+// tokens are taken in blocks of BLOCK, from the last one down, so that blocks with masked tokens come first. A tile that
+// no token is seen from has one block, all of it masked.
 #pragma once
 #include "convert.cuh"
 #include "page_table.cuh"
 
 constexpr int TILE_ROWS = 128;
 constexpr int BLOCK = HEAD_DIM > 128 ? 64 : 128;  // tokens
-constexpr int SECTION_BYTES = 6 << 20;  // of K and V: tiles that run together share what stays in L2
+constexpr int SECTION_BYTES = 6 << 20;            // of K and V: tiles that run together share what stays in L2
 
 struct TileList {
     const Request* requests;  // [num_requests + 1] the longest first; behind them a sentinel without keys, whose
@@ -26,9 +26,9 @@ struct TileList {
 struct __align__(16) Tile {
     Request request;
     int kv_head;
-    int first_row;    // packed rows [first_row, first_row + TILE_ROWS) of the request ...
-    int num_rows;     // ... which has this many of them in q
-    int begin;        // tokens [begin, end) are seen by some row
+    int first_row;  // packed rows [first_row, first_row + TILE_ROWS) of the request ...
+    int num_rows;   // ... which has this many of them in q
+    int begin;      // tokens [begin, end) are seen by some row
     int end;
     int first_block;  // blocks first_block .. first_block + num_blocks - 1 hold them
     int num_blocks;   // 0: no tile any more
@@ -41,8 +41,8 @@ __device__ __forceinline__ int token_of(const Tile& tile, int row, const FastDiv
     return divide(packed < last ? packed : last > 0 ? last : 0, group_size);
 }
 
-// How many pieces of work there are: the tiles of the planned rows, then those of the rows that q has behind them; never
-// more than such a q can have.
+// How many pieces of work there are: the tiles of the planned rows, then those of the rows that q has behind them;
+// never more than such a q can have.
 __device__ __forceinline__ int count_work(const TileList& list) {
     const Request total = list.requests[list.num_requests];
     const i64 rows_behind = list.q_rows > total.first_query ? list.q_rows - total.first_query : 0;

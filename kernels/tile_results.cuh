@@ -6,8 +6,8 @@
 #include "tile_list.cuh"
 
 struct Output {
-    void* out;   // [q_rows, num_qo_heads, HEAD_DIM] fp16/bf16 or float
-    float* lse;  // [q_rows, num_qo_heads] or null
+    void* out;       // [q_rows, num_qo_heads, HEAD_DIM] fp16/bf16 or float
+    float* lse;      // [q_rows, num_qo_heads] or null
     i64 row_stride;  // strides of out in elements
     i64 head_stride;
     int num_qo_heads;
