@@ -10,6 +10,7 @@ from paged_attn import compile as kernels
 from paged_attn import planner
 from tests.cases import DTYPES, LSE_TOLERANCE, LSE_TOLERANCE_SOFT_CAP, OUT_TOLERANCE, Case, Inputs, assert_close, build
 from tests.simt.driver import launch
+from tests.simt.requests import requests_of
 
 
 def run(
@@ -19,15 +20,9 @@ def run(
     case = inputs.case
     group_size = case.num_qo_heads // case.num_kv_heads
     shape = planner.decode_shape(case.q_len, group_size, case.head_dim)
-    batch, rows = case.batch_size, case.batch_size + spare_requests
+    rows = case.batch_size + spare_requests
     items = np.zeros((rows, num_splits), kernels.params_dtype(kernels.load_source("decode"), "DecodeItem"))
-    requests = np.zeros(rows, kernels.params_dtype(kernels.load_source("decode"), "Request"))
-    requests["first_page"][:batch] = inputs.indptr[:-1]
-    requests["num_pages"][:batch] = np.diff(inputs.indptr)
-    requests["kv_len"][:batch] = case.kv_lens
-    requests["total_len"][:batch] = [case.total_len(request) for request in range(batch)]
-    if inputs.page_offset is not None:
-        requests["page_offset"][:batch] = inputs.page_offset
+    requests = requests_of(inputs, rows)
     requests["num_queries"] = case.q_len
     requests["first_query"] = np.arange(rows) * case.q_len
     items["request"] = requests[:, None]

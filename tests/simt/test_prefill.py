@@ -10,6 +10,7 @@ from paged_attn import compile as kernels
 from paged_attn import planner
 from tests.cases import DTYPES, LSE_TOLERANCE, LSE_TOLERANCE_SOFT_CAP, OUT_TOLERANCE, Case, Inputs, assert_close, build
 from tests.simt.driver import launch
+from tests.simt.requests import requests_of
 
 
 def expected(inputs: Inputs, sm_scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -83,18 +84,10 @@ def prepare(
     """The launch of a case. A plan may have room for more requests, and q more rows, than the batch has."""
     case = inputs.case
     group_size = case.num_qo_heads // case.num_kv_heads
-    pages = np.diff(inputs.indptr)
-    batch, capacity = case.batch_size, case.batch_size + spare_requests
+    capacity = case.batch_size + spare_requests
     tile_rows = planner.prefill_shape(case.head_dim).tile_rows
     tiles = np.concatenate([[0], np.cumsum([-(-n * group_size // tile_rows) for n in case.queries])])
-    requests = np.zeros(capacity + 1, kernels.params_dtype(kernels.load_source("prefill"), "Request"))
-    requests["first_page"][:batch] = inputs.indptr[:-1]
-    requests["num_pages"][:batch] = pages
-    requests["kv_len"][:batch] = case.kv_lens
-    requests["total_len"][:batch] = [case.total_len(request) for request in range(batch)]
-    if inputs.page_offset is not None:
-        requests["page_offset"][:batch] = inputs.page_offset
-    requests["num_queries"][:batch] = case.queries
+    requests = requests_of(inputs, capacity + 1)
     requests["first_query"] = np.pad(inputs.qo_indptr, (0, spare_requests), "edge")
     requests["first_tile"] = np.pad(tiles, (0, spare_requests), "edge")
 

@@ -10,6 +10,7 @@ from paged_attn import compile as kernels
 from paged_attn import planner, tensor_map
 from tests.cases import DTYPES, OUT_TOLERANCE, SCORES, Case, Inputs, assert_close, build
 from tests.simt.driver import SimtError, launch
+from tests.simt.requests import requests_of
 from tests.simt.test_prefill import expected
 
 TILES_BYTES = 256 * 4 + 256  # shared memory of plan_tiles
@@ -41,16 +42,9 @@ def run(
     case = inputs.case
     shape = planner.prefill_hopper_shape(case.head_dim)
     assert shape is not None
-    batch, capacity = case.batch_size, case.batch_size + spare_requests
+    capacity = case.batch_size + spare_requests
     group_size = case.num_qo_heads // case.num_kv_heads
-    requests = np.zeros(capacity + 1, kernels.params_dtype(kernels.load_source("prefill_hopper"), "Request"))
-    requests["first_page"][:batch] = inputs.indptr[:-1]
-    requests["num_pages"][:batch] = np.diff(inputs.indptr)
-    requests["kv_len"][:batch] = case.kv_lens
-    requests["total_len"][:batch] = [case.total_len(request) for request in range(batch)]
-    if inputs.page_offset is not None:
-        requests["page_offset"][:batch] = inputs.page_offset
-    requests["num_queries"][:batch] = case.queries
+    requests = requests_of(inputs, capacity + 1)
     requests["first_query"] = np.pad(inputs.qo_indptr, (0, spare_requests), "edge")
     ordered = np.zeros_like(requests)
     tiles = {
