@@ -44,7 +44,7 @@ static_assert(COLUMNS % 8 == 0 && COLUMNS >= 8 && COLUMNS <= 32, "COLUMNS must b
 constexpr int WARPS = HEAD_DIM > 128 ? 4 : 8;
 constexpr int THREADS = WARPS * 32;
 // With 16 columns of 128 dims a thread has 64 registers of O and would have 32 of Q: without these, two CTAs fit an SM
-// (H100, 64 x 4096, 16/1 heads, each in two splits: 53.5 us, with Q in registers 55.0).
+// (a trial on an H100, 64 x 4096, 16/1 heads, each in two splits: 53.5 us, with Q in registers 55.0).
 #define Q_IN_SHARED (HEAD_DIM == 128 && COLUMNS == 16)
 constexpr int CTAS_PER_SM = COLUMNS == 8 || Q_IN_SHARED ? 2 : 1;
 constexpr int TILE = 16;                                 // tokens
@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const int column_block = index % p.column_blocks;
     const DecodeItem work = p.items[index / p.column_blocks];
     // While the item is on its way, so are the plan's page ids, 4 KiB a CTA: a line for each lane of its first warp
-    // (H100, 1 x 4096, 32/8 heads: 13.73 us, without 14.05).
+    // (the same trial, 1 x 4096, 32/8 heads: 13.73 us, without 14.05).
     const i64 own_id = (i64(blockIdx.x) * 32 + threadIdx.x) * 32;
     if (warp == 0 && own_id < p.num_page_ids) prefetch_to_l2(p.page_ids + own_id);
     const Request& request = work.request;
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     if (batch_index < 0 || batch_index >= p.batch) return;
 
     // The pages of a warp's first tiles are looked up before it is known what its columns see: without a window, tiles
-    // begin at token 0 (64 x 4096, 16/1 heads: 56.0 us, without 57.2). Lane l asks for token l % 16 of a tile.
+    // begin at token 0 (in that trial 56.0 us for 64 x 4096, 16/1 heads, without 57.2). Lane l asks for token l % 16.
     const int warp_first = (warp * num_splits + split) * TILE, stride = WARPS * num_splits * TILE;  // tokens
     auto page_of = [&](int first_token) -> int {
         const int page = divide(first_token + (lane & 15), p.positions.page_size);

@@ -183,8 +183,7 @@ __device__ __forceinline__ void merge(const StateList& states, int num_states, f
             Pack<Out, OUT_VEC> packed;
 #pragma unroll
             for (int i = 0; i < OUT_VEC; ++i) packed.values[i] = to_out(total[step][part + i] * scale);
-            Pack<Out, OUT_VEC>* columns = reinterpret_cast<Pack<Out, OUT_VEC>*>(out + chunk * VEC + part);
-            *columns = packed;
+            *reinterpret_cast<Pack<Out, OUT_VEC>*>(out + chunk * VEC + part) = packed;
         }
     }
 }

@@ -73,6 +73,21 @@ struct __align__(16) Request {
     int first_tile;   // prefill: its first query tile in the grid
 };
 
+// The request of a query tile, the same in all lanes: the last of requests [num_requests + 1] whose first_tile is not
+// behind it. The warp probes 32 at a time.
+__device__ __forceinline__ int find_request(const Request* requests, int num_requests, int tile) {
+    const int lane = threadIdx.x & 31;
+    int index = 0;
+    for (int span = num_requests + 1; span > 1;) {
+        const int step = (span + 31) / 32, probe = lane * step;
+        const bool reached = probe < span && requests[index + probe].first_tile <= tile;
+        const int count = __popc(__ballot_sync(~0u, reached)), skipped = count > 1 ? (count - 1) * step : 0;
+        index += skipped;
+        span = span - skipped < step ? span - skipped : step;
+    }
+    return index;
+}
+
 // A request's share of a decode launch (splits.cu): split `split` of `num_splits` of one request, with all that the
 // kernel needs to know of it in three 16-byte loads side by side.
 struct __align__(16) DecodeItem {

@@ -115,16 +115,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
     const int quad = lane >> 2, pair = lane & 3;  // an mma fragment: row quad (and quad + 8), columns 2 * pair, + 1
     const int chunk = thread % ROW_LANES, load_row = thread / ROW_LANES;
 
-    // 1. The request of this tile: the last one whose first_tile is not behind it. The warp probes 32 at a time.
+    // 1. The request of this tile.
     const int kv_head = blockIdx.x % p.num_kv_heads, tile = p.num_tiles - 1 - int(blockIdx.x) / p.num_kv_heads;
-    int index = 0;
-    for (int span = p.num_requests + 1; span > 1;) {
-        const int step = (span + 31) / 32, probe = lane * step;
-        const bool reached = probe < span && p.requests[index + probe].first_tile <= tile;
-        const int count = __popc(__ballot_sync(~0u, reached)), skipped = count > 1 ? (count - 1) * step : 0;
-        index += skipped;
-        span = span - skipped < step ? span - skipped : step;
-    }
+    const int index = find_request(p.requests, p.num_requests, tile);
     Request request = p.requests[index];
     if (index == p.num_requests) request.num_queries = p.q_rows - request.first_query;
     const i64 first_row = i64(tile - request.first_tile) * TILE_ROWS;

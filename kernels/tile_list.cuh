@@ -55,16 +55,7 @@ __device__ __forceinline__ int count_work(const TileList& list) {
 __device__ __forceinline__ Tile find_tile(const TileList& list, int work, int num_work) {
     Tile tile = {};
     if (work >= num_work) return tile;
-    // The request: the last one whose first_tile is not behind this tile. The warp probes 32 at a time.
-    const int lane = threadIdx.x & 31, position = u32(work) / u32(list.num_kv_heads);
-    int index = 0;
-    for (int span = list.num_requests + 1; span > 1;) {
-        const int step = (span + 31) / 32, probe = lane * step;
-        const bool reached = probe < span && list.requests[index + probe].first_tile <= position;
-        const int count = __popc(__ballot_sync(~0u, reached)), skipped = count > 1 ? (count - 1) * step : 0;
-        index += skipped;
-        span = span - skipped < step ? span - skipped : step;
-    }
+    const int index = find_request(list.requests, list.num_requests, u32(work) / u32(list.num_kv_heads));
     tile.request = list.requests[index];
     Request& request = tile.request;
     const int group_size = int(list.group_size.divisor);

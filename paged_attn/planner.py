@@ -8,17 +8,19 @@ import functools
 from dataclasses import dataclass
 
 # With this many CTAs, one for each request, KV head and block of columns, requests of about equal length stay whole; by
-# the columns of the kernel. Fewer share SPLIT_CTAS, so 65 is as good as 128: up to 64 of them are halved.
+# the columns of the kernel.
 WHOLE_CTAS = {
     8: 64,  # 64 CTAs saturate memory (an early form of the kernel, 64 pairs: 56.5 us whole, 57.4 us halved)
-    # A wide product takes longer for every byte, and 64 CTAs fall behind (64 x 4096, 16/1 heads: 54.9 us whole, 53.5
-    # halved; where an SM has room for one CTA only, 57.2 and 55.0). More columns follow suit, unmeasured.
+    # A wide product takes longer for every byte, and 64 CTAs fall behind: they are halved (a trial of the kernel, 64 x
+    # 4096, 16/1 heads: 54.9 us whole, 53.5 halved; where an SM has room for one CTA only, 57.2 and 55.0). More columns
+    # follow suit, unmeasured.
     16: 65,
     24: 65,
     32: 65,
 }
 # With fewer they are split into this many CTAs: with less, SMs are idle, and more only add partial states to merge
-# (1 x 4096, 32/8 heads: 13.7 us, with 64 CTAs 14.4, 192: 14.6, 256: 15.0; 64 x 4096, 16/1 heads: 53.5, 256: 54.1).
+# (the same trial, 1 x 4096, 32/8 heads: 13.7 us, with 64 CTAs 14.4, 192: 14.6, 256: 15.0; 64 x 4096, 16/1 heads: 53.5,
+# with 256 CTAs 54.1).
 SPLIT_CTAS = 128
 # Ragged requests are cut into pieces, about this many CTAs in all: eight for each that an H100 runs at a time (64
 # requests of 128 to 16000 tokens: 712.8 us; half as many pieces 723.8, a quarter 731.3, whole 741).

@@ -566,7 +566,6 @@ class Plan:
         self._buffers: dict[str, Any] = {}
         self._outgrown: list[Any] = []
         self._shape: Any = None  # what the launches were prepared for
-        self._plan_requests: compile.Launch
         self._launches: _Launches
 
     def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: Any) -> None:
