@@ -168,13 +168,13 @@ def compile_cubin(source: str, arch: str, constants: Mapping[str, Any]) -> tuple
     program = check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
     options = (*kernels.options(arch, **constants), *CUPY_OPTIONS, "--ptxas-options=-v")
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-    log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program))
+    log = bytes(check(nvrtc.nvrtcGetProgramLogSize(program)))
     check(nvrtc.nvrtcGetProgramLog(program, log))
     text = log.decode().strip("\0 ")
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         check(nvrtc.nvrtcDestroyProgram(program))
         raise ValueError(text)
-    cubin = b" " * check(nvrtc.nvrtcGetCUBINSize(program))
+    cubin = bytes(check(nvrtc.nvrtcGetCUBINSize(program)))
     check(nvrtc.nvrtcGetCUBIN(program, cubin))
     check(nvrtc.nvrtcDestroyProgram(program))
     return text, cubin

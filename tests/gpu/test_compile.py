@@ -40,6 +40,7 @@ def test_one_nvrtc() -> None:
 @pytest.mark.parametrize("build", builds_of_this_card(), ids=str)
 def test_cupy_builds_the_same(build: Build, built: dict[Build, Future[tuple[str, list[kernels.Kernel]]]]) -> None:
     log, of_cupy = built[build].result()
+    log = log or compile_build(build)  # NVRTC 13.0 among many threads was seen to lose ptxas's report
     for kernel in of_cupy:
         assert kernel._function.num_regs == registers(log, kernel.name), kernel.name
         assert kernel._function.local_size_bytes == 0, f"{kernel.name} spills"
