@@ -41,12 +41,14 @@
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM >= 16 && HEAD_DIM <= 256, "HEAD_DIM must be a multiple of 16 up to 256");
 static_assert(COLUMNS % 8 == 0 && COLUMNS >= 8 && COLUMNS <= 32, "COLUMNS must be 8, 16, 24 or 32");
 
-constexpr int WARPS = HEAD_DIM > 128 ? 4 : 8;
+static_assert(WARPS == 2 || WARPS == 4 || WARPS == 8, "WARPS must be 2, 4 or 8");
+
 constexpr int THREADS = WARPS * 32;
 // With 16 columns of 128 dims a thread has 64 registers of O and would have 32 of Q: without these, two CTAs fit an SM
 // (a trial on an H100, 64 x 4096, 16/1 heads, each in two splits: 53.5 us, with Q in registers 55.0).
 #define Q_IN_SHARED (HEAD_DIM == 128 && COLUMNS == 16)
-constexpr int CTAS_PER_SM = COLUMNS == 8 || Q_IN_SHARED ? 2 : 1;
+constexpr int WARPS_PER_SM = HEAD_DIM <= 128 && (COLUMNS == 8 || Q_IN_SHARED) ? 16 : 8;  // at least
+constexpr int CTAS_PER_SM = WARPS_PER_SM / WARPS;
 constexpr int TILE = 16;                                 // tokens
 constexpr int N_TILES = COLUMNS / 8;                     // n-tiles of the matrix products
 constexpr int K_STEPS = HEAD_DIM / 16;                   // k-steps of S, and m-tiles of O^T
@@ -205,9 +207,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     // 3. Q^T, whose B fragments for one k-step are q[step]: lane holds dims 2 * pair, + 1 (and + 8) of column quad.
     u32 q[K_STEPS][N_TILES * 2];
 #if Q_IN_SHARED
-    static_assert(COLUMNS * CHUNKS == THREADS, "a thread has one piece of Q");
-    {
-        const int c = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    static_assert(COLUMNS * CHUNKS % THREADS == 0, "a thread has whole pieces of Q");
+#pragma unroll
+    for (int i = threadIdx.x; i < COLUMNS * CHUNKS; i += THREADS) {
+        const int c = i / CHUNKS, chunk = i % CHUNKS;
         const int q_row = __shfl_sync(~0u, row, c), q_head = __shfl_sync(~0u, head, c);
         const u16* from = p.q + q_row * p.q_row_stride + q_head * p.q_head_stride + chunk * 8;
         uint4 piece = {};

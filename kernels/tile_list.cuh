@@ -11,6 +11,7 @@
 constexpr int TILE_ROWS = 128;
 constexpr int BLOCK = HEAD_DIM > 128 ? 64 : 128;  // tokens
 constexpr int SECTION_BYTES = 6 << 20;            // of K and V: tiles that run together share what stays in L2
+constexpr int LAST_TILES = 528;                   // of a section that no other request follows: some for every SM
 
 struct TileList {
     const Request* requests;  // [num_requests + 1] the longest first; behind them a sentinel without keys, whose
@@ -72,7 +73,10 @@ __device__ __forceinline__ Tile find_tile(const TileList& list, int work, int nu
     }
     constexpr int SECTION_TOKENS = SECTION_BYTES / (4 * HEAD_DIM);
     u32 heads = request.kv_len > 0 ? SECTION_TOKENS / u32(request.kv_len) : list.num_kv_heads;
-    heads = heads < 1 ? 1 : heads < u32(list.num_kv_heads) ? heads : list.num_kv_heads;
+    // The tiles of a section come longest first, too few of them would leave SMs idle at the end of the launch.
+    const u32 least = num_tiles * u32(list.num_kv_heads) == u32(num_work) ? (LAST_TILES + num_tiles - 1) / num_tiles : 1;
+    heads = heads < least ? least : heads;
+    heads = heads < u32(list.num_kv_heads) ? heads : list.num_kv_heads;
     const u32 section = offset / (heads * num_tiles), within = offset - section * heads * num_tiles;
     const u32 heads_left = list.num_kv_heads - section * heads, here = heads < heads_left ? heads : heads_left;
     tile.kv_head = int(section * heads + within % here);

@@ -1,23 +1,25 @@
 """The numbers that shape a launch: pure functions of a few integers, so that they can be tested without a GPU.
 
 Nothing here looks at sequence lengths. What depends on them is decided on the device, once a step
-(kernels/schedule.cu), so a captured graph replays with new lengths. The constants were measured on an H100.
+(kernels/schedule.cu), so a captured graph replays with new lengths. The constants were measured on an H100 where no
+other card is named.
 """
 
 import functools
 from dataclasses import dataclass
 
-# With this many CTAs, one for each request, KV head and block of columns, requests of about equal length stay whole; by
-# the columns of the kernel.
-WHOLE_CTAS = {
-    8: 64,  # 64 CTAs saturate memory (an early form of the kernel, 64 pairs: 56.5 us whole, 57.4 us halved)
-    # A wide product takes longer for every byte, and 64 CTAs fall behind: they are halved (a trial of the kernel, 64 x
-    # 4096, 16/1 heads: 54.9 us whole, 53.5 halved; where an SM has room for one CTA only, 57.2 and 55.0). More columns
-    # follow suit, unmeasured.
-    16: 65,
-    24: 65,
-    32: 65,
-}
+# Warps of a CTA of decode; and, where there are CTAs enough to fill all SMs even so, of one of twice as many on an SM:
+# what a CTA does before its first load and behind its last one then hides behind more others (an H200, CTAs of 4 and of
+# 8 warps: 512 pairs of a request and a KV head with 64 tokens 13.2 and 18.3 us, 500 tokens 36.4 and 41.7, 4096 tokens
+# 244.2 and 243.0, a window of 512 37.1 and 41.8; 2048 pairs, 512 tokens, 129.2 and 132.8. CTAs of 2 warps: 128.2, but
+# 408.7 where 4 have 368.1 and 8 have 357.2, for 2048 pairs of which one request is long).
+DECODE_WARPS, DECODE_WARPS_OF_MANY, MANY_PAIRS = 8, 4, 512
+
+# With this many CTAs, one for each request, KV head and block of columns, requests of about equal length stay whole. 64
+# are split: they do not keep an H200's memory busy (64 x 8192, one KV head: 89.2 us whole, 68.7 halved; 64 x 1024: 15.9
+# and 16.0), and on an H100 it makes little difference (64 pairs: 56.5 us whole, 57.4 halved by an early form of the
+# kernel; with products of 16 columns 54.9 and 53.5).
+WHOLE_CTAS = 65
 # With fewer they are split into this many CTAs: with less, SMs are idle, and more only add partial states to merge
 # (the same trial, 1 x 4096, 32/8 heads: 13.7 us, with 64 CTAs 14.4, 192: 14.6, 256: 15.0; 64 x 4096, 16/1 heads: 53.5,
 # with 256 CTAs 54.1).
@@ -37,25 +39,30 @@ class DecodeShape:
 
     columns: int  # query rows (token, head) that share one pass over a KV head, a multiple of 8
     column_blocks: int  # passes needed for q_len * group_size rows
-    threads: int
+    warps: int  # of a CTA
     shared_bytes: int
 
+    @property
+    def threads(self) -> int:
+        return self.warps * 32
 
-def decode_shape(q_len: int, group_size: int, head_dim: int) -> DecodeShape:
-    """The kernel's tile for `q_len * group_size` query rows a KV head."""
+
+def decode_shape(q_len: int, group_size: int, head_dim: int, num_pairs: int = 1) -> DecodeShape:
+    """The kernel's tile for `q_len * group_size` query rows a KV head, of `num_pairs` requests and KV heads in all."""
     rows = q_len * group_size
     # Every 8 columns cost head_dim / 4 accumulator registers a thread; beyond this a kernel would spill.
     most = 32 if head_dim <= 64 else 16 if head_dim <= 128 else 8
     columns = min(most, _ceil_div(rows, 8) * 8)
-    warps = 4 if head_dim > 128 else 8
+    warps = DECODE_WARPS
+    shares_sm = columns == 8 or (head_dim, columns) == (128, 16)  # by its registers
+    if head_dim > 128 or (shares_sm and num_pairs >= MANY_PAIRS):
+        warps = DECODE_WARPS_OF_MANY
     tile = 16 * head_dim * 2  # one K or V tile: 16 tokens
     out = columns * (head_dim + 4) * 4
     shared_bytes = warps * (max(2 * tile, out) + columns * 16) + 16
     if (head_dim, columns) == (128, 16):  # Q_IN_SHARED of the kernel
         shared_bytes = _ceil_div(shared_bytes, 128) * 128 + columns * head_dim * 2
-    return DecodeShape(
-        columns=columns, column_blocks=_ceil_div(rows, columns), threads=warps * 32, shared_bytes=shared_bytes
-    )
+    return DecodeShape(columns=columns, column_blocks=_ceil_div(rows, columns), warps=warps, shared_bytes=shared_bytes)
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,6 @@ class DecodeSplits:
     """What the device needs to divide a step among CTAs (kernels/splits.cu), and what its answer may take."""
 
     ctas_an_item: int  # KV heads * column blocks
-    whole_ctas: int  # with so many CTAs, requests of about equal length stay whole
     fixed_splits: int  # splits of every request, or 0: by the lengths
     ragged_ctas: int  # CTAs of a step whose requests are ragged, about
     extra_items: int  # items that splitting may add to one for each request; it grows with the batch
@@ -77,12 +83,12 @@ class DecodeSplits:
 @functools.cache
 def decode_splits(batch_size: int, num_kv_heads: int, shape: DecodeShape, batch_invariant: bool) -> DecodeSplits:
     """A batch-invariant plan splits every request as if it were alone, so that its bits do not depend on others."""
-    ctas_an_item, whole_ctas = num_kv_heads * shape.column_blocks, WHOLE_CTAS[shape.columns]
+    ctas_an_item = num_kv_heads * shape.column_blocks
     if batch_invariant:
         splits = max(1, SPLIT_CTAS // ctas_an_item)
-        return DecodeSplits(ctas_an_item, whole_ctas, splits, SPLIT_CTAS, batch_size * (splits - 1))
+        return DecodeSplits(ctas_an_item, splits, SPLIT_CTAS, batch_size * (splits - 1))
     ragged_ctas = RAGGED_CTAS if batch_size * ctas_an_item > RESIDENT_CTAS else SPLIT_CTAS
-    return DecodeSplits(ctas_an_item, whole_ctas, 0, ragged_ctas, ragged_ctas // ctas_an_item)
+    return DecodeSplits(ctas_an_item, 0, ragged_ctas, ragged_ctas // ctas_an_item)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def variants() -> dict[str, list[dict[str, Any]]]:
     return {
         "append": [{"HEAD_DIM": head_dim} for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS)],
         "check": [{}],
-        "decode": [_decode(*key) | kind for key in _keys("decode") for kind in kinds],
+        "decode": [shape | kind for key in _keys("decode") for shape in _decode(*key) for kind in kinds],
         # Loads of 16 bytes and of one number; partial states in float32, and the result in both.
         "merge": [
             {"HEAD_DIM": head_dim, "VEC": vector, "BFLOAT16": bfloat16, "V_FLOAT32": v_float32, "OUT_FLOAT32": out}
@@ -119,10 +119,14 @@ def _keys(kernel: str) -> list[Any]:
     return list(limits)
 
 
-def _decode(head_dim: int, columns: int) -> dict[str, Any]:
-    shape = planner.decode_shape(1, columns, head_dim)
-    assert shape.columns == columns
-    return {"HEAD_DIM": head_dim, "COLUMNS": columns, "SHARED_BYTES": shape.shared_bytes}
+def _decode(head_dim: int, columns: int) -> list[dict[str, Any]]:
+    """CTAs for few requests, and for many where those are others."""
+    shapes = {planner.decode_shape(1, columns, head_dim, num_pairs) for num_pairs in (1, planner.MANY_PAIRS)}
+    assert {shape.columns for shape in shapes} == {columns}
+    return [
+        {"HEAD_DIM": head_dim, "COLUMNS": columns, "WARPS": shape.warps, "SHARED_BYTES": shape.shared_bytes}
+        for shape in sorted(shapes, key=lambda shape: shape.warps)
+    ]
 
 
 def _prefill(head_dim: int) -> dict[str, Any]:

@@ -414,23 +414,24 @@ def test_a_jax_pool_is_read_but_not_written() -> None:
 
 def test_split_rules_know_every_kernel_of_decode() -> None:
     shapes = [planner.decode_shape(1, rows, head_dim) for rows in range(1, 41) for head_dim in range(16, 257, 16)]
-    assert {shape.columns for shape in shapes} == set(planner.WHOLE_CTAS)
+    assert planner.WHOLE_CTAS <= planner.SPLIT_CTAS
     for shape in shapes:
         for num_kv_heads in (1, 2, 3, 8, 200):
             ctas_an_item = num_kv_heads * shape.column_blocks
-            whole_ctas = planner.WHOLE_CTAS[shape.columns]
-            assert whole_ctas <= planner.SPLIT_CTAS
             # What is not left whole has an item for each of its splits.
-            for busy in range(1, (whole_ctas - 1) // ctas_an_item + 1):
+            for busy in range(1, (planner.WHOLE_CTAS - 1) // ctas_an_item + 1):
                 splits = planner.decode_splits(busy, num_kv_heads, shape, False)
-                assert (splits.ctas_an_item, splits.whole_ctas) == (ctas_an_item, whole_ctas)
+                assert splits.ctas_an_item == ctas_an_item
                 assert busy * (planner.SPLIT_CTAS // (busy * ctas_an_item) - 1) <= splits.extra_items
 
 
 @pytest.mark.parametrize("columns", [8, 16])
-def test_two_blocks_of_decode_share_a_multiprocessor(columns: int) -> None:
+@pytest.mark.parametrize(("num_pairs", "warps"), [(1, 8), (511, 8), (512, 4)])
+def test_blocks_of_decode_share_a_multiprocessor(columns: int, num_pairs: int, warps: int) -> None:
     """With 128 dims, beside 1 KiB a block that CUDA takes; on cards of 164 KiB (compute capability 8.0) and more."""
-    assert 2 * (planner.decode_shape(1, columns, 128).shared_bytes + 1024) <= 164 * 1024
+    shape = planner.decode_shape(1, columns, 128, num_pairs)
+    assert shape.warps == warps
+    assert 16 // warps * (shape.shared_bytes + 1024) <= 164 * 1024
 
 
 # -- status and supports -----------------------------------------------------------------------------------------------

@@ -673,9 +673,11 @@ class Plan:
             constants["TILE_ROWS"] = kernel_shape.tile_rows
             grid: Callable[[int], tuple[int, ...]] = functools.partial(_prefill_grid, spec, num_requests)
         else:
-            kernel_shape = planner.decode_shape(spec.q_len, spec.group_size, spec.head_dim)
+            num_pairs = 1 if self._batch_invariant else num_requests * spec.num_kv_heads
+            kernel_shape = planner.decode_shape(spec.q_len, spec.group_size, spec.head_dim, num_pairs)
             columns, column_blocks = kernel_shape.columns, kernel_shape.column_blocks
-            name, last, constants["COLUMNS"] = "decode", "batch", columns
+            name, last = "decode", "batch"
+            constants |= {"COLUMNS": columns, "WARPS": kernel_shape.warps}
             splits = planner.decode_splits(num_requests, spec.num_kv_heads, kernel_shape, self._batch_invariant)
             most_items = num_requests + splits.extra_items
             partials = splits.most_partials * splits.ctas_an_item * columns
@@ -706,7 +708,7 @@ class Plan:
                     "max_items": most_items,
                     "window_left": spec.window_left,
                     "ctas_an_item": splits.ctas_an_item,
-                    "whole_ctas": splits.whole_ctas,
+                    "whole_ctas": planner.WHOLE_CTAS,
                     "split_ctas": planner.SPLIT_CTAS,
                     "fixed_splits": splits.fixed_splits,
                 }

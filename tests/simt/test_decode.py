@@ -14,12 +14,18 @@ from tests.simt.requests import requests_of
 
 
 def run(
-    inputs: Inputs, *, num_splits: int = 1, spare_requests: int = 0, float32: bool = False, reverse: bool = False
+    inputs: Inputs,
+    *,
+    num_splits: int = 1,
+    spare_requests: int = 0,
+    float32: bool = False,
+    reverse: bool = False,
+    num_pairs: int = 1,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(out, lse, arrivals) of one launch. A plan may have room for more requests than the batch has."""
     case = inputs.case
     group_size = case.num_qo_heads // case.num_kv_heads
-    shape = planner.decode_shape(case.q_len, group_size, case.head_dim)
+    shape = planner.decode_shape(case.q_len, group_size, case.head_dim, num_pairs)
     rows = case.batch_size + spare_requests
     items = np.zeros((rows, num_splits), kernels.params_dtype(kernels.load_source("decode"), "DecodeItem"))
     requests = requests_of(inputs, rows)
@@ -84,6 +90,7 @@ def run(
         reverse=reverse,
         HEAD_DIM=case.head_dim,
         COLUMNS=shape.columns,
+        WARPS=shape.warps,
         BFLOAT16=case.dtype == "bfloat16",
         SOFT_CAP=case.logits_soft_cap > 0,
         SHARED_BYTES=shape.shared_bytes,
@@ -163,6 +170,16 @@ CASES = [
 def test_cases(case: Case, num_splits: int) -> None:
     inputs = build(case)
     check(inputs, *run(inputs, num_splits=num_splits))
+
+
+FEW_WARPS = ("pages_of_3", "group5", "group16_dim128", "dim128", "window20", "q_len3", "every_third_page")
+
+
+@pytest.mark.parametrize("num_splits", (1, 3))
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in FEW_WARPS], ids=str)
+def test_ctas_for_many_requests(case: Case, num_splits: int) -> None:
+    inputs = build(case)
+    check(inputs, *run(inputs, num_splits=num_splits, num_pairs=planner.MANY_PAIRS))
 
 
 def test_more_splits_than_tiles_spare_requests_float32_and_reversed_threads() -> None:

@@ -36,7 +36,7 @@ def plan(
         "extra_items": extra,
         "window_left": window_left,
         "ctas_an_item": splits.ctas_an_item,
-        "whole_ctas": splits.whole_ctas,
+        "whole_ctas": planner.WHOLE_CTAS,
         "split_ctas": planner.SPLIT_CTAS,
         "ragged_ctas": splits.ragged_ctas,
         "fixed_splits": splits.fixed_splits,
@@ -70,11 +70,15 @@ def check(items: np.ndarray, kv_lens: list[int], spare: int, most_partials: int)
 
 EVEN = [
     ([4096], 8, 16),
-    ([4096], 1, 128),
+    ([4096], 1, 32),
+    ([32768], 1, 64),
+    ([4096], 2, 32),
+    ([2**20], 1, 128),
     ([32768], 32, 4),
     ([4096] * 4, 8, 4),
     ([4096] * 16, 8, 1),
-    ([4096] * 64, 1, 1),
+    ([4096] * 64, 1, 2),
+    ([4096] * 65, 1, 1),
     ([4096, 4000, 4090, 0, 0], 8, 5),
     ([100], 8, 7),
     ([1], 8, 1),
@@ -88,13 +92,6 @@ def test_requests_of_about_equal_length(kv_lens: list[int], num_kv_heads: int, e
     num_splits = check(items, kv_lens, 2, splits.most_partials)
     assert (num_splits[: len(kv_lens)][np.array(kv_lens) > 0] == expected).all()
     assert (num_splits[: len(kv_lens)][np.array(kv_lens) == 0] == 1).all()
-
-
-def test_64_requests_of_wide_products_are_halved() -> None:
-    for columns in (8, 16, 32):
-        for batch, expected in ((63, 2), (64, 1 if columns == 8 else 2), (65, 1)):
-            items, splits = plan([4096] * batch, 1, columns=columns)
-            assert (check(items, [4096] * batch, 0, splits.most_partials) == expected).all()
 
 
 RAGGED = [
