@@ -359,10 +359,10 @@ def check_table_values(table: "PageTable", num_pages: int | None) -> None:
     """A host table in full, against a pool of `num_pages` pages (None: of any size). A device table is not read."""
     if table.device != "cpu":
         return
-    indptr = table.indptr.astype(np.int64)
-    counts = np.diff(indptr)
-    limit = table.indices.shape[0]
-    if (bad := _first((indptr[:-1] < 0) | (counts < 0) | (indptr[1:] > limit))) is not None:
+    # As unsigned numbers negative ones are too large: one comparison is enough.
+    indptr, limit = table.indptr, table.indices.shape[0]
+    begins, ends = indptr[:-1].view(np.uint32), indptr[1:].view(np.uint32)
+    if (bad := _first((ends < begins) | (ends > limit))) is not None:
         begin, end = int(indptr[bad]), int(indptr[bad + 1])
         place = bad + 1 if 0 <= begin <= limit else 0
         raise PageTableError(
@@ -374,7 +374,7 @@ def check_table_values(table: "PageTable", num_pages: int | None) -> None:
         )
     first = int(indptr[0])
     used = table.indices[first : int(indptr[-1])]
-    if num_pages is not None and (bad := _first((used < 0) | (used >= num_pages))) is not None:
+    if num_pages is not None and (bad := _first(used.view(np.uint32) >= num_pages)) is not None:
         request = int(np.searchsorted(indptr, first + bad, side="right")) - 1
         page = int(used[bad])
         raise PageTableError(
@@ -384,9 +384,9 @@ def check_table_values(table: "PageTable", num_pages: int | None) -> None:
             index=first + bad,
             value=page,
         )
-    held = counts > 0
+    held = ends > begins
     last = table.last_page_len
-    if (bad := _first(held & ((last < 1) | (last > table.page_size)))) is not None:
+    if (bad := _first(held & ((last - 1).view(np.uint32) >= table.page_size))) is not None:
         raise PageTableError(
             f"last_page_len[{bad}] = {last[bad]}, and a request that has pages has 1 <= last_page_len <= "
             f"page_size={table.page_size}; correct last_page_len[{bad}]",
@@ -402,6 +402,9 @@ def check_table_values(table: "PageTable", num_pages: int | None) -> None:
                 index=bad,
                 value=int(array[bad]),
             )
+    if table.page_offset is None and limit * table.page_stride * table.page_size <= _INT_MAX:
+        return
+    counts = np.diff(indptr).astype(np.int64)
     offset = 0 if table.page_offset is None else table.page_offset.astype(np.int64)
     end_position = (offset + (counts - 1) * table.page_stride) * table.page_size + last
     if (bad := _first(held & (end_position > _INT_MAX))) is not None:
