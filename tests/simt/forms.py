@@ -72,6 +72,26 @@ def attentions(rng: np.random.Generator) -> Iterator[bool]:
         yield good and (lse is None or np.allclose(lse.host, right[1], atol=1e-3))
 
 
+def growing_steps(rng: np.random.Generator) -> Iterator[bool]:
+    """The same arrays by plans whose buffers have to grow from step to step, and new launches with them."""
+    inputs = cases.build(cases.Case("forms_grow", (9, 3), num_qo_heads=4, num_kv_heads=2, head_dim=16, page_size=4))
+    right = pa.decode(inputs.q, inputs.kv(), inputs.table())
+    q, kv, out = cupy.asarray(inputs.q), inputs.kv(cupy.asarray), cupy.empty(inputs.q.shape, np.float16)
+    ragged, indptr = cupy.empty(inputs.q.shape, np.float16), np.arange(3, dtype=np.int32)
+    decode, prefill = pa.BatchDecodeWithPagedKVCache(), pa.BatchPrefillWithPagedKVCache()
+    for entries in (4, 5, 9, 40, 9):
+        indices = np.zeros(entries, np.int32)
+        indices[: inputs.indptr[-1]] = inputs.indices[: inputs.indptr[-1]]
+        arrays = (cupy.asarray(array) for array in (inputs.indptr, indices, inputs.last_page_len))
+        table = pa.PageTable(*arrays, page_size=4)
+        decode.plan(kv, table, 4)
+        prefill.plan(kv, table, cupy.asarray(indptr), 4)
+        for plan, result in ((decode, out), (prefill, ragged)):
+            result.host[...] = np.nan
+            plan.run(q, kv, out=result)
+            yield np.allclose(result.host.astype(np.float32), right.astype(np.float32), rtol=0.01, atol=0.01)
+
+
 def appends(rng: np.random.Generator) -> Iterator[bool]:
     """Numbers of tokens, strides and pools in turn: whether an append was right."""
     for _ in range(ROUNDS):
@@ -92,4 +112,4 @@ def appends(rng: np.random.Generator) -> Iterator[bool]:
 
 if __name__ == "__main__":
     rng = np.random.default_rng(0)
-    print(json.dumps({work.__name__: list(work(rng)) for work in (attentions, appends)}))
+    print(json.dumps({work.__name__: list(work(rng)) for work in (attentions, growing_steps, appends)}))
