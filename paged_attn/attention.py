@@ -197,11 +197,11 @@ class _Specs:
             )
             _check_supported("prefill" if q_len is None else "decode", call.device, call.dtype, call.head_dim)
             self._made_from, self._spec = made_from, call
-        if table.device == "cpu":
-            spec.check_table_values(table, self._spec.num_pages)
+        spec.check_table_values(table, self._spec.num_pages)
         return self._spec
 
     def check_qo_indptr(self, qo_indptr: Any, batch_size: int, total_rows: int | None, device: str) -> None:
+        """A host array in full; one on a device, whose values are not seen, while its form is new."""
         found = None if isinstance(qo_indptr, np.ndarray) else (spec.form_of(qo_indptr), batch_size, device)
         if found is None or found != self._offsets:
             spec.check_qo_indptr(qo_indptr, batch_size, total_rows, device)
@@ -209,13 +209,16 @@ class _Specs:
 
 
 class _Forms:
-    """What was last found to be right: a layer and the forms of arrays. While they come again, no check is repeated."""
+    """The forms of the pool and the arrays that were last found to be right.
+
+    While calls have the same they get the same tuple, by which a backend knows that only addresses may have changed.
+    """
 
     def __init__(self) -> None:
         self._right: tuple[Any, ...] | None = None
 
     def check_run(self, call: AttentionSpec, kv: PagedKV, q: Any, out: Any, lse: Any, rows: _Rows) -> tuple[Any, ...]:
-        """Checks a run. The same tuple comes back until something else than addresses changes."""
+        """Check a run, unless one like it has just been found right."""
         found = (getattr(kv, "form", None), spec.form_of(q), spec.form_of(out), spec.form_of(lse), call, rows)
         right = self._right
         if found == right:
@@ -226,7 +229,7 @@ class _Forms:
         return found
 
     def check_append(self, kv: PagedKV, slots: Any, k: Any, v: Any) -> tuple[Any, ...]:
-        """Checks an append, alike."""
+        """Check an append, alike."""
         spec.check_kv(kv)
         found = (kv.form, spec.form_of(slots), spec.form_of(k), spec.form_of(v), kv.writable)
         right = self._right
@@ -239,7 +242,7 @@ class _Forms:
         return found
 
 
-_appended = _Forms()
+_appended = _Forms()  # of all pools and threads
 
 
 def _decode_step(
@@ -296,12 +299,11 @@ def _run(
         native_out = backends.of(call.device).empty(native_q.shape, call.dtype, call.device)
     if native_lse is None and return_lse:
         native_lse = backends.of(call.device).empty(native_q.shape[:-1], _FLOAT32, call.device)
-    if not native_q.size:
-        pass
-    elif native_q.ndim == 4:
-        attend(call, _as_rows(native_q), kv, _as_rows(native_out), _as_rows(native_lse), form)
-    else:
-        attend(call, native_q, kv, native_out, native_lse, form)
+    if native_q.size:
+        q_rows, out_rows, lse_rows = native_q, native_out, native_lse
+        if native_q.ndim == 4:
+            q_rows, out_rows, lse_rows = _as_rows(native_q), _as_rows(native_out), _as_rows(native_lse)
+        attend(call, q_rows, kv, out_rows, lse_rows, form)
     result = to_caller(native_out, q) if out is None else out
     if not return_lse:
         return result

@@ -111,8 +111,7 @@ def native(x: Any, name: str, *, writable: bool = False) -> Any:
     ValueError: `writable`, and the array may not be written.
     ImportError: a GPU array, and CuPy is not installed.
     """
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and type(x) is cupy.ndarray:  # most calls bring one, and a launch waits for this
+    if type(x) is getattr(sys.modules.get("cupy"), "ndarray", None):  # the usual one, and a launch waits for this
         return x
     if not is_native(x):
         return _from_dlpack(x, name, writable)

@@ -468,6 +468,7 @@ class _Append:
         _start(self._launch, self._grid)
 
     def _bind(self, kv: PagedKV, tokens: int, k_strides: tuple[int, ...], v_strides: tuple[int, ...]) -> None:
+        """Write what the form of an append decides."""
         self._form = None
         pieces = kv.num_kv_heads * kv.head_dim // 8
         across = min(APPEND_THREADS, -(-pieces // 32) * 32)
@@ -630,7 +631,7 @@ class Plan:
                 self._update(spec, table, qo_indptr)
 
     def _update(self, spec: AttentionSpec, table: PageTable, qo_indptr: Any) -> None:
-        """On the current device."""
+        """The update, with the plan's device as the current one."""
         device, batch_size = self._device, table.batch_size
         stream = cupy.cuda.get_current_stream(self._index)
         if not self._capturable and _is_capturing(stream):
