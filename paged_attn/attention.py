@@ -22,7 +22,7 @@ dtypes and devices, NotImplementedError for what a backend lacks (`supports` say
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -151,20 +151,14 @@ def _check_compute_capability(device: str) -> None:
 # A plan and a run
 
 
-class _Step(NamedTuple):
-    """The checked metadata of one step: what a backend's plan takes over, and the rows that q may have."""
+# The checked metadata of one step: what a backend's plan takes over (a qo_indptr of None is decode), and the rows that
+# q may have.
+_Rows = tuple[int, ...] | range
+_Step = tuple[AttentionSpec, PageTable, Any, _Rows]
 
-    spec: AttentionSpec
-    table: PageTable
-    qo_indptr: Any  # None for decode
-    rows: tuple[int, ...] | range
 
-    def new_plan(self, **options: Any) -> Any:
-        return backends.of(self.spec.device).Plan(self.spec.device, **options)
-
-    def update(self, plan: Any) -> Any:
-        plan.update(self.spec, self.table, self.qo_indptr)
-        return plan
+def _new_plan(device: str, **options: Any) -> Any:
+    return backends.of(device).Plan(device, **options)
 
 
 class _Specs:
@@ -173,33 +167,82 @@ class _Specs:
     def __init__(self) -> None:
         self._made_from: tuple[Any, ...] | None = None
         self._spec: AttentionSpec
+        self._offsets: tuple[Any, ...] | None = None  # the form of a device qo_indptr that was last found right
 
     def get(
-        self, kv: PagedKV, table: PageTable, num_qo_heads: int, *, q_len: int | None, **options: Any
+        self,
+        kv: PagedKV,
+        table: PageTable,
+        num_qo_heads: int,
+        q_len: int | None,
+        causal: bool,
+        sm_scale: float | None,
+        window_left: int,
+        logits_soft_cap: float,
     ) -> AttentionSpec:
+        spec.check_kv(kv)
         spec.check_table(table)
-        numbers = (num_qo_heads, q_len, *options.values())
-        made_from = (kv, table.page_size, table.device, numbers, *map(type, numbers))  # 8.0 == 8, but is no count
+        numbers = (num_qo_heads, q_len, causal, sm_scale, window_left, logits_soft_cap)
+        made_from = (kv.form, table.page_size, table.device, numbers, *map(type, numbers))  # 8.0 == 8, but is no count
         if made_from != self._made_from:
-            call = spec.attention_spec(kv, table, num_qo_heads, q_len=q_len, **options)
+            call = spec.attention_spec(
+                kv,
+                table,
+                num_qo_heads,
+                q_len=q_len,
+                causal=causal,
+                sm_scale=sm_scale,
+                window_left=window_left,
+                logits_soft_cap=logits_soft_cap,
+            )
             _check_supported("prefill" if q_len is None else "decode", call.device, call.dtype, call.head_dim)
             self._made_from, self._spec = made_from, call
         spec.check_table_values(table, self._spec.num_pages)
         return self._spec
 
+    def check_qo_indptr(self, qo_indptr: Any, batch_size: int, total_rows: int | None, device: str) -> None:
+        """A host array in full; one on a device, whose values are not seen, while its form is new."""
+        found = None if isinstance(qo_indptr, np.ndarray) else (spec.form_of(qo_indptr), batch_size, device)
+        if found is None or found != self._offsets:
+            spec.check_qo_indptr(qo_indptr, batch_size, total_rows, device)
+            self._offsets = found
 
-class _Arrays:
-    """The check of a run's q, out and lse; passed over while they have the forms of those last found to be right."""
+
+class _Forms:
+    """The forms of the pool and the arrays that were last found to be right.
+
+    While calls have the same they get the same tuple, by which a backend knows that only addresses may have changed.
+    """
 
     def __init__(self) -> None:
         self._right: tuple[Any, ...] | None = None
 
-    def check(self, call: AttentionSpec, q: Any, out: Any, lse: Any, rows: tuple[int, ...] | range) -> None:
-        found = (call, rows, spec.form_of(q), spec.form_of(out), spec.form_of(lse))
-        if found != self._right:
-            spec.check_arrays(call, q, out, lse, rows)
+    def check_run(self, call: AttentionSpec, kv: PagedKV, q: Any, out: Any, lse: Any, rows: _Rows) -> tuple[Any, ...]:
+        """Check a run, unless one like it has just been found right."""
+        found = (getattr(kv, "form", None), spec.form_of(q), spec.form_of(out), spec.form_of(lse), call, rows)
+        right = self._right
+        if found == right:
+            return right
+        spec.check_layer(call, kv)
+        spec.check_arrays(call, q, out, lse, rows)
+        self._right = found
+        return found
+
+    def check_append(self, kv: PagedKV, slots: Any, k: Any, v: Any) -> tuple[Any, ...]:
+        """Check an append, alike."""
+        spec.check_kv(kv)
+        found = (kv.form, spec.form_of(slots), spec.form_of(k), spec.form_of(v), kv.writable)
+        right = self._right
+        if found == right:
+            return right
+        spec.check_append(kv, slots, k, v)
+        _check_supported("append", kv.device, kv.dtype, kv.head_dim)
+        if not isinstance(slots, np.ndarray):  # whose values count, too
             self._right = found
-        spec.check_addresses(q, out, lse)
+        return found
+
+
+_appended = _Forms()  # of all pools and threads
 
 
 def _decode_step(
@@ -209,11 +252,11 @@ def _decode_step(
     num_qo_heads: int,
     q_len: int,
     max_batch_size: int | None,
-    **options: Any,
+    *options: Any,
 ) -> _Step:
-    call = specs.get(kv, table, num_qo_heads, q_len=q_len, causal=True, **options)
-    capacity = () if max_batch_size is None else (max_batch_size,)
-    return _Step(call, table, None, (table.batch_size, *capacity))
+    call = specs.get(kv, table, num_qo_heads, q_len, True, *options)
+    rows = (table.batch_size,) if max_batch_size is None else (table.batch_size, max_batch_size)
+    return call, table, None, rows
 
 
 def _prefill_step(
@@ -225,58 +268,63 @@ def _prefill_step(
     causal: bool,
     total_rows: int | None,
     max_tokens: int | None,
-    **options: Any,
+    *options: Any,
 ) -> _Step:
-    call = specs.get(kv, table, num_qo_heads, q_len=None, causal=causal, **options)
+    call = specs.get(kv, table, num_qo_heads, None, causal, *options)
     indptr = native(qo_indptr, "qo_indptr")
-    spec.check_qo_indptr(indptr, table.batch_size, total_rows, call.device)
-    if device_of(indptr) != "cpu":  # then only the device knows how many rows q has
-        return _Step(call, table, indptr, range(2**31 if max_tokens is None else max_tokens + 1))
+    specs.check_qo_indptr(indptr, table.batch_size, total_rows, call.device)
+    if not isinstance(indptr, np.ndarray):  # then only the device knows how many rows q has
+        return call, table, indptr, range(2**31 if max_tokens is None else max_tokens + 1)
     capacity = () if max_tokens is None else (max_tokens,)
-    return _Step(call, table, indptr, (int(indptr[-1]), *capacity))
+    return call, table, indptr, (int(indptr[-1]), *capacity)
 
 
 def _run(
     call: AttentionSpec,
-    rows: tuple[int, ...] | range,
-    arrays: _Arrays,
-    planned: Callable[[], Any],
+    rows: _Rows,
+    forms: _Forms,
+    attend: Callable[..., None],
     q: Any,
     kv: PagedKV,
     out: Any,
     lse: Any,
     return_lse: bool,
 ) -> Any:
-    """Check one run, and have it done by the plan that `planned` gives when everything is known to be right."""
+    """Check one run, and have it done by `attend`, a plan's run."""
     native_q = native(q, "q")
     native_out = None if out is None else native(out, "out", writable=True)
     native_lse = None if lse is None else native(lse, "lse", writable=True)
-    spec.check_layer(call, kv)
-    arrays.check(call, native_q, native_out, native_lse, rows)
+    form = forms.check_run(call, kv, native_q, native_out, native_lse, rows)
     if native_out is None:
         native_out = backends.of(call.device).empty(native_q.shape, call.dtype, call.device)
     if native_lse is None and return_lse:
         native_lse = backends.of(call.device).empty(native_q.shape[:-1], _FLOAT32, call.device)
-    if native_q.shape[0]:
-        planned().run(call, _as_rows(native_q, 3), kv, _as_rows(native_out, 3), _as_rows(native_lse, 2))
+    if native_q.size:
+        q_rows, out_rows, lse_rows = native_q, native_out, native_lse
+        if native_q.ndim == 4:
+            q_rows, out_rows, lse_rows = _as_rows(native_q), _as_rows(native_out), _as_rows(native_lse)
+        attend(call, q_rows, kv, out_rows, lse_rows, form)
     result = to_caller(native_out, q) if out is None else out
     if not return_lse:
         return result
     return result, to_caller(native_lse, q) if lse is None else lse
 
 
-def _as_rows(array: Any, ndim: int) -> Any:
+def _as_rows(array: Any) -> Any:
     """[batch, q_len, ...] as [batch * q_len, ...]."""
-    return array if array is None or array.ndim == ndim else array.reshape(-1, *array.shape[2:])
+    return None if array is None else array.reshape(-1, *array.shape[2:])
 
 
 def _run_once(step: _Step, q: Any, kv: PagedKV, out: Any, lse: Any, return_lse: bool) -> Any:
-    rows = q.shape[0] if step.qo_indptr is not None else None  # a device qo_indptr must not point behind q
+    call, table, qo_indptr, rows = step
 
-    def planned() -> Any:
-        return step.update(step.new_plan(one_shot=True, max_tokens=rows))
+    def attend(*arguments: Any) -> None:
+        # A device qo_indptr must not point behind q.
+        plan = _new_plan(call.device, one_shot=True, max_tokens=None if qo_indptr is None else q.shape[0])
+        plan.update(call, table, qo_indptr)
+        plan.run(*arguments)
 
-    return _run(step.spec, step.rows, _Arrays(), planned, q, kv, out, lse, return_lse)
+    return _run(call, rows, _Forms(), attend, q, kv, out, lse, return_lse)
 
 
 class _BatchAttention:
@@ -287,15 +335,17 @@ class _BatchAttention:
             if value is not None:
                 spec.as_int(value, name, minimum=1)
         self._options = {**capacities, "batch_invariant": batch_invariant}
-        self._specs, self._arrays = _Specs(), _Arrays()
+        self._specs, self._forms = _Specs(), _Forms()
         self._plan: Any = None
-        self._step: tuple[AttentionSpec, tuple[int, ...] | range] | None = None
+        self._step: tuple[AttentionSpec, _Rows] | None = None
 
     def _take(self, step: _Step) -> None:
         """Have the plan take over a step; where that raises, the step before stays."""
-        moved = self._step is None or self._step[0].device != step.spec.device
-        self._plan = step.update(step.new_plan(**self._options) if moved else self._plan)
-        self._step = (step.spec, step.rows)
+        call, table, qo_indptr, rows = step
+        moved = self._step is None or self._step[0].device != call.device
+        plan = _new_plan(call.device, **self._options) if moved else self._plan
+        plan.update(call, table, qo_indptr)
+        self._plan, self._step = plan, (call, rows)
 
     def run(self, q: Any, kv: PagedKV, *, out: Any = None, lse: Any = None, return_lse: bool = False) -> Any:
         """Attend over one layer by the last plan.
@@ -308,7 +358,7 @@ class _BatchAttention:
         if self._step is None:
             raise RuntimeError("run() was called before plan(); call plan(kv, table, ...) once a step, then run()")
         call, rows = self._step
-        return _run(call, rows, self._arrays, lambda: self._plan, q, kv, out, lse, return_lse)
+        return _run(call, rows, self._forms, self._plan.run, q, kv, out, lse, return_lse)
 
     def status(self) -> None:
         """Raise the PageTableError that a kernel recorded since the last plan, if one did (this synchronises)."""
@@ -349,9 +399,9 @@ class BatchDecodeWithPagedKVCache(_BatchAttention):
                 num_qo_heads,
                 q_len,
                 self._options["max_batch_size"],
-                sm_scale=sm_scale,
-                window_left=window_left,
-                logits_soft_cap=logits_soft_cap,
+                sm_scale,
+                window_left,
+                logits_soft_cap,
             )
         )
 
@@ -397,9 +447,9 @@ class BatchPrefillWithPagedKVCache(_BatchAttention):
                 causal,
                 None,
                 self._options["max_tokens"],
-                sm_scale=sm_scale,
-                window_left=window_left,
-                logits_soft_cap=logits_soft_cap,
+                sm_scale,
+                window_left,
+                logits_soft_cap,
             )
         )
 
@@ -423,8 +473,8 @@ def decode(
     native_q = native(q, "q")
     spec.check_q(kv, native_q, _DECODE_AXES)
     q_len = native_q.shape[1] if native_q.ndim == 4 else 1
-    options = {"sm_scale": sm_scale, "window_left": window_left, "logits_soft_cap": logits_soft_cap}
-    step = _decode_step(_Specs(), kv, table, native_q.shape[-2], q_len, None, **options)
+    options = sm_scale, window_left, logits_soft_cap
+    step = _decode_step(_Specs(), kv, table, native_q.shape[-2], q_len, None, *options)
     return _run_once(step, q, kv, out, lse, return_lse)
 
 
@@ -449,8 +499,8 @@ def prefill(
     """
     native_q = native(q, "q")
     spec.check_q(kv, native_q, _PREFILL_AXES)
-    options = {"sm_scale": sm_scale, "window_left": window_left, "logits_soft_cap": logits_soft_cap}
-    step = _prefill_step(_Specs(), kv, table, qo_indptr, native_q.shape[1], causal, native_q.shape[0], None, **options)
+    options = sm_scale, window_left, logits_soft_cap
+    step = _prefill_step(_Specs(), kv, table, qo_indptr, native_q.shape[1], causal, native_q.shape[0], None, *options)
     return _run_once(step, q, kv, out, lse, return_lse)
 
 
@@ -518,8 +568,8 @@ def single_prefill(
     native_q = native(q, "q")
     spec.check_q(kv, native_q, _PREFILL_AXES)
     qo_indptr = np.array([0, native_q.shape[0]], np.int32)
-    options = {"sm_scale": sm_scale, "window_left": window_left, "logits_soft_cap": logits_soft_cap}
-    step = _prefill_step(_Specs(), kv, table, qo_indptr, native_q.shape[1], causal, None, None, **options)
+    options = sm_scale, window_left, logits_soft_cap
+    step = _prefill_step(_Specs(), kv, table, qo_indptr, native_q.shape[1], causal, None, None, *options)
     return _run_once(step, q, kv, out, lse, return_lse)
 
 
@@ -558,11 +608,10 @@ def append(kv: PagedKV, slots: Any, k: Any, v: Any) -> None:
     PageTableError: a NumPy slot outside the pool. One in a device array is skipped and recorded: `status` raises it.
     """
     slots, k, v = native(slots, "slots"), native(k, "k"), native(v, "v")
-    spec.check_append(kv, slots, k, v)
-    _check_supported("append", kv.device, kv.dtype, kv.head_dim)
-    if slots.shape[0]:
+    form = _appended.check_append(kv, slots, k, v)
+    if slots.size:
         backend = backends.of(kv.device)
-        backend.append(kv, backend.to_backend(slots, kv.device), k, v)
+        backend.append(kv, backend.to_backend(slots, kv.device), k, v, form)
 
 
 def merge_state(

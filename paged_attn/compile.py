@@ -224,6 +224,7 @@ class Launch:
         self._config = _LaunchConfig(1, 1, 1, *_extent(block), kernel.shared_bytes)
         self._arguments = (ctypes.c_void_p * 1)(params.ctypes.data)
         self._launch = _launch_function()
+        self._place: tuple[int, ...] | None = None  # the stream and the grid that stand in the config
         # Plain addresses are the cheapest arguments that ctypes knows.
         self._config_address = ctypes.addressof(self._config)
         self._arguments_address = ctypes.addressof(self._arguments)
@@ -250,11 +251,11 @@ class Launch:
 
     def __call__(self, stream: int, grid_x: int, grid_y: int = 1, grid_z: int = 1) -> None:
         """Launches on ``stream`` (its address, ``cupy.cuda.Stream.ptr``). The kernel's device is the current one."""
-        config = self._config
-        config.stream = stream
-        config.grid_x = grid_x
-        config.grid_y = grid_y
-        config.grid_z = grid_z
+        place = stream, grid_x, grid_y, grid_z
+        if place != self._place:  # the fields of a ctypes structure are slow
+            config = self._config
+            config.stream, config.grid_x, config.grid_y, config.grid_z = place
+            self._place = place
         error = self._launch(self._config_address, self.kernel.function_pointer, self._arguments_address, None)
         if error:
             self._recover(error)

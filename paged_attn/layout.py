@@ -44,6 +44,7 @@ class PagedKV:
     num_pages, page_size, num_kv_heads, head_dim: ints.
     k_strides, v_strides: (page, slot, head) strides in elements, whatever the layout; 0 for an axis of extent 1.
     dtype: np.dtype.    layout: Layout.    device: "cpu" or "cuda:<i>".    writable: whether append may write.
+    form: a tuple of all that checks and kernels read of the pool but its addresses; equal for layers that are alike.
 
     Raises
     ------
@@ -54,6 +55,7 @@ class PagedKV:
     __slots__ = (
         "device",
         "dtype",
+        "form",
         "head_dim",
         "k_pages",
         "k_strides",
@@ -83,6 +85,8 @@ class PagedKV:
             )
             for pages in (self.k_pages, self.v_pages)
         )
+        extents = self.num_pages, self.page_size, self.num_kv_heads, self.head_dim
+        self.form = (self.layout, self.dtype, self.device, extents, self.k_strides, self.v_strides)
 
     @classmethod
     def combined(cls, kv_pages: Any, *, layout: Layout | str) -> "PagedKV":

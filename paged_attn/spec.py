@@ -359,10 +359,10 @@ def check_table_values(table: "PageTable", num_pages: int | None) -> None:
     """A host table in full, against a pool of `num_pages` pages (None: of any size). A device table is not read."""
     if table.device != "cpu":
         return
-    indptr = table.indptr.astype(np.int64)
-    counts = np.diff(indptr)
-    limit = table.indices.shape[0]
-    if (bad := _first((indptr[:-1] < 0) | (counts < 0) | (indptr[1:] > limit))) is not None:
+    # As unsigned numbers negative ones are too large: one comparison is enough.
+    indptr, limit = table.indptr, table.indices.shape[0]
+    begins, ends = indptr[:-1].view(np.uint32), indptr[1:].view(np.uint32)
+    if (bad := _first((ends < begins) | (ends > limit))) is not None:
         begin, end = int(indptr[bad]), int(indptr[bad + 1])
         place = bad + 1 if 0 <= begin <= limit else 0
         raise PageTableError(
@@ -374,7 +374,7 @@ def check_table_values(table: "PageTable", num_pages: int | None) -> None:
         )
     first = int(indptr[0])
     used = table.indices[first : int(indptr[-1])]
-    if num_pages is not None and (bad := _first((used < 0) | (used >= num_pages))) is not None:
+    if num_pages is not None and (bad := _first(used.view(np.uint32) >= num_pages)) is not None:
         request = int(np.searchsorted(indptr, first + bad, side="right")) - 1
         page = int(used[bad])
         raise PageTableError(
@@ -384,9 +384,9 @@ def check_table_values(table: "PageTable", num_pages: int | None) -> None:
             index=first + bad,
             value=page,
         )
-    held = counts > 0
+    held = ends > begins
     last = table.last_page_len
-    if (bad := _first(held & ((last < 1) | (last > table.page_size)))) is not None:
+    if (bad := _first(held & ((last - 1).view(np.uint32) >= table.page_size))) is not None:
         raise PageTableError(
             f"last_page_len[{bad}] = {last[bad]}, and a request that has pages has 1 <= last_page_len <= "
             f"page_size={table.page_size}; correct last_page_len[{bad}]",
@@ -402,6 +402,9 @@ def check_table_values(table: "PageTable", num_pages: int | None) -> None:
                 index=bad,
                 value=int(array[bad]),
             )
+    if table.page_offset is None and limit * table.page_stride * table.page_size <= _INT_MAX:
+        return
+    counts = np.diff(indptr).astype(np.int64)
     offset = 0 if table.page_offset is None else table.page_offset.astype(np.int64)
     end_position = (offset + (counts - 1) * table.page_stride) * table.page_size + last
     if (bad := _first(held & (end_position > _INT_MAX))) is not None:
@@ -664,13 +667,13 @@ def check_layer(spec: AttentionSpec, kv: "PagedKV") -> None:
 
 
 def check_arrays(spec: AttentionSpec, q: Any, out: Any, lse: Any, rows: tuple[int, ...] | range) -> None:
-    """One run of a plan: q, out and lse against the spec. Of their addresses knows check_addresses.
+    """One run of a plan: q, out and lse against the spec.
 
     Parameters
     ----------
     q: as the caller gave it: [rows, num_qo_heads, head_dim], or [rows, q_len, num_qo_heads, head_dim] for decode
         (which q_len > 1 demands).
-    out: None, or C-contiguous, of q's shape, of q's dtype or float32.
+    out: None, or C-contiguous, of q's shape, of q's dtype or float32, on a GPU at a multiple of 16 bytes.
     lse: None, or C-contiguous float32 of q's shape without head_dim.
     rows: the extents that axis 0 of q may have.
     """
@@ -683,22 +686,18 @@ def check_arrays(spec: AttentionSpec, q: Any, out: Any, lse: Any, rows: tuple[in
     _check_device(q, "q", spec.device, "kv")
     _check_strides(q, "q")
     _check_results(out, lse, shape, (q.dtype, _FLOAT32), "q", spec.device)
+    if out is not None and shape[0]:
+        _check_base(out, "out")
 
 
 def form_of(array: Any) -> tuple[Any, ...] | None:
-    """All that check_arrays reads of an array: of two with one form, both are right or both are wrong."""
-    return None if array is None else (array.shape, array.strides, array.dtype, array.device)
-
-
-def check_addresses(q: Any, out: Any, lse: Any) -> None:
-    """Where the q, out and lse of a run begin, on a GPU."""
-    if isinstance(q, np.ndarray) or not q.shape[0]:
-        return
-    _check_base(q, "q")
-    if out is not None:
-        _check_base(out, "out")
-    if lse is not None:
-        _check_base(lse, "lse", lse.dtype.itemsize)
+    """All that checks and kernels read of an array but its address: of two with one form, both are right or wrong."""
+    if array is None:
+        return None
+    if isinstance(array, np.ndarray):
+        return array.shape, array.strides, array.dtype
+    pointer = array.data
+    return array.shape, array.strides, array.dtype, pointer.device_id, pointer.ptr % ALIGNMENT
 
 
 def _check_same_pool(spec: AttentionSpec, kv: "PagedKV") -> None:
@@ -891,21 +890,21 @@ def check_capacities(
     max_tokens: int | None,
 ) -> None:
     """PageTableError where a step does not fit into a plan, as far as the host can see it; device arrays are cut."""
-    rows: int | None = None
-    if q_len is not None:
-        rows = table.batch_size * q_len
-    elif isinstance(qo_indptr, np.ndarray):
-        rows = int(qo_indptr[-1])
-    pages = int(table.indptr[-1]) if isinstance(table.indptr, np.ndarray) else None
-    for name, wanted, capacity in (
-        ("max_batch_size", table.batch_size, max_batch_size),
-        ("max_pages", pages, max_pages),
-        ("max_tokens", rows, max_tokens),
-    ):
-        if wanted is not None and capacity is not None and wanted > capacity:
-            raise PageTableError(
-                f"this step needs {name}={wanted}, but the plan was made with {name}={capacity}; run fewer requests "
-                f"at once or make the plan with a larger {name}",
-                field=name,
-                value=wanted,
-            )
+    if max_batch_size is not None:
+        _check_capacity("max_batch_size", table.batch_size, max_batch_size)
+    if max_pages is not None and table.device == "cpu":
+        _check_capacity("max_pages", int(table.indptr[-1]), max_pages)
+    if max_tokens is not None and q_len is not None:
+        _check_capacity("max_tokens", table.batch_size * q_len, max_tokens)
+    elif max_tokens is not None and isinstance(qo_indptr, np.ndarray):
+        _check_capacity("max_tokens", int(qo_indptr[-1]), max_tokens)
+
+
+def _check_capacity(name: str, wanted: int, capacity: int) -> None:
+    if wanted > capacity:
+        raise PageTableError(
+            f"this step needs {name}={wanted}, but the plan was made with {name}={capacity}; run fewer requests at "
+            f"once or make the plan with a larger {name}",
+            field=name,
+            value=wanted,
+        )

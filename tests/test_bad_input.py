@@ -1377,7 +1377,7 @@ class FakeGpuArray:
         self.shape, self.strides, self.ndim = array.shape, array.strides, array.ndim
         self.dtype, self.size = array.dtype, array.size
         self.flags = SimpleNamespace(c_contiguous=array.flags.c_contiguous)
-        self.device, self.data = SimpleNamespace(id=0), SimpleNamespace(ptr=address)
+        self.device, self.data = SimpleNamespace(id=0), SimpleNamespace(ptr=address, device_id=0)
 
     def __getitem__(self, index: None) -> "FakeGpuArray":
         return FakeGpuArray(self._array[index], self._address)

@@ -111,8 +111,6 @@ def _upload_together(arrays: Sequence[np.ndarray[Any, Any]], device: str) -> tup
 def _addresses_of(arrays: Sequence[Any], device: str) -> tuple[Any, list[int]]:
     """Where int32 arrays are on the device, 0 for None; those of the host in memory that the caller keeps."""
     host = [array for array in arrays if isinstance(array, np.ndarray)]
-    if not host:
-        return None, [0 if array is None else array.data.ptr for array in arrays]
     memory, addresses = _upload_together(host, device)
     uploaded = iter(addresses)
     return memory, [
@@ -261,6 +259,16 @@ def _prepared(
     kernel = compile.kernel(name, device, shared_bytes=shared_bytes, **dict(constants))
     launch = compile.Launch(kernel, block, kernel.params())
     return launch, launch.writer(), operator.itemgetter(*launch.params.dtype.names or ())
+
+
+def _start(launch: compile.Launch, grid: int) -> None:
+    """A prepared launch on the current stream of its kernel's device."""
+    index = launch.kernel.device_index
+    if cupy.cuda.runtime.getDevice() == index:
+        launch(cupy.cuda.get_current_stream(index).ptr, grid)
+    else:
+        with _on(f"cuda:{index}"):
+            launch(cupy.cuda.get_current_stream(index).ptr, grid)
 
 
 def _row_blocks(rows: int, entries: int) -> int:
@@ -437,27 +445,60 @@ def copy_pages(storage: Any, source: np.ndarray[Any, Any], target: np.ndarray[An
         })  # fmt: skip
 
 
-def append(kv: PagedKV, slots: Any, k: Any, v: Any) -> None:
-    tokens = slots.size
-    if not tokens:
-        return
-    pieces = kv.num_kv_heads * kv.head_dim // 8
-    across = min(APPEND_THREADS, -(-pieces // 32) * 32)
-    tokens_a_block = max(1, APPEND_THREADS // across)
-    with _on(kv.device):
-        _launch(
-            "append", kv.device, min(-(-tokens // tokens_a_block), MOST_APPEND_BLOCKS), (across, tokens_a_block),
-            {
-                "k": k, "v": v, "k_pool": kv.k_pages, "v_pool": kv.v_pages, "slots": slots,
-                "status": _device_status(kv.device),
-                "k_pool_strides": _units(kv.k_strides), "v_pool_strides": _units(kv.v_strides),
-                "page_size": compile.fast_divide(kv.page_size),
-                "k_token_stride": k.strides[0] // 16, "k_head_stride": k.strides[1] // 16,
-                "v_token_stride": v.strides[0] // 16, "v_head_stride": v.strides[1] // 16,
-                "tokens": tokens, "heads": kv.num_kv_heads, "num_pages": kv.num_pages,
-            },
-            HEAD_DIM=kv.head_dim,
-        )  # fmt: skip
+def append(kv: PagedKV, slots: Any, k: Any, v: Any, form: Any) -> None:
+    """Write new tokens. form: the same object while nothing but addresses differs from the append before."""
+    _append_of(threading.get_ident(), kv.device).run(kv, slots, k, v, form)
+
+
+class _Append:
+    """The append of one thread on one device: all but addresses stays written while the form is the same."""
+
+    def __init__(self, thread: int, device: str) -> None:
+        self._thread, self._device = thread, device
+        self._form: Any = None
+        self._launch: compile.Launch
+        self._write: Callable[..., None]
+        self._grid = 0
+
+    def run(self, kv: PagedKV, slots: Any, k: Any, v: Any, form: Any) -> None:
+        if form is not self._form:
+            self._bind(kv, slots.size, k.strides, v.strides)
+            self._form = form
+        self._write(k.data.ptr, v.data.ptr, kv.k_pages.data.ptr, kv.v_pages.data.ptr, slots.data.ptr)
+        _start(self._launch, self._grid)
+
+    def _bind(self, kv: PagedKV, tokens: int, k_strides: tuple[int, ...], v_strides: tuple[int, ...]) -> None:
+        """Write what the form of an append decides."""
+        self._form = None
+        pieces = kv.num_kv_heads * kv.head_dim // 8
+        across = min(APPEND_THREADS, -(-pieces // 32) * 32)
+        tokens_a_block = max(1, APPEND_THREADS // across)
+        self._launch, self._write, write_rest = _append_launch(
+            self._thread, self._device, (across, tokens_a_block), kv.head_dim
+        )
+        self._grid = min(-(-tokens // tokens_a_block), MOST_APPEND_BLOCKS)
+        write_rest(
+            *_units(kv.k_strides),
+            *_units(kv.v_strides),
+            *compile.fast_divide(kv.page_size),
+            *(stride // 16 for stride in (*k_strides[:2], *v_strides[:2])),
+            tokens,
+            kv.num_kv_heads,
+            kv.num_pages,
+        )
+
+
+_append_of = functools.cache(_Append)
+
+
+@functools.cache
+def _append_launch(
+    thread: int, device: str, block: tuple[int, int], head_dim: int
+) -> tuple[compile.Launch, Callable[..., None], Callable[..., None]]:
+    """The launch, and what writes its addresses and all else."""
+    kernel = compile.kernel("append", device, HEAD_DIM=head_dim)
+    launch = compile.Launch(kernel, block, kernel.params({"status": _device_status(device)}))
+    return launch, launch.writer("k", "slots"), launch.writer("k_pool_strides")
 
 
 @functools.cache
@@ -535,8 +576,9 @@ class _Launches:
     plan_splits: compile.Launch | None  # decode
     splits: Callable[[int], planner.DecodeSplits] | None  # by the batch size
     attend: compile.Launch
-    write_run: Callable[..., None]
-    grid: Callable[[int], tuple[int, ...]]  # rows of q -> CTAs, and the last fields of write_run
+    write_addresses: Callable[..., None]
+    write_form: Callable[..., None]
+    grid: Callable[[int], tuple[int, ...]]  # rows of q -> CTAs, and the last fields of write_form
     hopper: _HopperPrefill | None  # prefill, on a Hopper card
 
 
@@ -557,7 +599,7 @@ class Plan:
         batch_invariant: bool = False,
         one_shot: bool = False,
     ) -> None:
-        self._device = device
+        self._device, self._index = device, _index(device)
         self._max_batch_size, self._max_pages, self._max_tokens = max_batch_size, max_pages, max_tokens
         self._batch_invariant = batch_invariant
         self._one_shot = one_shot
@@ -566,6 +608,10 @@ class Plan:
         self._buffers: dict[str, Any] = {}
         self._outgrown: list[Any] = []
         self._shape: Any = None  # what the launches were prepared for
+        self._batch_size, self._parts = -1, 0  # of the last step; the blocks that copy its pages
+        self._form: Any = None  # of the last run: all but addresses stays written while it is the same
+        self._grid = 0
+        self._hopper: _HopperPrefill | None = None  # for that form
         self._launches: _Launches
 
     def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: Any) -> None:
@@ -578,41 +624,55 @@ class Plan:
             max_pages=self._max_pages,
             max_tokens=self._max_tokens,
         )
+        if cupy.cuda.runtime.getDevice() == self._index:
+            self._update(spec, table, qo_indptr)
+        else:
+            with _on(self._device):
+                self._update(spec, table, qo_indptr)
+
+    def _update(self, spec: AttentionSpec, table: PageTable, qo_indptr: Any) -> None:
+        """The update, with the plan's device as the current one."""
         device, batch_size = self._device, table.batch_size
-        with _on(device):
-            stream = cupy.cuda.get_current_stream()
-            if not self._capturable and _is_capturing(stream):
-                raise ValueError(
-                    "plan() was called while the stream is capturing a CUDA graph, but the plan has no capacity, so "
-                    "its buffers may move; make it with max_batch_size= and max_pages="
-                )
-            _memory, addresses = _addresses_of(_arrays_of(table, qo_indptr), device)
-            num_indices = table.indices.size
-            num_requests = batch_size if self._max_batch_size is None else self._max_batch_size
-            # Without a capacity there is room to grow: a step with a page more is prepared already.
-            max_pages = 1 << num_indices.bit_length() if self._max_pages is None else self._max_pages
-            shape = (spec, table.page_stride, num_requests, max_pages)
-            if self._shape != shape:
-                before = dict(self._buffers)
-                try:
-                    self._launches = self._prepare(*shape)
-                except BaseException:
-                    self._buffers = before  # the step before is still to be run
-                    raise
-                self._shape = shape
-            if not self._one_shot:
-                self._status.data.memset_async(0, STATUS_BYTES, stream)
-            launches = self._launches
-            parts = _row_blocks(batch_size, max_pages) if batch_size else 0
-            launches.write_step(*addresses, batch_size, num_indices)
-            launches.plan_requests(stream.ptr, 1 + parts)
-            if launches.hopper:
-                launches.hopper.order_tiles(stream.ptr, 1)
-            elif launches.plan_splits and launches.splits:
+        stream = cupy.cuda.get_current_stream(self._index)
+        if not self._capturable and _is_capturing(stream):
+            raise ValueError(
+                "plan() was called while the stream is capturing a CUDA graph, but the plan has no capacity, so "
+                "its buffers may move; make it with max_batch_size= and max_pages="
+            )
+        arrays = table.indptr, table.indices, table.last_page_len, table.page_offset, table.total_len, qo_indptr
+        if table.device == "cpu" or isinstance(qo_indptr, np.ndarray):
+            _memory, addresses = _addresses_of(arrays, device)
+        else:
+            addresses = [0 if array is None else array.data.ptr for array in arrays]  # as ScheduleParams has them
+        num_indices = table.indices.size
+        num_requests = batch_size if self._max_batch_size is None else self._max_batch_size
+        # Without a capacity there is room to grow: a step with a page more is prepared already.
+        max_pages = 1 << num_indices.bit_length() if self._max_pages is None else self._max_pages
+        shape = (spec, table.page_stride, num_requests, max_pages)
+        if self._shape != shape:
+            before = dict(self._buffers)
+            try:
+                self._launches = self._prepare(*shape)
+            except BaseException:
+                self._buffers = before  # the step before is still to be run
+                raise
+            self._shape, self._form, self._batch_size = shape, None, -1
+        if not self._one_shot:
+            self._status.data.memset_async(0, STATUS_BYTES, stream)
+        launches, stream_address = self._launches, stream.ptr
+        if batch_size != self._batch_size:
+            self._parts = _row_blocks(batch_size, max_pages) if batch_size else 0
+            if launches.plan_splits and launches.splits:
                 splits, params = launches.splits(batch_size), launches.plan_splits.params
                 params["batch"], params["extra_items"] = batch_size, splits.extra_items
                 params["ragged_ctas"] = splits.ragged_ctas
-                launches.plan_splits(stream.ptr, 1)
+            self._batch_size = batch_size
+        launches.write_step(*addresses, batch_size, num_indices)
+        launches.plan_requests(stream_address, 1 + self._parts)
+        if launches.hopper:
+            launches.hopper.order_tiles(stream_address, 1)
+        elif launches.plan_splits:
+            launches.plan_splits(stream_address, 1)
 
     def _prepare(self, spec: AttentionSpec, page_stride: int, num_requests: int, max_pages: int) -> _Launches:
         """The buffers and the launches for steps of this shape: all that does not change from step to step."""
@@ -723,23 +783,32 @@ class Plan:
             plan_splits=plan_splits,
             splits=splits_of,
             attend=attend,
-            write_run=attend.writer("q", last),
-            grid=functools.lru_cache(grid),
+            write_addresses=attend.writer("q", "lse"),
+            write_form=attend.writer("q_row_stride", last),
+            grid=grid,
             hopper=hopper,
         )
 
-    def run(self, spec: AttentionSpec, q: Any, kv: PagedKV, out: Any, lse: Any) -> None:
-        launches = self._launches
-        if launches.hopper and launches.hopper.run(q, kv, out, lse):
+    def run(self, spec: AttentionSpec, q: Any, kv: PagedKV, out: Any, lse: Any, form: Any) -> None:
+        """Attend. form: the same object while nothing but addresses differs from the run before."""
+        if form is not self._form:
+            self._bind(q, kv, out)
+            self._form = form
+        lse_address = 0 if lse is None else lse.data.ptr
+        if self._hopper:
+            self._hopper.run(q.data.ptr, kv, out.data.ptr, lse_address)
             return
-        grid, *extents = launches.grid(q.shape[0])
-        q_strides, out_strides, out_itemsize = q.strides, out.strides, out.dtype.itemsize
-        launches.write_run(
-            q.data.ptr,
-            kv.k_pages.data.ptr,
-            kv.v_pages.data.ptr,
-            out.data.ptr,
-            0 if lse is None else lse.data.ptr,
+        launches = self._launches
+        launches.write_addresses(q.data.ptr, kv.k_pages.data.ptr, kv.v_pages.data.ptr, out.data.ptr, lse_address)
+        _start(launches.attend, self._grid)
+
+    def _bind(self, q: Any, kv: PagedKV, out: Any) -> None:
+        """Write what the form of a run decides."""
+        self._form = None
+        launches, q_strides, out_strides, out_itemsize = self._launches, q.strides, out.strides, out.dtype.itemsize
+        self._hopper = launches.hopper if launches.hopper and launches.hopper.bind(q, kv, out) else None
+        self._grid, *extents = launches.grid(q.shape[0])
+        launches.write_form(
             q_strides[0] // 2,
             q_strides[1] // 2,
             out_strides[0] // out_itemsize,
@@ -749,8 +818,6 @@ class Plan:
             out_itemsize == 4,
             *extents,
         )
-        with _on(self._device):
-            launches.attend(cupy.cuda.get_current_stream().ptr, grid)
 
     def raise_status(self) -> None:
         """PageTableError for the first fault that the last update met. Waits for the device."""
@@ -823,34 +890,32 @@ class _HopperPrefill:
         pool_of = _gathered_pool if gather else functools.partial(_mapped_pool, spec.dtype == _BFLOAT16)
         make_layer = functools.partial(_hopper_layer, kernel, shape.threads, own, pool_of)
         self._layer = functools.lru_cache(maxsize=1024)(make_layer)
+        self._q_strides, self._out_form = (0, 0), (0, 0, 0, False)
+        self._rows, self._tiles, self._grid = 0, 0, 0
 
-    def run(self, q: Any, kv: PagedKV, out: Any, lse: Any) -> bool:
-        """Launch; or say no, where the kernel cannot count in a q or a pool of such strides."""
-        shape = (kv.num_pages, kv.page_size, kv.num_kv_heads, kv.head_dim)
-        layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, shape, kv.k_strides, kv.v_strides)
+    def bind(self, q: Any, kv: PagedKV, out: Any) -> bool:
+        """Take over what the form of a run decides; or say no, where the kernel cannot count in q or in the pool."""
         rows, heads, _ = q.shape
         q_row, q_head = (q.strides[0] // 16 if rows > 1 else 0), (q.strides[1] // 16 if heads > 1 else 0)
+        layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, kv.form)
         if layer is None or min(q_row, q_head) < 0 or rows * q_row + heads * q_head >= NOWHERE:
             return False
-        launch, write, tile_list = layer
-        out_strides, out_itemsize = out.strides, out.dtype.itemsize
-        tiles = _most_tiles(rows * self._spec.group_size, self._tile_rows, self._num_requests)
-        write(
-            q.data.ptr,
-            q_row,
-            q_head,
-            out.data.ptr,
-            0 if lse is None else lse.data.ptr,
-            out_strides[0] // out_itemsize,
-            out_strides[1] // out_itemsize,
-            self._spec.num_qo_heads,
-            out_itemsize == 4,
-        )
-        tile_list["q_rows"], tile_list["num_tiles"] = rows, tiles
-        with _on(self._device):
-            grid = min(self._num_multiprocessors, tiles * self._spec.num_kv_heads)
-            launch(cupy.cuda.get_current_stream().ptr, grid)
+        itemsize = out.dtype.itemsize
+        self._q_strides = q_row, q_head
+        self._out_form = out.strides[0] // itemsize, out.strides[1] // itemsize, self._spec.num_qo_heads, itemsize == 4
+        self._rows = rows
+        self._tiles = _most_tiles(rows * self._spec.group_size, self._tile_rows, self._num_requests)
+        self._grid = min(self._num_multiprocessors, self._tiles * self._spec.num_kv_heads)
         return True
+
+    def run(self, q: int, kv: PagedKV, out: int, lse: int) -> None:
+        """Launch, for arrays at these addresses."""
+        layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, kv.form)
+        assert layer is not None  # a matter of the form, which bind has seen
+        launch, write, tile_list = layer
+        write(q, *self._q_strides, out, lse, *self._out_form)
+        tile_list["q_rows"], tile_list["num_tiles"] = self._rows, self._tiles
+        _start(launch, self._grid)
 
 
 def _hopper_layer(
@@ -860,12 +925,11 @@ def _hopper_layer(
     pool_of: Callable[[int, tuple[int, int, int, int], tuple[int, int, int]], dict[str, Any] | None],
     k: int,
     v: int,
-    shape: tuple[int, int, int, int],
-    k_strides: tuple[int, int, int],
-    v_strides: tuple[int, int, int],
+    form: Any,
 ) -> tuple[compile.Launch, Callable[..., None], Any] | None:
-    """The launch for a layer's pools at k and v, made once; None where the kernel cannot count in them."""
-    pools = pool_of(k, shape, k_strides), pool_of(v, shape, v_strides)
+    """The launch for a layer's pools at k and v, made once; None where the kernel cannot count in their form."""
+    *_, extents, k_strides, v_strides = form
+    pools = pool_of(k, extents, k_strides), pool_of(v, extents, v_strides)
     if None in pools:
         return None
     launch = compile.Launch(kernel, threads, kernel.params(fields | {"k": pools[0], "v": pools[1]}))
@@ -893,11 +957,6 @@ def _mapped_pool(
 @functools.cache
 def _is_hopper(device: str) -> bool:
     return bool(cupy.cuda.Device(_index(device)).compute_capability == "90")
-
-
-def _arrays_of(table: PageTable, qo_indptr: Any) -> tuple[Any, ...]:
-    """In the order of ScheduleParams."""
-    return table.indptr, table.indices, table.last_page_len, table.page_offset, table.total_len, qo_indptr
 
 
 def _decode_grid(q_len: int, splits: Callable[[int], planner.DecodeSplits], rows: int) -> tuple[int, int]:

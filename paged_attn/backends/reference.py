@@ -204,8 +204,11 @@ def _write_rows(out: Any, indptr: np.ndarray, last_page_len: np.ndarray) -> None
 # -- the pool ----------------------------------------------------------------------------------------------------------
 
 
-def append(kv: PagedKV, slots: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
-    """Write k, v [tokens, num_kv_heads, head_dim] to slots int64 [tokens]; a slot outside the pool is skipped."""
+def append(kv: PagedKV, slots: np.ndarray, k: np.ndarray, v: np.ndarray, form: Any) -> None:
+    """Write k, v [tokens, num_kv_heads, head_dim] to slots int64 [tokens]; a slot outside the pool is skipped.
+
+    form: what another backend knows a repetition by.
+    """
     valid = (slots >= 0) & (slots < kv.num_pages * kv.page_size)
     page, offset = np.divmod(slots[valid], kv.page_size)
     for pages, tokens in ((kv.k_pages, k), (kv.v_pages, v)):
@@ -280,8 +283,13 @@ class Plan:
             for i in range(batch_size)
         ]
 
-    def run(self, spec: AttentionSpec, q: np.ndarray, kv: PagedKV, out: np.ndarray, lse: np.ndarray | None) -> None:
-        """q, out [rows, num_qo_heads, head_dim], lse float32 [rows, num_qo_heads]; rows past the batch: 0, -inf."""
+    def run(
+        self, spec: AttentionSpec, q: np.ndarray, kv: PagedKV, out: np.ndarray, lse: np.ndarray | None, form: Any
+    ) -> None:
+        """q, out [rows, num_qo_heads, head_dim], lse float32 [rows, num_qo_heads]; rows past the batch: 0, -inf.
+
+        form: what another backend knows a repetition by.
+        """
         out[...] = 0
         if lse is not None:
             lse[...] = -np.inf

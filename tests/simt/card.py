@@ -68,6 +68,8 @@ class ndarray:
 
 
 class _Pointer:
+    device_id = 0
+
     def __init__(self, ptr: int) -> None:
         self.ptr = ptr
 
