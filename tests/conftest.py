@@ -1,4 +1,4 @@
-"""The rule of the gpu marker, and the evidence of a GPU run (tests/gpu/results.json).
+"""The rule of the gpu marker, and the evidence of a GPU run (tests/gpu/results.json, results_cuda12.json).
 
 Tests in tests/gpu are marked gpu. A gpu test is skipped where CuPy sees no card; with PA_REQUIRE_GPU=1 a skipped one is
 a failure. A run that executed gpu tests writes its evidence; any other run says when the evidence is of another tree.
@@ -23,6 +23,7 @@ from paged_attn.interop import cuda_available
 ROOT = Path(__file__).parents[1]
 GPU_TESTS = ROOT / "tests" / "gpu"
 RESULTS = GPU_TESTS / "results.json"
+RESULTS_CUDA12 = GPU_TESTS / "results_cuda12.json"  # of a run with CuPy and NVRTC for CUDA 12
 PACKAGES = ("numpy", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc", "jax")
 
 OUTCOMES = "outcomes of gpu tests"
@@ -100,8 +101,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     outcomes = config.pluginmanager.get_plugin(OUTCOMES).tests
     total = sum(outcomes.values(), Counter())
     if total["passed"] + total["failed"]:
-        RESULTS.write_text(json.dumps(evidence(outcomes, total), indent=1) + "\n")
-        terminalreporter.write_line(f"GPU evidence written to {RESULTS.relative_to(ROOT)}")
+        found = evidence(outcomes, total)
+        results = RESULTS_CUDA12 if "cupy-cuda12x" in found["versions"] else RESULTS
+        results.write_text(json.dumps(found, indent=1) + "\n")
+        terminalreporter.write_line(f"GPU evidence written to {results.relative_to(ROOT)}")
     elif warning := evidence_warning():
         terminalreporter.write_line(f"warning: {warning}", yellow=True)
 
