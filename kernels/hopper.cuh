@@ -141,13 +141,6 @@ struct HostTensorMap {
 };
 #endif
 
-// The map itself on its way to TMA, before the first copy asks for it.
-__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
-#ifdef __CUDACC__
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-#endif
-}
-
 // Copies the box at index `first` of the map's first dimension and `last` of its fifth (0 in the others) to shared
 // memory, in the order of the box and swizzled: chunk c of 16 bytes of line r of 128 bytes stands at chunk c ^ (r % 8).
 // Completes its bytes on `barrier`. What is outside the tensor is filled with zeros.

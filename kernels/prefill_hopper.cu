@@ -481,16 +481,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_hopper(const __
     const shared_address shared = shared_address_of(shared_memory);
     const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
 
-    // 1. The barriers: how many arrivals end a phase. TMA adds the bytes that it was told to expect. Meanwhile what the
-    // first tile is found by is on its way.
-    constexpr int REQUESTS_OF_LINE = 128 / sizeof(Request);
-    const int own_request = (int(threadIdx.x) - 32) * REQUESTS_OF_LINE;
-    if (own_request >= 0 && own_request <= p.list.num_requests) prefetch_to_l2(&p.list.requests[own_request].kv_len);
+    // 1. The barriers: how many arrivals end a phase. TMA adds the bytes that it was told to expect.
     if (threadIdx.x == 0) {
-#if !GATHER
-        prefetch_map(&p.k.map);
-        prefetch_map(&p.v.map);
-#endif
         for (int i = 0; i < TILE_SLOTS; ++i) {
             barrier_init(shared + TILE_FULL + i * 8, 1);
             barrier_init(shared + TILE_EMPTY + i * 8, CONSUMER_WARPS);
