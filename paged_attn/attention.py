@@ -318,11 +318,11 @@ def _as_rows(array: Any) -> Any:
 def _run_once(step: _Step, q: Any, kv: PagedKV, out: Any, lse: Any, return_lse: bool) -> Any:
     call, table, qo_indptr, rows = step
 
-    def attend(*arguments: Any) -> None:
+    def attend(call: AttentionSpec, q_rows: Any, *arguments: Any) -> None:
         # A device qo_indptr must not point behind q.
-        plan = _new_plan(call.device, one_shot=True, max_tokens=None if qo_indptr is None else q.shape[0])
+        plan = _new_plan(call.device, one_shot=True, max_tokens=None if qo_indptr is None else q_rows.shape[0])
         plan.update(call, table, qo_indptr)
-        plan.run(*arguments)
+        plan.run(call, q_rows, *arguments)
 
     return _run(call, rows, _Forms(), attend, q, kv, out, lse, return_lse)
 

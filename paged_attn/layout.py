@@ -42,7 +42,8 @@ class PagedKV:
     ----------
     k_pages, v_pages: the pages as NumPy or CuPy arrays.
     num_pages, page_size, num_kv_heads, head_dim: ints.
-    k_strides, v_strides: (page, slot, head) strides in elements, whatever the layout; 0 for an axis of extent 1.
+    k_strides, v_strides: (page, slot, head) strides in elements, whatever the layout; 0 for an axis of extent 1, and
+        for a pool of no page.
     dtype: np.dtype.    layout: Layout.    device: "cpu" or "cuda:<i>".    writable: whether append may write.
     form: a tuple of all that checks and kernels read of the pool but its addresses; equal for layers that are alike.
 
@@ -80,7 +81,7 @@ class PagedKV:
         self.num_pages, self.page_size, self.num_kv_heads, self.head_dim = shape[0], shape[slot], shape[head], shape[3]
         self.k_strides, self.v_strides = (
             tuple(
-                pages.strides[axis] // pages.dtype.itemsize if shape[axis] > 1 else 0  # nothing is that far
+                pages.strides[axis] // pages.dtype.itemsize if shape[axis] > 1 and shape[0] else 0  # nothing is there
                 for axis in (0, slot, head)
             )
             for pages in (self.k_pages, self.v_pages)

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import paged_attn as pa
 from paged_attn import interop
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -78,6 +81,24 @@ def test_any_dlpack_producer_can_be_read_and_written() -> None:
     view[1] = 7
     assert (array[1] == 7).all()
     assert interop.to_caller(view, Producer(array)) is view
+
+
+def test_calls_need_nothing_of_a_producer_but_dlpack() -> None:
+    q, k, v = np.random.default_rng(0).standard_normal((3, 4, 2, 16)).astype(np.float16)
+    indptr, indices, last_page_len = np.array([0, 1], np.int32), np.zeros(1, np.int32), np.array([4], np.int32)
+
+    def results(to: Callable[[np.ndarray], Any]) -> list[np.ndarray]:
+        kv = pa.PagedKV(to(k[None]), to(v[None]), layout="NHD")
+        table = pa.PageTable(to(indptr), to(indices), to(last_page_len), page_size=4)
+        return [
+            pa.decode(to(q[:1]), kv, table),
+            pa.prefill(to(q), to(np.array([0, 4], np.int32)), kv, table),
+            pa.single_decode(to(q[0]), to(k), to(v), layout="NHD"),
+            pa.single_prefill(to(q), to(k), to(v), layout="NHD"),
+        ]
+
+    for given, right in zip(results(Producer), results(np.asarray), strict=True):
+        np.testing.assert_array_equal(given, right)
 
 
 def test_an_old_dlpack_producer_can_be_read_only() -> None:

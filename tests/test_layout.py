@@ -110,6 +110,8 @@ def test_a_pool_of_no_page_and_axes_of_extent_one(xp) -> None:
     """An extent of 1 may have any stride: a pool of one page is how contiguous K and V of one request come in."""
     none = pa.PagedKV(xp.zeros((0, 4, 2, 16), np.float16), xp.zeros((0, 4, 2, 16), np.float16), layout="NHD")
     assert none.num_pages == 0
+    backwards = xp.zeros((1, 4, 2, 16), np.float16)[:0, ::-1]
+    assert pa.PagedKV(backwards, backwards, layout="NHD").k_strides == (0, 0, 0)
     odd = xp.zeros(3 * 16 + 8, np.float16)
     view = xp.lib.stride_tricks.as_strided(odd, shape=(1, 3, 1, 16), strides=(2, 32, 6, 2))
     assert pa.PagedKV(view, view, layout="NHD").k_strides == (0, 16, 0)  # which no kernel has to count in
