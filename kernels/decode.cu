@@ -49,14 +49,15 @@ constexpr int THREADS = WARPS * 32;
 #define Q_IN_SHARED (HEAD_DIM == 128 && COLUMNS == 16)
 constexpr int WARPS_PER_SM = HEAD_DIM <= 128 && (COLUMNS == 8 || Q_IN_SHARED) ? 16 : 8;  // at least
 constexpr int CTAS_PER_SM = WARPS_PER_SM / WARPS;
-constexpr int TILE = 16;                                 // tokens
-constexpr int N_TILES = COLUMNS / 8;                     // n-tiles of the matrix products
-constexpr int K_STEPS = HEAD_DIM / 16;                   // k-steps of S, and m-tiles of O^T
-constexpr int CHUNKS = HEAD_DIM / 8;                     // 16-byte pieces of a row
-constexpr int LOADS = TILE * CHUNKS / 32;                // pieces that a lane loads of a K or V tile
-typedef SharedRows<CHUNKS> Rows;                         // of a K or V tile
+constexpr int TILE = 16;                     // tokens
+constexpr int N_TILES = COLUMNS / 8;         // n-tiles of the matrix products
+constexpr int PARTS = COLUMNS == 8 ? 2 : 1;  // of a score and of a weight, see 4.
+constexpr int K_STEPS = HEAD_DIM / 16;       // k-steps of S, and m-tiles of O^T
+constexpr int CHUNKS = HEAD_DIM / 8;         // 16-byte pieces of a row
+constexpr int LOADS = TILE * CHUNKS / 32;    // pieces that a lane loads of a K or V tile
+typedef SharedRows<CHUNKS> Rows;             // of a K or V tile
 constexpr int TILE_BYTES = TILE * Rows::BYTES;
-constexpr int OUT_PITCH = HEAD_DIM + 4;                  // floats between columns of O in shared memory
+constexpr int OUT_PITCH = HEAD_DIM + 4;  // floats between columns of O in shared memory
 constexpr int OUT_BYTES = COLUMNS * OUT_PITCH * 4;
 constexpr int WARP_BYTES = 2 * TILE_BYTES > OUT_BYTES ? 2 * TILE_BYTES : OUT_BYTES;
 static_assert(WARP_BYTES % 128 == 0 && TILE_BYTES % 128 == 0, "tiles begin on lines of 128 bytes");
@@ -67,7 +68,9 @@ constexpr int Q_OFFSET = (FLAG_OFFSET + 16 + 127) / 128 * 128;      // [COLUMNS]
 static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * Rows::BYTES : FLAG_OFFSET + 16) == SHARED_BYTES,
               "SHARED_BYTES must be what planner.py says");
 constexpr float LOG2_E = 1.44269504088896340736f;
-constexpr float RESCALE_STEP = 8.f;   // P stays below 2^8: far from overflow in fp16, and the rescale is rare
+constexpr float RESCALE_STEP = 8.f;  // P stays below 2^8: far from overflow in fp16, and the rescale is rare
+// Of the first part of a weight, less than 1 by so much that after any rounding something is left: 0 * inf would be NaN.
+constexpr float FIRST_SHARE = BFLOAT16 ? 1.f - 0x1p-7f : 1.f - 0x1p-10f;
 constexpr int PARTIALS_IN_FLIGHT = 8;
 
 struct DecodeParams {
@@ -235,6 +238,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 #endif
 
     // 4. The loop over this warp's tiles. Scores are kept in base 2.
+    // Tensor cores truncate as they add, the less the smaller a sum is, and take weights of 16 bits. With 8 columns they
+    // have time to spare: a score is the sum of its even and its odd steps, and a weight that of two 16-bit numbers
+    // (an H200: the bench's cases of 8 columns take as long as without; 64 x 4096 with 32/1 heads would take 6% more).
     float out[N_TILES][K_STEPS][4], max[N_TILES][2], sum[N_TILES][2];
 #pragma unroll
     for (int n = 0; n < N_TILES; ++n) {
@@ -260,9 +266,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         // S^T = K Q^T
         wait_copies<1>();
         __syncwarp();
-        float score[N_TILES][4];
+        float sums[PARTS][N_TILES][4], score[N_TILES][4];
 #pragma unroll
-        for (int n = 0; n < N_TILES; ++n) score[n][0] = score[n][1] = score[n][2] = score[n][3] = 0.f;
+        for (int part = 0; part < PARTS; ++part)
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[part][n][i] = 0.f;
 #pragma unroll
         for (int step = 0; step < K_STEPS; ++step) {
             u32 a[4];
@@ -271,8 +281,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             load_matrix_x4(q[step], Rows::advance(q_matrix, step));
 #endif
 #pragma unroll
-            for (int n = 0; n < N_TILES; ++n) mma_m16n8k16(score[n], a, q[step][2 * n], q[step][2 * n + 1]);
+            for (int n = 0; n < N_TILES; ++n)
+                mma_m16n8k16(sums[step % PARTS][n], a, q[step][2 * n], q[step][2 * n + 1]);
         }
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                score[n][i] = PARTS == 1 ? sums[0][n][i] : sums[0][n][i] + sums[PARTS - 1][n][i];
         __syncwarp();
         if (next_left > 0) load_tile(k_tile, p.k, next_left, offset_of(next_left, next_page, p.k_strides));
         commit_copies();
@@ -329,8 +345,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
                 }
         }
 
-        // P^T: exponentials, rounded to the element type and turned into B fragments.
-        u32 weight[N_TILES][2];
+        // P^T: exponentials, rounded to the element type and turned into B fragments; then what is left of them.
+        u32 weight[PARTS][N_TILES][2];
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n) {
             float x[4];
@@ -341,8 +357,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             }
             sum[n][0] += x[0] + x[2];
             sum[n][1] += x[1] + x[3];
-            weight[n][0] = transpose_8x8(pack2(x[0], x[1]));
-            weight[n][1] = transpose_8x8(pack2(x[2], x[3]));
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part) {
+                    const float share = part + 1 < PARTS ? FIRST_SHARE : 1.f;
+                    const u32 rounded = pack2(x[2 * half] * share, x[2 * half + 1] * share);
+                    weight[part][n][half] = transpose_8x8(rounded);
+                    x[2 * half] -= unpack2(rounded).x;
+                    x[2 * half + 1] -= unpack2(rounded).y;
+                }
         }
 
         // O^T += V^T P^T
@@ -353,7 +377,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             u32 a[4];
             load_matrix_x4_transposed(a, Rows::advance(v_matrix, step));
 #pragma unroll
-            for (int n = 0; n < N_TILES; ++n) mma_m16n8k16(out[n][step], a, weight[n][0], weight[n][1]);
+            for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part)
+                    mma_m16n8k16(out[n][step], a, weight[part][n][0], weight[part][n][1]);
         }
         __syncwarp();
         if (next_left > 0) load_tile(v_tile, p.v, next_left, offset_of(next_left, next_page, p.v_strides));

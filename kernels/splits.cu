@@ -35,7 +35,7 @@ struct SplitsParams {
     int whole_ctas;      // with so many CTAs, requests of about equal length stay whole;
     int split_ctas;      // with fewer they are split so that there are so many
     int ragged_ctas;     // ragged ones are cut into pieces, about so many CTAs in all
-    int fixed_splits;    // > 0: every request has this many splits, whatever its length
+    int fixed_splits;    // > 0: requests have so many splits, or fewer, by their own length alone
 };
 
 // The tokens that decode reads of a request.
@@ -86,7 +86,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
         const i64 tiles = (i64(own) + TILE - 1) / TILE;
         i64 wanted = (own + tokens_a_split - 1) / tokens_a_split;
         if (tokens_a_split == INT_LARGEST) {
-            const i64 worth = tiles / TILES_WORTH_A_SPLIT, most = worth > CHEAP_SPLITS ? worth : CHEAP_SPLITS;
+            const i64 worth = tiles / TILES_WORTH_A_SPLIT;
+            const i64 most = p.fixed_splits > 0 || worth > CHEAP_SPLITS ? worth : CHEAP_SPLITS;
             wanted = even_splits < most ? even_splits : most;
         }
         return int(clamp(wanted, 1, tiles > 1 ? tiles : 1));

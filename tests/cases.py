@@ -173,7 +173,7 @@ def build(case: Case, *, needle: int | None = None, scores: str | None = None) -
 # Scores that are hard on a softmax which goes through the keys block by block, from the last to the first.
 SCORES = (
     "sigma1", "sigma5", "sigma25", "sigma50", "outlier_a_row", "outlier_in_a_block", "growing", "falling",
-    "falling_fast", "equal", "all_low",
+    "falling_fast", "equal", "all_low", "one_token",
 )  # fmt: skip
 
 
@@ -205,8 +205,9 @@ def _shape_scores(
             "equal": np.zeros(length),
             "all_low": np.full(length, -1e4),
             "background": np.where(token == length - 1, 12.1, 0.0),
+            "one_token": np.where(token == length // 3, 23.3, 0.0),
         }[scores]
-        if scores in ("equal", "all_low", "background"):
+        if scores in ("equal", "all_low", "background", "one_token"):
             keys[...] = 0
         if scores == "background":
             values[...] = needle_values(case)

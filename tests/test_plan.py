@@ -420,7 +420,7 @@ def test_split_rules_know_every_kernel_of_decode() -> None:
             ctas_an_item = num_kv_heads * shape.column_blocks
             # What is not left whole has an item for each of its splits.
             for busy in range(1, (planner.WHOLE_CTAS - 1) // ctas_an_item + 1):
-                splits = planner.decode_splits(busy, num_kv_heads, shape, False)
+                splits = planner.decode_splits(busy, num_kv_heads, shape, False, 2**31)
                 assert splits.ctas_an_item == ctas_an_item
                 assert busy * (planner.SPLIT_CTAS // (busy * ctas_an_item) - 1) <= splits.extra_items
 

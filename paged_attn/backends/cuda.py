@@ -738,7 +738,14 @@ class Plan:
             columns, column_blocks = kernel_shape.columns, kernel_shape.column_blocks
             name, last = "decode", "batch"
             constants |= {"COLUMNS": columns, "WARPS": kernel_shape.warps}
-            splits = planner.decode_splits(num_requests, spec.num_kv_heads, kernel_shape, self._batch_invariant)
+            splits_of = functools.partial(
+                planner.decode_splits,
+                num_kv_heads=spec.num_kv_heads,
+                shape=kernel_shape,
+                batch_invariant=self._batch_invariant,
+                max_tokens=max_pages * spec.page_size,
+            )
+            splits = splits_of(num_requests)
             most_items = num_requests + splits.extra_items
             partials = splits.most_partials * splits.ctas_an_item * columns
             items = self._buffer("items", most_items * ITEM_BYTES)
@@ -752,12 +759,6 @@ class Plan:
                 "arrivals": self._buffer("arrivals", num_requests * splits.ctas_an_item * 4),
             }
             del fields["requests"]
-            splits_of = functools.partial(
-                planner.decode_splits,
-                num_kv_heads=spec.num_kv_heads,
-                shape=kernel_shape,
-                batch_invariant=self._batch_invariant,
-            )
             grid = functools.partial(_decode_grid, spec.q_len, splits_of)
             kernel = compile.kernel("plan_splits", device, shared_bytes=SPLITS_BYTES)
             params = kernel.params(

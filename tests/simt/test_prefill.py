@@ -237,6 +237,14 @@ def test_bits_do_not_depend_on_the_order_of_threads_or_the_batch() -> None:
     assert alone[52:72].tobytes() == out[52:72].tobytes()
 
 
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_a_token_that_makes_up_a_row_comes_out_as_it_is(dtype: str) -> None:
+    """Its weight is 1, which no rounding changes, wherever it stands."""
+    inputs = build(Case("one_token", (300,), q_lens=(40,), num_qo_heads=2, dtype=dtype), scores="one_token")
+    out, _ = prepare(inputs, float32=True).go()
+    assert_close(out, expected(inputs)[0], tolerance=1e-6)
+
+
 def test_scores_that_grow_and_shrink_from_block_to_block() -> None:
     """The running maximum has to move several times, by more than fp16 could hold, and to stand still."""
     inputs = build(Case("steps", (250,), q_lens=(40,), num_qo_heads=2, num_kv_heads=1))

@@ -20,7 +20,7 @@ def plan(
     source = kernels.load_source("plan_splits")
     rows = len(kv_lens) + spare
     shape = planner.decode_shape(1, columns, 64)
-    splits = planner.decode_splits(len(kv_lens), num_kv_heads, shape, batch_invariant)
+    splits = planner.decode_splits(len(kv_lens), num_kv_heads, shape, batch_invariant, sum(kv_lens))
     extra = splits.extra_items if extra_items is None else extra_items
     requests = np.zeros(rows + 1, kernels.params_dtype(source, "Request"))
     requests["kv_len"][: len(kv_lens)] = kv_lens
@@ -116,10 +116,13 @@ def test_ragged_requests_are_cut_into_pieces(kv_lens: list[int], num_kv_heads: i
 
 
 def test_a_batch_invariant_plan_looks_at_nobody_else() -> None:
-    alone, splits = plan([5000], 8, batch_invariant=True)
-    together, more = plan([5000, 17, 0, 90000], 8, batch_invariant=True)
-    assert check(alone, [5000], 0, splits.most_partials)[0] == 16
-    assert list(check(together, [5000, 17, 0, 90000], 0, more.most_partials)) == [16, 2, 1, 16]
+    together = [5000, 17, 0, 90000, 512, 1008, 1009]
+    expected = [9, 1, 1, 16, 1, 1, 2]  # one for each 512 tokens, rounded to the next 16
+    items, splits = plan(together, 8, batch_invariant=True)
+    assert list(check(items, together, 0, splits.most_partials)) == expected
+    for kv_len, num_splits in zip(together, expected, strict=True):
+        items, splits = plan([kv_len], 8, batch_invariant=True)
+        assert list(check(items, [kv_len], 0, splits.most_partials)) == [num_splits]
 
 
 def test_a_window_counts_and_too_many_items_leave_requests_whole() -> None:
