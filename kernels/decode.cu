@@ -67,6 +67,9 @@ constexpr int FLAG_OFFSET = STATES_OFFSET + WARPS * COLUMNS * 8;    // int: this
 constexpr int Q_OFFSET = (FLAG_OFFSET + 16 + 127) / 128 * 128;      // [COLUMNS] rows
 static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * Rows::BYTES : FLAG_OFFSET + 16) == SHARED_BYTES,
               "SHARED_BYTES must be what planner.py says");
+// Rows of these begin and end inside of lines of 128 bytes, and the next KV head is read soon (an H200, 64 x 4096, 64/8
+// heads, NHD: 187.2 and 179.5 us, 209.1 and 198.1; HND as before; with HEAD_DIM 112 253 and 276).
+constexpr bool WHOLE_LINES = HEAD_DIM == 80 || HEAD_DIM == 96;
 constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr float RESCALE_STEP = 8.f;  // P stays below 2^8: far from overflow in fp16, and the rescale is rare
 // Of the first part of a weight, less than 1 by so much that after any rounding something is left: 0 * inf would be NaN.
@@ -193,7 +196,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             const u64 base = reinterpret_cast<u64>(pool) + chunk * 16;
             const u64 from = base + u64(__shfl_sync(~0u, offset, token)) * 16;
             // What lies behind the end becomes zeros: NaN in an unused slot would survive a weight of 0.
-            copy_async_16(to + Rows::at(token, chunk), reinterpret_cast<const void*>(from), token < left, policy);
+            copy_async_16<WHOLE_LINES>(to + Rows::at(token, chunk), reinterpret_cast<const void*>(from), token < left,
+                                       policy);
         }
     };
 
@@ -372,15 +376,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         // O^T += V^T P^T
         wait_copies<1>();
         __syncwarp();
+        constexpr int AT_ONCE = PARTS == 1 ? 1 : 4;  // so that no product waits for the one before
 #pragma unroll
-        for (int step = 0; step < K_STEPS; ++step) {
-            u32 a[4];
-            load_matrix_x4_transposed(a, Rows::advance(v_matrix, step));
+        for (int first = 0; first < K_STEPS; first += AT_ONCE) {
+            u32 a[AT_ONCE][4];
 #pragma unroll
-            for (int n = 0; n < N_TILES; ++n)
+            for (int i = 0; i < AT_ONCE; ++i)
+                if (first + i < K_STEPS) load_matrix_x4_transposed(a[i], Rows::advance(v_matrix, first + i));
 #pragma unroll
-                for (int part = 0; part < PARTS; ++part)
-                    mma_m16n8k16(out[n][step], a, weight[part][n][0], weight[part][n][1]);
+            for (int part = 0; part < PARTS; ++part)
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; ++i)
+#pragma unroll
+                    for (int n = 0; n < N_TILES; ++n)
+                        if (first + i < K_STEPS)
+                            mma_m16n8k16(out[n][first + i], a[i], weight[part][n][0], weight[part][n][1]);
         }
         __syncwarp();
         if (next_left > 0) load_tile(v_tile, p.v, next_left, offset_of(next_left, next_page, p.v_strides));

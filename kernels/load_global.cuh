@@ -66,12 +66,19 @@ __device__ __forceinline__ u64 cache_policy(Evict evict) {
 #endif
 }
 
+// `whole_line`: L2 fetches all 128 bytes of the line.
+template <bool whole_line>
 __device__ __forceinline__ void copy_async_16(shared_address target, const void* source, bool valid, u64 policy) {
 #ifdef __CUDACC__
     const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(target), "l"(source),
-                 "r"(bytes), "l"(policy)
-                 : "memory");
+    if (whole_line)
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(target),
+                     "l"(source), "r"(bytes), "l"(policy)
+                     : "memory");
+    else
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(target), "l"(source),
+                     "r"(bytes), "l"(policy)
+                     : "memory");
 #else
     copy_async_16(target, source, valid);
 #endif

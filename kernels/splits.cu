@@ -5,10 +5,10 @@
 // in    requests  [max_batch_size + 1] Request    as plan_requests makes them (schedule.cu)
 // out   items     [max_items] DecodeItem          batch_index -1 behind the last one
 //
-// Decode reads every K and V once, so a launch is over when its last byte is. Requests of about equal length are left
-// whole when there are enough of them to keep memory busy (a split costs a merge), and divided into the same number of
-// splits when there are not. Ragged ones are cut into pieces of `tokens_a_split`, so that nobody waits for the longest.
-// Items are dealt in the order of the tokens they have, to within an eighth: what comes last is short.
+// Decode reads every K and V once, so a launch is over when its last byte is. Of requests of about equal length as many
+// are left whole (a split costs a merge) as give each SM the same number of CTAs; the others are divided so that all SMs
+// get a part of them. Ragged ones are cut into pieces of `tokens_a_split`, so that nobody waits for the longest. Items
+// are dealt in the order of the tokens they have, to within an eighth: what comes last is short.
 //
 // Rows of the plan behind the batch come last of all: a launch for the batch alone leaves them out.
 //
@@ -32,10 +32,9 @@ struct SplitsParams {
     int max_items;       // >= max_batch_size + extra_items
     int window_left;     // -1: off
     int ctas_an_item;    // KV heads * blocks of columns
-    int whole_ctas;      // with so many CTAs, requests of about equal length stay whole;
-    int split_ctas;      // with fewer they are split so that there are so many
-    int ragged_ctas;     // ragged ones are cut into pieces, about so many CTAs in all
-    int fixed_splits;    // > 0: requests have so many splits, or fewer, by their own length alone
+    int num_sms;
+    int ragged_ctas;   // ragged requests are cut into pieces, about so many CTAs in all
+    int fixed_splits;  // > 0: requests have so many splits, or fewer, by their own length alone
 };
 
 // The tokens that decode reads of a request.
@@ -71,34 +70,37 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
 
     // 2. The rule. tokens_a_split is a multiple of what a CTA takes at a time.
     const i64 ctas = busy * p.ctas_an_item;
-    const bool ragged = *longest * busy * 4 > tokens * 5;  // the longest is a quarter longer than the mean
-    i64 even_splits = 1, tokens_a_split = INT_LARGEST;
+    const bool ragged = *longest * busy * 4 > tokens * 5;          // the longest is a quarter longer than the mean
+    i64 whole = 0, even_splits = 1, tokens_a_split = INT_LARGEST;  // `whole` requests, and splits of the others
     if (p.fixed_splits > 0)
         even_splits = p.fixed_splits;
     else if (ragged) {
         // Rounded up: pieces that were too small would be too many for extra_items.
         const i64 piece = (tokens * p.ctas_an_item + p.ragged_ctas - 1) / p.ragged_ctas;
         tokens_a_split = clamp((piece + 127) / 128 * 128, 256, INT_LARGEST);
-    } else if (ctas < p.whole_ctas && busy > 0) {
-        even_splits = p.split_ctas / ctas;
+    } else if (busy > 0) {
+        whole = ctas / p.num_sms * p.num_sms / p.ctas_an_item;
+        if (whole < busy) even_splits = p.num_sms / ((busy - whole) * p.ctas_an_item);
     }
-    auto splits_of = [&](int own) -> int {
+    // Of a row with `own` tokens, and `number` rows before it that have some.
+    auto splits_of = [&](int own, i64 number) -> int {
         const i64 tiles = (i64(own) + TILE - 1) / TILE;
         i64 wanted = (own + tokens_a_split - 1) / tokens_a_split;
         if (tokens_a_split == INT_LARGEST) {
             const i64 worth = tiles / TILES_WORTH_A_SPLIT;
-            const i64 most = p.fixed_splits > 0 || worth > CHEAP_SPLITS ? worth : CHEAP_SPLITS;
-            wanted = even_splits < most ? even_splits : most;
+            const i64 most = p.fixed_splits > 0 || whole > 0 || worth > CHEAP_SPLITS ? worth : CHEAP_SPLITS;
+            wanted = number < whole ? 1 : even_splits < most ? even_splits : most;
         }
         return int(clamp(wanted, 1, tiles > 1 ? tiles : 1));
     };
 
     // 3. How many items each class has, then how many come before it.
-    i64 items = 0, extra = 0;
+    i64 items = 0, extra = 0, number = 0;
     for (int chunk = 0; chunk < p.max_batch_size; chunk += blockDim.x) {
         const int row = chunk + threadIdx.x;
         const int own = row < p.max_batch_size ? tokens_of(p, p.requests[row]) : 0;
-        const int wanted = row < p.max_batch_size ? splits_of(own) : 1;
+        const i64 own_number = scan_before(own > 0, number, warp_totals, Sum());
+        const int wanted = row < p.max_batch_size ? splits_of(own, own_number) : 1;
         const i64 before = scan_before(wanted - 1, extra, warp_totals, Sum());
         const int splits = before + wanted - 1 <= p.extra_items ? wanted : 1;
         if (row < p.max_batch_size) atomicAdd(&places[class_of(p, row, own / splits)], splits);
@@ -113,13 +115,14 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
 
     // 4. The items. A request that is split takes places for its partial states, in the order of the requests.
     i64 partials = 0;
-    extra = 0;
+    extra = number = 0;
     for (int chunk = 0; chunk < p.max_batch_size; chunk += blockDim.x) {
         const int row = chunk + threadIdx.x;
         Request request = {};
         if (row < p.max_batch_size) request = p.requests[row];
         const int own = row < p.max_batch_size ? tokens_of(p, request) : 0;
-        const int wanted = row < p.max_batch_size ? splits_of(own) : 1;
+        const i64 own_number = scan_before(own > 0, number, warp_totals, Sum());
+        const int wanted = row < p.max_batch_size ? splits_of(own, own_number) : 1;
         const i64 before = scan_before(wanted - 1, extra, warp_totals, Sum());
         const int splits = before + wanted - 1 <= p.extra_items ? wanted : 1;
         const int first_partial = int(scan_before(splits > 1 ? splits : 0, partials, warp_totals, Sum()));

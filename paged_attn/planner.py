@@ -15,25 +15,22 @@ from dataclasses import dataclass
 # 408.7 where 4 have 368.1 and 8 have 357.2, for 2048 pairs of which one request is long).
 DECODE_WARPS, DECODE_WARPS_OF_MANY, MANY_PAIRS = 8, 4, 512
 
-# With this many CTAs, one for each request, KV head and block of columns, requests of about equal length stay whole. 64
-# are split: they do not keep an H200's memory busy (64 x 8192, one KV head: 89.2 us whole, 68.7 halved; 64 x 1024: 15.9
-# and 16.0), and on an H100 it makes little difference (64 pairs: 56.5 us whole, 57.4 halved by an early form of the
-# kernel; with products of 16 columns 54.9 and 53.5).
-WHOLE_CTAS = 65
-# With fewer they are split into this many CTAs: with less, SMs are idle, and more only add partial states to merge
-# (the same trial, 1 x 4096, 32/8 heads: 13.7 us, with 64 CTAs 14.4, 192: 14.6, 256: 15.0; 64 x 4096, 16/1 heads: 53.5,
-# with 256 CTAs 54.1).
-SPLIT_CTAS = 128
-# Ragged requests are cut into pieces, about this many CTAs in all: eight for each that an H100 runs at a time (64
-# requests of 128 to 16000 tokens: 712.8 us; half as many pieces 723.8, a quarter 731.3, whole 741).
-RAGGED_CTAS = 2112
-# Small batches, whose requests all run at once, are cut into SPLIT_CTAS instead: the launch has a CTA for every piece
-# that there could be, and idle ones cost there (16 x 4096: 94.5 us with 128 of them, 97.8 with 256, 104 with 2112;
-# 64 x 2048: 182.5 us with 128 or 2112).
-RESIDENT_CTAS = 264
-# A batch-invariant plan splits a request by its own length alone, and only where each split has so many tokens
-# (TILES_WORTH_A_SPLIT of kernels/splits.cu; an H200, before it as many splits for every request: 64 x 4096, 64/8 heads:
-# 277 us, now 258; 1 x 4096, 32/8 heads: 13.1, now 13.9).
+# Requests of about equal length that leave SMs idle are split into one CTA for each SM: with less, SMs are idle, and
+# more only add partial states to merge (a trial on an H100 with 132 SMs, 1 x 4096, 32/8 heads: 13.7 us with 128 CTAs,
+# with 64 14.4, 192: 14.6, 256: 15.0; 64 x 4096, 16/1 heads: 53.5, with 256 CTAs 54.1). So are those that remain where
+# the others give each SM as many CTAs (an H200: 35 x 4096, 32/8 heads: 140 us, all whole 154; 20 x 4096: 85 and 88).
+# Ragged requests are cut into pieces, about this many CTAs for each SM: eight for each that runs at a time (an H100,
+# 64 requests of 128 to 16000 tokens: 712.8 us; half as many pieces 723.8, a quarter 731.3, whole 741).
+RAGGED_CTAS_AN_SM = 16
+# Small batches, whose requests all run at once, are cut into one for each SM instead: the launch has a CTA for every
+# piece that there could be, and idle ones cost there (16 x 4096: 94.5 us with 128 of them, 97.8 with 256, 104 with
+# 2112; 64 x 2048: 182.5 us with 128 or 2112).
+RESIDENT_CTAS_AN_SM = 2
+# A batch-invariant plan has at most so many CTAs for each request, whatever the card.
+INVARIANT_CTAS = 128
+# It splits a request by its own length alone, and only where each split has so many tokens (TILES_WORTH_A_SPLIT of
+# kernels/splits.cu; an H200, before it as many splits for every request: 64 x 4096, 64/8 heads: 277 us, now 257; 256 x
+# 512: 597, now 140; 1 x 4096, 32/8 heads: 13.1, now 13.6).
 TOKENS_WORTH_A_SPLIT = 512
 
 
@@ -86,18 +83,19 @@ class DecodeSplits:
 
 @functools.cache
 def decode_splits(
-    batch_size: int, num_kv_heads: int, shape: DecodeShape, batch_invariant: bool, max_tokens: int
+    batch_size: int, num_kv_heads: int, shape: DecodeShape, batch_invariant: bool, max_tokens: int, num_sms: int
 ) -> DecodeSplits:
-    """For requests of up to `max_tokens` in all.
+    """For requests of up to `max_tokens` in all, on a card with so many SMs.
 
     A batch-invariant plan splits every request as if it were alone, so that its bits do not depend on others.
     """
     ctas_an_item = num_kv_heads * shape.column_blocks
     if batch_invariant:
-        splits = max(1, SPLIT_CTAS // ctas_an_item)
+        splits = max(1, INVARIANT_CTAS // ctas_an_item)
         extra_items = min(batch_size * (splits - 1), max_tokens // TOKENS_WORTH_A_SPLIT)
-        return DecodeSplits(ctas_an_item, splits, SPLIT_CTAS, extra_items)
-    ragged_ctas = RAGGED_CTAS if batch_size * ctas_an_item > RESIDENT_CTAS else SPLIT_CTAS
+        return DecodeSplits(ctas_an_item, splits, INVARIANT_CTAS, extra_items)
+    is_small = batch_size * ctas_an_item <= RESIDENT_CTAS_AN_SM * num_sms
+    ragged_ctas = num_sms * (1 if is_small else RAGGED_CTAS_AN_SM)
     return DecodeSplits(ctas_an_item, 0, ragged_ctas, ragged_ctas // ctas_an_item)
 
 

@@ -744,6 +744,7 @@ class Plan:
                 shape=kernel_shape,
                 batch_invariant=self._batch_invariant,
                 max_tokens=max_pages * spec.page_size,
+                num_sms=_num_sms(device),
             )
             splits = splits_of(num_requests)
             most_items = num_requests + splits.extra_items
@@ -769,8 +770,7 @@ class Plan:
                     "max_items": most_items,
                     "window_left": spec.window_left,
                     "ctas_an_item": splits.ctas_an_item,
-                    "whole_ctas": planner.WHOLE_CTAS,
-                    "split_ctas": planner.SPLIT_CTAS,
+                    "num_sms": _num_sms(device),
                     "fixed_splits": splits.fixed_splits,
                 }
             )
@@ -958,6 +958,11 @@ def _mapped_pool(
 @functools.cache
 def _is_hopper(device: str) -> bool:
     return bool(cupy.cuda.Device(_index(device)).compute_capability == "90")
+
+
+@functools.cache
+def _num_sms(device: str) -> int:
+    return int(cupy.cuda.Device(_index(device)).attributes["MultiProcessorCount"])
 
 
 def _decode_grid(q_len: int, splits: Callable[[int], planner.DecodeSplits], rows: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from paged_attn import planner
 from tests.simt.driver import launch
 
 TILE = 16
+NUM_SMS = 132
 
 
 def plan(
@@ -20,7 +21,7 @@ def plan(
     source = kernels.load_source("plan_splits")
     rows = len(kv_lens) + spare
     shape = planner.decode_shape(1, columns, 64)
-    splits = planner.decode_splits(len(kv_lens), num_kv_heads, shape, batch_invariant, sum(kv_lens))
+    splits = planner.decode_splits(len(kv_lens), num_kv_heads, shape, batch_invariant, sum(kv_lens), NUM_SMS)
     extra = splits.extra_items if extra_items is None else extra_items
     requests = np.zeros(rows + 1, kernels.params_dtype(source, "Request"))
     requests["kv_len"][: len(kv_lens)] = kv_lens
@@ -36,8 +37,7 @@ def plan(
         "extra_items": extra,
         "window_left": window_left,
         "ctas_an_item": splits.ctas_an_item,
-        "whole_ctas": planner.WHOLE_CTAS,
-        "split_ctas": planner.SPLIT_CTAS,
+        "num_sms": NUM_SMS,
         "ragged_ctas": splits.ragged_ctas,
         "fixed_splits": splits.fixed_splits,
     }
@@ -73,12 +73,13 @@ EVEN = [
     ([4096], 1, 32),
     ([32768], 1, 64),
     ([4096], 2, 32),
-    ([2**20], 1, 128),
+    ([2**20], 1, 132),
     ([32768], 32, 4),
     ([4096] * 4, 8, 4),
     ([4096] * 16, 8, 1),
     ([4096] * 64, 1, 2),
-    ([4096] * 65, 1, 1),
+    ([4096] * 66, 1, 2),
+    ([4096] * 67, 1, 1),
     ([4096, 4000, 4090, 0, 0], 8, 5),
     ([100], 8, 7),
     ([1], 8, 1),
@@ -92,6 +93,20 @@ def test_requests_of_about_equal_length(kv_lens: list[int], num_kv_heads: int, e
     num_splits = check(items, kv_lens, 2, splits.most_partials)
     assert (num_splits[: len(kv_lens)][np.array(kv_lens) > 0] == expected).all()
     assert (num_splits[: len(kv_lens)][np.array(kv_lens) == 0] == 1).all()
+
+
+def test_requests_that_give_all_sms_the_same_stay_whole() -> None:
+    for busy, num_kv_heads, num_whole, splits_of_others in (
+        (16, 8, 16, 1), (20, 8, 16, 4), (24, 8, 16, 2), (33, 8, 33, 1), (35, 8, 33, 8), (40, 8, 33, 2),
+        (140, 1, 132, 8), (5, 32, 4, 4), (3, 200, 3, 1),
+    ):  # fmt: skip
+        kv_lens = [4096, 0] * busy
+        items, splits = plan(kv_lens, num_kv_heads, spare=1)
+        num_splits = check(items, kv_lens, 1, splits.most_partials)
+        assert list(num_splits[: 2 * busy : 2]) == [1] * num_whole + [splits_of_others] * (busy - num_whole)
+        assert (num_splits[1::2] == 1).all()
+    items, splits = plan([600] * 35, 8)  # short ones are not worth a split
+    assert (check(items, [600] * 35, 0, splits.most_partials) == 1).all()
 
 
 RAGGED = [
