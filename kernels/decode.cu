@@ -67,13 +67,15 @@ constexpr int FLAG_OFFSET = STATES_OFFSET + WARPS * COLUMNS * 8;    // int: this
 constexpr int Q_OFFSET = (FLAG_OFFSET + 16 + 127) / 128 * 128;      // [COLUMNS] rows
 static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * Rows::BYTES : FLAG_OFFSET + 16) == SHARED_BYTES,
               "SHARED_BYTES must be what planner.py says");
-// Rows of these begin and end inside of lines of 128 bytes, and the next KV head is read soon (an H200, 64 x 4096, 64/8
-// heads, NHD: 187.2 and 179.5 us, 209.1 and 198.1; HND as before; with HEAD_DIM 112 253 and 276).
+// Rows of these begin and end inside of lines of 128 bytes, and the next KV head is read soon (an H200, 64 x 4096,
+// 64/8 heads, NHD: 187.2 and 179.5 us, 209.1 and 198.1; HND as before; with HEAD_DIM 112 253 and 276).
 constexpr bool WHOLE_LINES = HEAD_DIM == 80 || HEAD_DIM == 96;
 constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr float RESCALE_STEP = 8.f;  // P stays below 2^8: far from overflow in fp16, and the rescale is rare
-// Of the first part of a weight, less than 1 by so much that after any rounding something is left: 0 * inf would be NaN.
+// Of the first part of a weight: less than 1 by so much that after rounding something is left, as 0 * inf would be NaN.
+// fp16 has few bits below SMALL_WEIGHT: there the parts are halves.
 constexpr float FIRST_SHARE = BFLOAT16 ? 1.f - 0x1p-7f : 1.f - 0x1p-10f;
+constexpr float SMALL_WEIGHT = BFLOAT16 ? 0.f : 0x1p-13f;
 constexpr int PARTIALS_IN_FLIGHT = 8;
 
 struct DecodeParams {
@@ -365,11 +367,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
-                    const float share = part + 1 < PARTS ? FIRST_SHARE : 1.f;
-                    const u32 rounded = pack2(x[2 * half] * share, x[2 * half + 1] * share);
+                    float& low = x[2 * half];
+                    float& high = x[2 * half + 1];
+                    const auto share = [&](float weight) {
+                        return part + 1 == PARTS ? 1.f : weight < SMALL_WEIGHT ? 0.5f : FIRST_SHARE;
+                    };
+                    const u32 rounded = pack2(low * share(low), high * share(high));
                     weight[part][n][half] = transpose_8x8(rounded);
-                    x[2 * half] -= unpack2(rounded).x;
-                    x[2 * half + 1] -= unpack2(rounded).y;
+                    low -= unpack2(rounded).x;
+                    high -= unpack2(rounded).y;
                 }
         }
 

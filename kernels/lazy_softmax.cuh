@@ -14,10 +14,10 @@
 // The first block of a tile and blocks with masked tokens look for the maximum first. A row that sees a block in full
 // without a mask has always seen a token before (see `edge` in prefill_hopper.cu), so its max is that of a real score.
 //
-// MOST_SUM is far below what 16 bits hold, because a P other than 1 is rounded in its product with V, but not in the sum.
-// Many weights even that out; a token that makes up its row alone does not. (An H200: looking at every block whose P could
-// outweigh the rest of a row makes such rows as good as those of an exact maximum, and takes 2 to 5% longer. A MOST_SUM of
-// 64 takes 0.3 to 0.9% longer, this one 0.1 to 0.4%, than one of 65504.)
+// MOST_SUM is far below what 16 bits hold, because a P other than 1 is rounded in its product with V, but not in the
+// sum. Many weights even that out; a token that makes up its row alone does not. (An H200: looking at every block whose
+// P could outweigh the rest of a row takes 2 to 5% longer, a MOST_SUM of 64 0.3 to 0.9% and this one 0.1 to 0.4% longer
+// than one of 65504.)
 #pragma once
 #include "convert.cuh"
 #include "load_global.cuh"

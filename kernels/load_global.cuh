@@ -71,7 +71,7 @@ template <bool whole_line>
 __device__ __forceinline__ void copy_async_16(shared_address target, const void* source, bool valid, u64 policy) {
 #ifdef __CUDACC__
     const int bytes = valid ? 16 : 0;
-    if (whole_line)
+    if constexpr (whole_line)
         asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(target),
                      "l"(source), "r"(bytes), "l"(policy)
                      : "memory");

@@ -269,8 +269,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
         }
 
         // Where a score passes the maximum the lanes of a row agree on a new one and rescale what they have. (Moving it
-        // only by more than 8 is 5% faster. But then the largest P is not 1, and is rounded for its product with V and not
-        // in the sum: a row of which one token makes up the most is off by that.)
+        // only by more than 8 is 5% faster. But then the largest P is not 1, and is rounded for its product with V and
+        // not in the sum: a row of which one token makes up the most is off by that.)
         float block_max[M_TILES][2];
         bool passed = false;
 #pragma unroll

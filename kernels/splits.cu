@@ -5,10 +5,10 @@
 // in    requests  [max_batch_size + 1] Request    as plan_requests makes them (schedule.cu)
 // out   items     [max_items] DecodeItem          batch_index -1 behind the last one
 //
-// Decode reads every K and V once, so a launch is over when its last byte is. Of requests of about equal length as many
-// are left whole (a split costs a merge) as give each SM the same number of CTAs; the others are divided so that all SMs
-// get a part of them. Ragged ones are cut into pieces of `tokens_a_split`, so that nobody waits for the longest. Items
-// are dealt in the order of the tokens they have, to within an eighth: what comes last is short.
+// Decode reads every K and V once, so a launch is over when its last byte is. Of requests of about equal length as
+// many are left whole (a split costs a merge) as give each SM the same number of CTAs; the others are divided so that
+// all SMs get a part of them. Ragged ones are cut into pieces of `tokens_a_split`, so that nobody waits for the longest.
+// Items are dealt in the order of the tokens they have, to within an eighth: what comes last is short.
 //
 // Rows of the plan behind the batch come last of all: a launch for the batch alone leaves them out.
 //
@@ -20,7 +20,8 @@ constexpr int CLASSES = LENGTH_CLASSES + 1;  // the last one: rows behind the ba
 constexpr int TILE = 16;                     // tokens that a warp of decode takes at a time
 // The last split to arrive merges all of a request's states, a few at a time: more than CHEAP_SPLITS of them pay only
 // where each has TILES_WORTH_A_SPLIT (an H200, one request, one KV head, up to 128 splits against this rule: 3000 tokens
-// 16.9 and 9.8 us, 8192 tokens 16.2 and 11.3, 32768 tokens 19.1 and 16.1).
+// 16.9 and 9.8 us, 8192 tokens 16.2 and 11.3, 32768 tokens 19.1 and 16.1). Where other CTAs keep the SMs busy anyhow, or
+// may do so, a split has to be worth it in any case.
 constexpr int CHEAP_SPLITS = 32, TILES_WORTH_A_SPLIT = 32;
 
 struct SplitsParams {
@@ -82,7 +83,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
         whole = ctas / p.num_sms * p.num_sms / p.ctas_an_item;
         if (whole < busy) even_splits = p.num_sms / ((busy - whole) * p.ctas_an_item);
     }
-    // Of a row with `own` tokens, and `number` rows before it that have some.
+    const bool counts = whole > 0 && even_splits > 1;
+    // Of a row with `own` tokens, and `number` rows before it that have some, where that counts.
     auto splits_of = [&](int own, i64 number) -> int {
         const i64 tiles = (i64(own) + TILE - 1) / TILE;
         i64 wanted = (own + tokens_a_split - 1) / tokens_a_split;
@@ -99,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
     for (int chunk = 0; chunk < p.max_batch_size; chunk += blockDim.x) {
         const int row = chunk + threadIdx.x;
         const int own = row < p.max_batch_size ? tokens_of(p, p.requests[row]) : 0;
-        const i64 own_number = scan_before(own > 0, number, warp_totals, Sum());
+        const i64 own_number = counts ? scan_before(own > 0, number, warp_totals, Sum()) : 0;
         const int wanted = row < p.max_batch_size ? splits_of(own, own_number) : 1;
         const i64 before = scan_before(wanted - 1, extra, warp_totals, Sum());
         const int splits = before + wanted - 1 <= p.extra_items ? wanted : 1;
@@ -121,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
         Request request = {};
         if (row < p.max_batch_size) request = p.requests[row];
         const int own = row < p.max_batch_size ? tokens_of(p, request) : 0;
-        const i64 own_number = scan_before(own > 0, number, warp_totals, Sum());
+        const i64 own_number = counts ? scan_before(own > 0, number, warp_totals, Sum()) : 0;
         const int wanted = row < p.max_batch_size ? splits_of(own, own_number) : 1;
         const i64 before = scan_before(wanted - 1, extra, warp_totals, Sum());
         const int splits = before + wanted - 1 <= p.extra_items ? wanted : 1;

@@ -26,7 +26,7 @@ RAGGED_CTAS_AN_SM = 16
 # piece that there could be, and idle ones cost there (16 x 4096: 94.5 us with 128 of them, 97.8 with 256, 104 with
 # 2112; 64 x 2048: 182.5 us with 128 or 2112).
 RESIDENT_CTAS_AN_SM = 2
-# A batch-invariant plan has at most so many CTAs for each request, whatever the card.
+# A batch-invariant plan divides a request among so many CTAs, if its KV heads are not more, whatever the card.
 INVARIANT_CTAS = 128
 # It splits a request by its own length alone, and only where each split has so many tokens (TILES_WORTH_A_SPLIT of
 # kernels/splits.cu; an H200, before it as many splits for every request: 64 x 4096, 64/8 heads: 277 us, now 257; 256 x

@@ -173,7 +173,7 @@ def build(case: Case, *, needle: int | None = None, scores: str | None = None) -
 # Scores that are hard on a softmax which goes through the keys block by block, from the last to the first.
 SCORES = (
     "sigma1", "sigma5", "sigma25", "sigma50", "outlier_a_row", "outlier_in_a_block", "growing", "falling",
-    "falling_fast", "equal", "all_low", "one_token",
+    "falling_fast", "equal", "all_low", "jump_by_9",
 )  # fmt: skip
 
 
@@ -197,6 +197,7 @@ def _shape_scores(
                     like = row[head * case.num_qo_heads // case.num_kv_heads].astype(np.float32)
                     keys[random.integers(length), head] = like * (60 / (case.sm_scale * (like @ like)))
             continue
+        kind, _, jump = scores.partition("_by_")  # jump: a token so far above the first and the last, and nothing else
         added = {
             "outlier_in_a_block": np.where(token // 128 == length // 256, 60.0, 0.0),
             "growing": token / length * 300,
@@ -205,11 +206,11 @@ def _shape_scores(
             "equal": np.zeros(length),
             "all_low": np.full(length, -1e4),
             "background": np.where(token == length - 1, 12.1, 0.0),
-            "one_token": np.where(token == length // 3, 23.3, 0.0),
-        }[scores]
-        if scores in ("equal", "all_low", "background", "one_token"):
+            "jump": np.select([token == length // 3, token % max(length - 1, 1) == 0], [float(jump or 0), 0], -30),
+        }[kind]
+        if kind in ("equal", "all_low", "background", "jump"):
             keys[...] = 0
-        if scores == "background":
+        if kind == "background":
             values[...] = needle_values(case)
         rows[..., 0] = 4
         keys[..., 0] = (added / (4 * case.sm_scale))[:, None]

@@ -855,7 +855,7 @@ class _HopperPrefill:
     ) -> None:
         self._spec, self._device, self._tile_rows = spec, device, shape.tile_rows
         self._num_requests: int = fields["num_requests"]
-        self._num_multiprocessors = cupy.cuda.Device(_index(device)).attributes["MultiProcessorCount"]
+        self._num_sms = _num_sms(device)
         tiles = compile.kernel("plan_tiles", device, shared_bytes=TILES_BYTES)
         self.order_tiles = compile.Launch(
             tiles,
@@ -906,7 +906,7 @@ class _HopperPrefill:
         self._out_form = out.strides[0] // itemsize, out.strides[1] // itemsize, self._spec.num_qo_heads, itemsize == 4
         self._rows = rows
         self._tiles = _most_tiles(rows * self._spec.group_size, self._tile_rows, self._num_requests)
-        self._grid = min(self._num_multiprocessors, self._tiles * self._spec.num_kv_heads)
+        self._grid = min(self._num_sms, self._tiles * self._spec.num_kv_heads)
         return True
 
     def run(self, q: int, kv: PagedKV, out: int, lse: int) -> None:

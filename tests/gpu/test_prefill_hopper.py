@@ -69,24 +69,25 @@ def test_scores_of_every_kind(scores: str, dtype: str, head_dim: int, counting: 
     if scores in ("equal", "all_low", "growing"):
         assert (scaled, repeated) == (0, 0)
     if is_hopper():
-        assert scores not in ("falling", "one_token") or scaled > 0
+        assert scores not in ("falling", "jump_by_9") or scaled > 0
         # A wide head_dim has blocks of half as many tokens, and what falls from one to the next is less.
         assert scores != "falling_fast" or (repeated if head_dim <= 128 else scaled) > 0
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
-@pytest.mark.parametrize("num_kv_heads", [1, 4])
+@pytest.mark.parametrize("group_size", [4, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_token_that_makes_up_a_row_comes_out_as_it_is(dtype: str, num_kv_heads: int, kind: str) -> None:
-    """Bit for bit, wherever it stands: its weight is 1, which no rounding changes; the others are too small to see."""
-    shape = case("one_token", (4000,), (1 if kind == "decode" else 150,), num_kv_heads=num_kv_heads, dtype=dtype)
-    inputs = cases.build(shape, scores="one_token")
+def test_a_token_that_makes_up_a_row_comes_out_as_it_is(dtype: str, group_size: int, kind: str) -> None:
+    """Bit for bit: its weight is 1, which no rounding changes, and the others are too small to see."""
+    queries = 1 if kind == "decode" else 150
+    shape = case("jump", (4000,), (queries,), num_qo_heads=16, num_kv_heads=16 // group_size, dtype=dtype)
+    inputs = cases.build(shape, scores="jump_by_23.3")
     q, kv, table = on_gpu(inputs.q), inputs.kv(on_gpu), inputs.table(on_gpu)
     if kind == "decode":
         out = pa.decode(q, kv, table)
     else:
         out = pa.prefill(q, on_gpu(inputs.qo_indptr), kv, table)
-    token = np.repeat(inputs.v[0][4000 // 3], 8 // num_kv_heads, axis=0)  # [8, 128]
+    token = np.repeat(inputs.v[0][4000 // 3], group_size, axis=0)  # [16, 128]
     assert (out.get().view(np.uint16) == token.view(np.uint16)).all()
 
 

@@ -10,7 +10,7 @@ import ctypes
 import re
 import sys
 from collections.abc import Sequence
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -128,6 +128,7 @@ def _launch(config_address: int, function: int, arguments_address: int, extra: N
 
 class _Device:
     id, compute_capability = 0, "80"
+    attributes = MappingProxyType({"MultiProcessorCount": 132})
 
     def __init__(self, index: int = 0) -> None: ...
 

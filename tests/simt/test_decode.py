@@ -192,7 +192,7 @@ def test_more_splits_than_tiles_spare_requests_float32_and_reversed_threads() ->
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
 def test_weights_of_few_columns_are_as_good_as_float32(dtype: str) -> None:
     """Two 16-bit numbers each: one of them alone is off by 1e-3 in bfloat16."""
-    for scores in ("sigma1", "sigma5", "one_token"):
+    for scores in ("sigma1", "sigma5", "jump_by_5.2"):
         inputs = build(Case("weights", (200, 40), num_qo_heads=4, dtype=dtype), scores=scores)
         out, _, _ = run(inputs, float32=True, num_splits=2)
         right = np.empty(inputs.q.shape, np.float32)
@@ -200,9 +200,11 @@ def test_weights_of_few_columns_are_as_good_as_float32(dtype: str) -> None:
         assert_close(out, right, tolerance=2e-5)
 
 
-def test_an_infinite_value_stays_infinite() -> None:
-    """0 * inf is NaN: a merge has to leave out the places that no split has filled."""
-    inputs = build(Case("infinite", (48,), page_size=16, num_qo_heads=2, head_dim=32))
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+@pytest.mark.parametrize("scores", (None, "jump_by_9", "jump_by_15"))
+def test_an_infinite_value_stays_infinite(scores: str | None, dtype: str) -> None:
+    """0 * inf is NaN: a merge leaves out the places that no split has filled, and no part of a weight is 0."""
+    inputs = build(Case("infinite", (48,), page_size=16, num_qo_heads=2, head_dim=32, dtype=dtype), scores=scores)
     inputs.v_pages[inputs.indices[0], 0, :, 5] = np.inf
     out, _, _ = run(inputs, num_splits=3)
     assert np.isposinf(out[..., 5].astype(np.float32)).all()
