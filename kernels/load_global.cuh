@@ -67,7 +67,7 @@ __device__ __forceinline__ u64 cache_policy(Evict evict) {
 }
 
 // `whole_line`: L2 fetches all 128 bytes of the line.
-template <bool whole_line>
+template <bool whole_line = false>
 __device__ __forceinline__ void copy_async_16(shared_address target, const void* source, bool valid, u64 policy) {
 #ifdef __CUDACC__
     const int bytes = valid ? 16 : 0;

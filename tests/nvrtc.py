@@ -39,7 +39,7 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
     "merge_state": 40,
     "merge_states": 64,
     "plan_requests": 64,
-    "plan_splits": 48,
+    "plan_splits": 64,
     "plan_tiles": 64,
     "prefill": {16: 168, 32: 168, 64: 255, 80: 255, 96: 255, 112: 255, 128: 255, 256: 255},
     "prefill_hopper": dict.fromkeys((64, 80, 96, 112, 128, 256), 168),  # at launch; warps then trade them

@@ -344,7 +344,7 @@ MUTATIONS = [
     Mutation(
         "attention_state.cuh", "what stands in an empty state counts",
         "if (others[i].max == -INF) continue;", "",
-        decode.test_an_infinite_value_stays_infinite,
+        partial(decode.test_an_infinite_value_stays_infinite, None, "float16"),
     ),
     Mutation(
         "attention_state.cuh", "lse to base 2",
