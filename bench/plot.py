@@ -14,13 +14,18 @@ STYLES = ("o-", "s--", "^:", "v-.", "x-")  # of page sizes, the smallest first
 
 
 def newest(lines: Iterable[dict[str, Any]], wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The last line of each case and page size, of the lines that have the wanted settings (None: are without).
+    """A line of each case and page size, of those that have the wanted settings (None: are without): the last one.
 
-    Of several cards only that of the last line is taken.
+    Of several cards and sources only those of the last line are taken, and of their lines the one with the most peers.
     """
     chosen = [line for line in lines if all(line.get(name) == value for name, value in wanted.items())]
-    latest = {(line["case"], line["page_size"]): line for line in chosen if line["card"] == chosen[-1]["card"]}
-    return list(latest.values())
+    of_last = [line for line in chosen if _sources(line) == _sources(chosen[-1])]
+    by_peers = sorted(of_last, key=lambda line: len(line.get("peers", {})))  # in their order where these are as many
+    return list({(line["case"], line["page_size"]): line for line in by_peers}.values())
+
+
+def _sources(line: dict[str, Any]) -> tuple[str, str | None]:
+    return line["card"], line.get("source_hash")
 
 
 def times(line: dict[str, Any]) -> dict[str, float]:
