@@ -25,10 +25,11 @@
 //          items first, which evens out SMs of unequal bandwidth better than any equal split.
 //   warp   an independent pipeline over tiles of 16 tokens: tile = (i * WARPS + warp) * num_splits + split.
 //          No barrier of the block before the end but that of Q_IN_SHARED.
-//   shared memory, per warp: one K tile and one V tile (shared_rows.cuh). K of tile i+1 loads while tile i does its
-//          softmax and V, V of tile i+1 while tile i+1 does its scores. At the end the same bytes hold the warp's O.
+//   shared memory, per warp: a ring of STAGES places (shared_rows.cuh), for K and V of its first tile, K and V of its
+//          second, and so on. What has been read makes room for what comes STAGES later. At the end the same bytes hold
+//          the warp's O.
 //   Q      in registers, as operands of the products; with Q_IN_SHARED in shared memory, once for all warps, which wait
-//          for it before their first tile.
+//          for it before their first tile. Asked for before K and V, or it would come behind all of them.
 //   split  the last CTA of a split row to arrive merges all partial states, in the order of the splits: the same bits
 //          on every run. The arrival counter wraps to zero by itself.
 #include "attention_state.cuh"
@@ -41,6 +42,7 @@
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM >= 16 && HEAD_DIM <= 256, "HEAD_DIM must be a multiple of 16 up to 256");
 static_assert(COLUMNS % 8 == 0 && COLUMNS >= 8 && COLUMNS <= 32, "COLUMNS must be 8, 16, 24 or 32");
 
+static_assert(STAGES >= 2 && STAGES <= 4, "STAGES must be 2, 3 or 4");
 static_assert(WARPS == 2 || WARPS == 4 || WARPS == 8, "WARPS must be 2, 4 or 8");
 
 constexpr int THREADS = WARPS * 32;
@@ -57,9 +59,14 @@ constexpr int CHUNKS = HEAD_DIM / 8;         // 16-byte pieces of a row
 constexpr int LOADS = TILE * CHUNKS / 32;    // pieces that a lane loads of a K or V tile
 typedef SharedRows<CHUNKS> Rows;             // of a K or V tile
 constexpr int TILE_BYTES = TILE * Rows::BYTES;
-constexpr int OUT_PITCH = HEAD_DIM + 4;  // floats between columns of O in shared memory
+// Where K of tile i was read comes, if STAGES is even, K of tile i + AHEAD, and where V was read comes that tile's V. If it
+// is odd, V of tile i + AHEAD comes in the place of K, and K of the tile behind it in the place of V.
+constexpr int AHEAD = STAGES / 2, ODD = STAGES % 2;
+constexpr int FIRST_TILES = AHEAD + ODD + 1;  // whose pages are looked up before the loop
+constexpr int OUT_PITCH = HEAD_DIM + 4;       // floats between columns of O in shared memory
 constexpr int OUT_BYTES = COLUMNS * OUT_PITCH * 4;
-constexpr int WARP_BYTES = 2 * TILE_BYTES > OUT_BYTES ? 2 * TILE_BYTES : OUT_BYTES;
+constexpr int RING_BYTES = STAGES * TILE_BYTES;
+constexpr int WARP_BYTES = RING_BYTES > OUT_BYTES ? RING_BYTES : OUT_BYTES;
 static_assert(WARP_BYTES % 128 == 0 && TILE_BYTES % 128 == 0, "tiles begin on lines of 128 bytes");
 constexpr int LIMITS_OFFSET = WARPS * WARP_BYTES;                   // [WARPS][COLUMNS] KvLimits
 constexpr int STATES_OFFSET = LIMITS_OFFSET + WARPS * COLUMNS * 8;  // [WARPS][COLUMNS] float2 (max, sum)
@@ -99,10 +106,10 @@ struct DecodeParams {
     u32* arrivals;
     Positions positions;
     int num_qo_heads;
-    int num_kv_heads;
-    int group_size;
+    FastDivide num_kv_heads;
+    FastDivide group_size;
     int q_len;
-    int column_blocks;  // ceil(q_len * group_size / COLUMNS)
+    FastDivide column_blocks;  // ceil(q_len * group_size / COLUMNS)
     int num_page_ids;
     float sm_scale;
     float logits_soft_cap;
@@ -134,11 +141,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const int quad = lane >> 2, pair = lane & 3;  // an mma fragment: row quad (and quad + 8), columns 2 * pair, + 1
 
     // 1. Which request, split, columns and KV head this CTA serves, and what its columns see.
-    int index = blockIdx.x;
-    const int kv_head = index % p.num_kv_heads;
-    index /= p.num_kv_heads;
-    const int column_block = index % p.column_blocks;
-    const DecodeItem work = p.items[index / p.column_blocks];
+    const int num_kv_heads = p.num_kv_heads.divisor, group_size = p.group_size.divisor;
+    const int column_blocks = p.column_blocks.divisor;
+    const int block = divide(blockIdx.x, p.num_kv_heads), place = divide(block, p.column_blocks);
+    const int kv_head = blockIdx.x - block * num_kv_heads, column_block = block - place * column_blocks;
+    const DecodeItem work = p.items[place];
     // While the item is on its way, so are the plan's page ids, 4 KiB a CTA: a line for each lane of its first warp
     // (the same trial, 1 x 4096, 32/8 heads: 13.73 us, without 14.05).
     const i64 own_id = (i64(blockIdx.x) * 32 + threadIdx.x) * 32;
@@ -154,14 +161,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         const int page = divide(first_token + (lane & 15), p.positions.page_size);
         return u32(page) < u32(request.num_pages) ? __ldg(p.page_ids + request.first_page + page) : 0;
     };
-    int page = page_of(warp_first), next_page = page_of(warp_first + stride);
+    int pages[FIRST_TILES];
+#pragma unroll
+    for (int i = 0; i < FIRST_TILES; ++i) pages[i] = page_of(warp_first + i * stride);
 
     // Lane c speaks for column c: query token c / group_size of the request, head c % group_size of the group.
-    const int columns_left = p.q_len * p.group_size - column_block * COLUMNS;
+    const int columns_left = p.q_len * group_size - column_block * COLUMNS;
     const int num_columns = columns_left < COLUMNS ? columns_left : COLUMNS;
     const int column = column_block * COLUMNS + (lane < num_columns ? lane : num_columns - 1);
-    const int query = column / p.group_size;
-    const int row = batch_index * p.q_len + query, head = kv_head * p.group_size + column - query * p.group_size;
+    const int query = divide(column, p.group_size);
+    const int row = batch_index * p.q_len + query, head = kv_head * group_size + column - query * group_size;
     const KvLimits limits = kv_limits(query, request, p.positions);
     // Limits grow with the query token: the first column has the smallest, the last one the largest.
     const int begin = __shfl_sync(~0u, limits.begin, 0), end = __shfl_sync(~0u, limits.end, num_columns - 1);
@@ -176,59 +185,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const int active_splits = num_tiles < num_splits ? num_tiles : num_splits;
     if (split >= (active_splits > 0 ? active_splits : 1)) return;
 
-    // 2. Loads. Lane l knows where token l % 16 of a tile stands; the lanes then fetch it in pieces of 16 bytes.
-    // A tile is known by how many tokens are left from its first one to the end.
-    const shared_address warp_base = shared_address_of(shared_memory) + warp * WARP_BYTES;
-    const shared_address k_tile = warp_base, v_tile = warp_base + TILE_BYTES;
-    // KV must not push partial states out of L2.
-    const u64 policy = cache_policy(num_splits > 1 ? Evict::FIRST : Evict::UNCHANGED);
-
-    auto offset_of = [&](int left, int page, const PoolStrides& strides) -> u32 {  // in units of 16 bytes
-        const int x = end - left + (lane & 15);
-        const int slot = x - divide(x, p.positions.page_size) * int(p.positions.page_size.divisor);
-        return x < end ? page * strides.page + slot * strides.slot + kv_head * strides.head : 0u;
-    };
-    auto load_tile = [&](shared_address to, const u16* pool, int left, u32 offset) {
-#pragma unroll
-        for (int i = 0; i < LOADS; ++i) {
-            // A lane's chunk is the same in all loads where whole rows make up 32 lanes, and so is its place in a load.
-            const bool whole_rows = 32 % CHUNKS == 0;
-            const int chunk = whole_rows ? lane % CHUNKS : (i * 32 + lane) % CHUNKS;
-            const int token = whole_rows ? i * (32 / CHUNKS) + lane / CHUNKS : (i * 32 + lane) / CHUNKS;
-            const u64 base = reinterpret_cast<u64>(pool) + chunk * 16;
-            const u64 from = base + u64(__shfl_sync(~0u, offset, token)) * 16;
-            // What lies behind the end becomes zeros: NaN in an unused slot would survive a weight of 0.
-            copy_async_16<WHOLE_LINES>(to + Rows::at(token, chunk), reinterpret_cast<const void*>(from), token < left,
-                                       policy);
-        }
-    };
-
-    int left = visible - warp_first;
-    if (begin > 0) {  // other tiles than those above
-        page = page_of(end - left);
-        next_page = page_of(end - left + stride);
-    }
-    if (left > 0) load_tile(k_tile, p.k, left, offset_of(left, page, p.k_strides));
-    commit_copies();
-    if (left > 0) load_tile(v_tile, p.v, left, offset_of(left, page, p.v_strides));
-    commit_copies();
-
-    // 3. Q^T, whose B fragments for one k-step are q[step]: lane holds dims 2 * pair, + 1 (and + 8) of column quad.
+    // 2. Q^T, whose B fragments for one k-step are q[step]: lane holds dims 2 * pair, + 1 (and + 8) of column quad. (An H200,
+    // 16 x 4096, 32/8 heads: 66.9 us, asked for behind K and V 67.2; 1 x 4096 12.7 and 12.9.)
     u32 q[K_STEPS][N_TILES * 2];
 #if Q_IN_SHARED
     static_assert(COLUMNS * CHUNKS % THREADS == 0, "a thread has whole pieces of Q");
+    const shared_address q_rows = shared_address_of(shared_memory) + Q_OFFSET;
 #pragma unroll
     for (int i = threadIdx.x; i < COLUMNS * CHUNKS; i += THREADS) {
         const int c = i / CHUNKS, chunk = i % CHUNKS;
         const int q_row = __shfl_sync(~0u, row, c), q_head = __shfl_sync(~0u, head, c);
         const u16* from = p.q + q_row * p.q_row_stride + q_head * p.q_head_stride + chunk * 8;
-        uint4 piece = {};
-        if (c < num_columns) piece = __ldg(reinterpret_cast<const uint4*>(from));
-        *reinterpret_cast<uint4*>(shared_memory + Q_OFFSET + Rows::at(c, chunk)) = piece;
+        copy_async_16(q_rows + Rows::at(c, chunk), from, c < num_columns);
     }
-    __syncthreads();
-    const shared_address q_matrix =
-        shared_address_of(shared_memory) + Q_OFFSET + Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+    commit_copies();
 #else
 #pragma unroll
     for (int n = 0; n < N_TILES; ++n) {
@@ -241,6 +211,53 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             q[step][2 * n + 1] = c < num_columns ? __ldg(reinterpret_cast<const u32*>(from + step * 16 + 8)) : 0u;
         }
     }
+#endif
+
+    // 3. Loads. Lane l knows where token l % 16 of a tile stands; the lanes then fetch it in pieces of 16 bytes.
+    // A tile is known by how many tokens are left from its first one to the end.
+    const shared_address warp_base = shared_address_of(shared_memory) + warp * WARP_BYTES;
+    // What nobody else reads must not push results and partial states out of L2 (an H200: 256 x 512, 64/8 heads, 126.5 us
+    // and 129.2, one request of 256k among 255 of 500 354.8 and 367.6). Neighbours in a line, or another block of columns,
+    // are too late otherwise (64 x 4096, 64/8 heads of 80 dims 177 and 221, 64/2 heads of 128 dims 74 and 88).
+    const bool is_only_reader = HEAD_DIM * 2 % 128 == 0 && column_blocks == 1;
+    const u64 policy = cache_policy(is_only_reader ? Evict::FIRST : Evict::UNCHANGED);
+
+    auto offset_of = [&](int left, int page, const PoolStrides& strides) -> u32 {  // in units of 16 bytes
+        const int x = end - left + (lane & 15);
+        const int slot = x - divide(x, p.positions.page_size) * int(p.positions.page_size.divisor);
+        return x < end ? page * strides.page + slot * strides.slot + kv_head * strides.head : 0u;
+    };
+    // A tile of K or V goes to its place in the ring, as a group of copies; of a tile behind the last one an empty group.
+    auto load_tile = [&](shared_address to, bool is_v, int left, int page) {
+        const u64 base = reinterpret_cast<u64>(is_v ? p.v : p.k);
+        const u32 offset = left > 0 ? offset_of(left, page, is_v ? p.v_strides : p.k_strides) : 0;
+#pragma unroll
+        for (int i = 0; i < LOADS && left > 0; ++i) {
+            // A lane's chunk is the same in all loads where whole rows make up 32 lanes, and so is its place in a load.
+            const bool whole_rows = 32 % CHUNKS == 0;
+            const int chunk = whole_rows ? lane % CHUNKS : (i * 32 + lane) % CHUNKS;
+            const int token = whole_rows ? i * (32 / CHUNKS) + lane / CHUNKS : (i * 32 + lane) / CHUNKS;
+            const u64 from = base + chunk * 16 + u64(__shfl_sync(~0u, offset, token)) * 16;
+            // What lies behind the end becomes zeros: NaN in an unused slot would survive a weight of 0.
+            copy_async_16<WHOLE_LINES>(to + Rows::at(token, chunk), reinterpret_cast<const void*>(from), token < left,
+                                       policy);
+        }
+        commit_copies();
+    };
+
+    int left = visible - warp_first;
+    if (begin > 0) {  // other tiles than those above
+#pragma unroll
+        for (int i = 0; i < FIRST_TILES; ++i) pages[i] = page_of(end - left + i * stride);
+    }
+#pragma unroll
+    for (int i = 0; i < STAGES; ++i)
+        load_tile(warp_base + i * TILE_BYTES, i % 2 == 1, left - i / 2 * stride, pages[i / 2]);
+    int page = pages[AHEAD], next_page = pages[AHEAD + ODD];  // of what comes into the places of K and of V
+#if Q_IN_SHARED
+    wait_copies<STAGES>();
+    __syncthreads();
+    const shared_address q_matrix = q_rows + Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
 #endif
 
     // 4. The loop over this warp's tiles. Scores are kept in base 2.
@@ -257,8 +274,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             out[n][step][0] = out[n][step][1] = out[n][step][2] = out[n][step][3] = 0.f;
     }
     // ldmatrix: lane l gives the address of row l % 8 of matrix l / 8. For V the matrices are read transposed.
-    const shared_address k_matrix = k_tile + Rows::at((lane & 7) + ((lane >> 3) & 1) * 8, lane >> 4);
-    const shared_address v_matrix = v_tile + Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+    const int k_matrix = Rows::at((lane & 7) + ((lane >> 3) & 1) * 8, lane >> 4);
+    const int v_matrix = Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+    shared_address k_tile = warp_base, v_tile = warp_base + TILE_BYTES;  // in the ring, where they go two places on
+    auto turn = [&](shared_address& tile) {
+        tile += tile < warp_base + (STAGES - 2) * TILE_BYTES ? 2 * TILE_BYTES : (2 - STAGES) * TILE_BYTES;
+    };
 #if SOFT_CAP
     const float scale = 1.f;
 #else
@@ -267,10 +288,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 
 #pragma unroll 1
     for (; left > 0; left -= stride) {
-        const int next_left = left - stride, page_after_next = page_of(end - next_left + stride);
+        const int next_left = left - AHEAD * stride, page_after_next = page_of(end - next_left + (1 + ODD) * stride);
 
         // S^T = K Q^T
-        wait_copies<1>();
+        wait_copies<STAGES - 1>();
         __syncwarp();
         float sums[PARTS][N_TILES][4], score[N_TILES][4];
 #pragma unroll
@@ -282,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 #pragma unroll
         for (int step = 0; step < K_STEPS; ++step) {
             u32 a[4];
-            load_matrix_x4(a, Rows::advance(k_matrix, step));
+            load_matrix_x4(a, Rows::advance(k_tile + k_matrix, step));
 #if Q_IN_SHARED
             load_matrix_x4(q[step], Rows::advance(q_matrix, step));
 #endif
@@ -296,8 +317,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             for (int i = 0; i < 4; ++i)
                 score[n][i] = PARTS == 1 ? sums[0][n][i] : sums[0][n][i] + sums[PARTS - 1][n][i];
         __syncwarp();
-        if (next_left > 0) load_tile(k_tile, p.k, next_left, offset_of(next_left, next_page, p.k_strides));
-        commit_copies();
+        load_tile(k_tile, ODD, next_left, page);
+        turn(k_tile);
 
 #if SOFT_CAP
         const float to_cap = p.sm_scale / p.logits_soft_cap, from_cap = p.logits_soft_cap * LOG2_E;
@@ -380,7 +401,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         }
 
         // O^T += V^T P^T
-        wait_copies<1>();
+        wait_copies<STAGES - 1>();
         __syncwarp();
         constexpr int AT_ONCE = PARTS == 1 ? 1 : 4;  // so that no product waits for the one before
 #pragma unroll
@@ -388,7 +409,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             u32 a[AT_ONCE][4];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i)
-                if (first + i < K_STEPS) load_matrix_x4_transposed(a[i], Rows::advance(v_matrix, first + i));
+                if (first + i < K_STEPS) load_matrix_x4_transposed(a[i], Rows::advance(v_tile + v_matrix, first + i));
 #pragma unroll
             for (int part = 0; part < PARTS; ++part)
 #pragma unroll
@@ -399,8 +420,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
                             mma_m16n8k16(out[n][first + i], a[i], weight[part][n][0], weight[part][n][1]);
         }
         __syncwarp();
-        if (next_left > 0) load_tile(v_tile, p.v, next_left, offset_of(next_left, next_page, p.v_strides));
-        commit_copies();
+        load_tile(v_tile, !ODD, next_left - ODD * stride, next_page);
+        turn(v_tile);
+        page = ODD ? next_page : page_after_next;
         next_page = page_after_next;
     }
 
@@ -431,10 +453,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         }
     __syncthreads();
 
-    const int cta = column_block * p.num_kv_heads + kv_head, ctas_an_item = p.column_blocks * p.num_kv_heads;
+    const int cta = column_block * num_kv_heads + kv_head, ctas_an_item = column_blocks * num_kv_heads;
     auto write_column = [&](int c, int dim, const RowState& state) {
-        const int of_request = column_block * COLUMNS + c, token = of_request / p.group_size;
-        const int q_head = kv_head * p.group_size + of_request - token * p.group_size;
+        const int of_request = column_block * COLUMNS + c, token = divide(of_request, p.group_size);
+        const int q_head = kv_head * group_size + of_request - token * group_size;
         write_row(p, batch_index * p.q_len + token, q_head, dim, state);
     };
 

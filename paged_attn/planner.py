@@ -15,6 +15,14 @@ from dataclasses import dataclass
 # 408.7 where 4 have 368.1 and 8 have 357.2, for 2048 pairs of which one request is long).
 DECODE_WARPS, DECODE_WARPS_OF_MANY, MANY_PAIRS = 8, 4, 512
 
+# Places for tiles of K and V that a warp of decode has: two, one for either, as long as others on the SM have loads
+# under way meanwhile (an H200: with three, 64 x 4096, 64/8 heads 244.9 us and 244.5, of 64 dims 131.1 and 127.7, 64/2
+# heads 80.9 and 74.5; with three or more, 16 x 4096, 32/8 heads 65.8 to 68.5 and 66.1). More pay where a CTA has an SM
+# for itself and its rows are short (16 x 4096, 32/8 heads of 64 dims 37.4 and 40.4) or for another block of columns too
+# (64 x 4096, 32/1 heads 39.1 and 42.0), and where rows end inside of a line, so that neighbours fetch part of what a
+# warp asks for (64 x 4096, 64/8 heads of 80 dims 168.7 and 173.4, of 96 189.7 and 192.3).
+STAGES, STAGES_OF_PART_LINES, STAGES_OF_SHARED_ROWS, STAGES_OF_SHORT_ROWS = 2, 3, 3, 4
+
 # Requests of about equal length that leave SMs idle are split into one CTA for each SM: with less, SMs are idle, and
 # more only add partial states to merge (a trial on an H100 with 132 SMs, 1 x 4096, 32/8 heads: 13.7 us with 128 CTAs,
 # with 64 14.4, 192: 14.6, 256: 15.0; 64 x 4096, 16/1 heads: 53.5, with 256 CTAs 54.1). So are those that remain where
@@ -22,10 +30,12 @@ DECODE_WARPS, DECODE_WARPS_OF_MANY, MANY_PAIRS = 8, 4, 512
 # Ragged requests are cut into pieces, about this many CTAs for each SM: eight for each that runs at a time (an H100,
 # 64 requests of 128 to 16000 tokens: 712.8 us; half as many pieces 723.8, a quarter 731.3, whole 741).
 RAGGED_CTAS_AN_SM = 16
-# Small batches, whose requests all run at once, are cut into one for each SM instead: the launch has a CTA for every
-# piece that there could be, and idle ones cost there (16 x 4096: 94.5 us with 128 of them, 97.8 with 256, 104 with
-# 2112; 64 x 2048: 182.5 us with 128 or 2112).
-RESIDENT_CTAS_AN_SM = 2
+# Fewer where there are so few CTAs for each SM before the cut. The launch has a CTA for every piece that there may be,
+# and if these are more than run at a time, the card puts the first ones, which have the work, two on an SM and leaves
+# others empty: up to one, as many as SMs (an H200: 64 x 4096, 16/1 heads 41.2 us, with three for each SM 46.7, 32/1
+# heads 43.3 and 58.5; 16 x 4096, 32/8 heads 66.9 and 68.0). Up to two, three for each (requests of 128 to 8000 tokens,
+# 32/8 heads: 24 95.8, with one 102.0, 32 148.3 and 151.7; 32 of up to 16000 286.1 and 311.5).
+RAGGED_CTAS_OF_FEW = {1: 1, 2: 3}
 # A batch-invariant plan divides a request among so many CTAs, if its KV heads are not more, whatever the card.
 INVARIANT_CTAS = 128
 # It splits a request by its own length alone, and only where each split has so many tokens (TILES_WORTH_A_SPLIT of
@@ -35,12 +45,25 @@ TOKENS_WORTH_A_SPLIT = 512
 
 
 @dataclass(frozen=True)
+class Card:
+    """What there is of a GPU."""
+
+    num_sms: int
+    shared_bytes: int  # of an SM
+
+
+H100 = Card(132, 228 * 1024)
+CTA_SHARED_BYTES = 1024  # that CUDA takes beside those of the kernel
+
+
+@dataclass(frozen=True)
 class DecodeShape:
     """How the decode kernel is compiled and launched for one combination of q_len, group size and head_dim."""
 
     columns: int  # query rows (token, head) that share one pass over a KV head, a multiple of 8
     column_blocks: int  # passes needed for q_len * group_size rows
     warps: int  # of a CTA
+    stages: int  # tiles of K and V that a warp has room for
     shared_bytes: int
 
     @property
@@ -48,22 +71,50 @@ class DecodeShape:
         return self.warps * 32
 
 
-def decode_shape(q_len: int, group_size: int, head_dim: int, num_pairs: int = 1) -> DecodeShape:
-    """The kernel's tile for `q_len * group_size` query rows a KV head, of `num_pairs` requests and KV heads in all."""
+def decode_shape(
+    q_len: int,
+    group_size: int,
+    head_dim: int,
+    num_pairs: int = 1,
+    batch_invariant: bool = False,
+    card: Card = H100,
+) -> DecodeShape:
+    """The kernel's tile for `q_len * group_size` query rows a KV head, of `num_pairs` requests and KV heads in all.
+
+    Of a batch-invariant plan, what bits depend on (columns and warps) does not depend on the number of pairs.
+    """
     rows = q_len * group_size
     # Every 8 columns cost head_dim / 4 accumulator registers a thread; beyond this a kernel would spill.
     most = 32 if head_dim <= 64 else 16 if head_dim <= 128 else 8
     columns = min(most, _ceil_div(rows, 8) * 8)
+    column_blocks = _ceil_div(rows, columns)
     warps = DECODE_WARPS
     shares_sm = columns == 8 or (head_dim, columns) == (128, 16)  # by its registers
-    if head_dim > 128 or (shares_sm and num_pairs >= MANY_PAIRS):
+    if head_dim > 128 or (shares_sm and num_pairs >= MANY_PAIRS and not batch_invariant):
         warps = DECODE_WARPS_OF_MANY
+    is_alone = num_pairs * column_blocks <= card.num_sms
+    stages = STAGES
+    if head_dim in (80, 96):
+        stages = STAGES_OF_PART_LINES
+    elif is_alone and head_dim <= 64:
+        stages = STAGES_OF_SHORT_ROWS
+    elif is_alone and column_blocks > 1:
+        stages = STAGES_OF_SHARED_ROWS
+    ctas = (16 if shares_sm and head_dim <= 128 else 8) // warps  # that the registers of an SM are for
+    while True:
+        shared_bytes = _decode_shared_bytes(head_dim, columns, warps, stages)
+        if stages == STAGES or ctas * (shared_bytes + CTA_SHARED_BYTES) <= card.shared_bytes:
+            return DecodeShape(columns, column_blocks, warps, stages, shared_bytes)
+        stages -= 1
+
+
+def _decode_shared_bytes(head_dim: int, columns: int, warps: int, stages: int) -> int:
     tile = 16 * head_dim * 2  # one K or V tile: 16 tokens
     out = columns * (head_dim + 4) * 4
-    shared_bytes = warps * (max(2 * tile, out) + columns * 16) + 16
+    shared_bytes = warps * (max(stages * tile, out) + columns * 16) + 16
     if (head_dim, columns) == (128, 16):  # Q_IN_SHARED of the kernel
         shared_bytes = _ceil_div(shared_bytes, 128) * 128 + columns * head_dim * 2
-    return DecodeShape(columns=columns, column_blocks=_ceil_div(rows, columns), warps=warps, shared_bytes=shared_bytes)
+    return shared_bytes
 
 
 @dataclass(frozen=True)
@@ -94,8 +145,8 @@ def decode_splits(
         splits = max(1, INVARIANT_CTAS // ctas_an_item)
         extra_items = min(batch_size * (splits - 1), max_tokens // TOKENS_WORTH_A_SPLIT)
         return DecodeSplits(ctas_an_item, splits, INVARIANT_CTAS, extra_items)
-    is_small = batch_size * ctas_an_item <= RESIDENT_CTAS_AN_SM * num_sms
-    ragged_ctas = num_sms * (1 if is_small else RAGGED_CTAS_AN_SM)
+    ctas_an_sm = max(1, _ceil_div(batch_size * ctas_an_item, num_sms))
+    ragged_ctas = num_sms * RAGGED_CTAS_OF_FEW.get(ctas_an_sm, RAGGED_CTAS_AN_SM)
     return DecodeSplits(ctas_an_item, 0, ragged_ctas, ragged_ctas // ctas_an_item)
 
 

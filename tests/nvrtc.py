@@ -120,12 +120,19 @@ def _keys(kernel: str) -> list[Any]:
 
 
 def _decode(head_dim: int, columns: int) -> list[dict[str, Any]]:
-    """CTAs for few requests, and for many where those are others."""
-    shapes = {planner.decode_shape(1, columns, head_dim, num_pairs) for num_pairs in (1, planner.MANY_PAIRS)}
+    """CTAs that have an SM for themselves, that share one, and that are many, where those are others."""
+    numbers = (1, planner.MANY_PAIRS - 1, planner.MANY_PAIRS)
+    shapes = {planner.decode_shape(1, columns, head_dim, num_pairs) for num_pairs in numbers}
     assert {shape.columns for shape in shapes} == {columns}
     return [
-        {"HEAD_DIM": head_dim, "COLUMNS": columns, "WARPS": shape.warps, "SHARED_BYTES": shape.shared_bytes}
-        for shape in sorted(shapes, key=lambda shape: shape.warps)
+        {
+            "HEAD_DIM": head_dim,
+            "COLUMNS": columns,
+            "WARPS": shape.warps,
+            "STAGES": shape.stages,
+            "SHARED_BYTES": shape.shared_bytes,
+        }
+        for shape in sorted(shapes, key=lambda shape: (shape.warps, shape.stages))
     ]
 
 

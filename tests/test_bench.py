@@ -516,6 +516,14 @@ def test_the_newest_line_of_a_case_counts() -> None:
     assert plot.newest([], {"layout": "NHD"}) == []
 
 
+def test_of_a_case_the_line_with_the_most_peers_is_drawn() -> None:
+    two, one = {"fa3": {"median": 1.0}, "flashinfer": {"median": 2.0}}, {"fa3": {"median": 1.0}}
+    lines = [line("a", peers=peers, reps=i) for i, peers in enumerate((two, one, {}, two), 1)]
+    assert [x["reps"] for x in plot.newest(lines, {})] == [4]
+    assert [x["reps"] for x in plot.newest(lines[:3], {})] == [1]
+    assert [x["reps"] for x in plot.newest([*lines, line("a", card="other", reps=5)], {})] == [5]
+
+
 @pytest.mark.parametrize("recorded", ["headline", "everything"])
 @pytest.mark.parametrize("bench", ["decode", "prefill"])
 def test_pictures_are_drawn_from_what_is_recorded(bench: str, recorded: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The contract of plan and run: what is copied, capacities, what must agree, and in which library results come back."""
 
+import itertools
 import time
 from dataclasses import replace
 from typing import Any
@@ -433,6 +434,39 @@ def test_blocks_of_decode_share_a_multiprocessor(columns: int, num_pairs: int, w
     shape = planner.decode_shape(1, columns, 128, num_pairs)
     assert shape.warps == warps
     assert 16 // warps * (shape.shared_bytes + 1024) <= 164 * 1024
+
+
+A100 = planner.Card(108, 164 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "head_dim", "num_pairs", "card", "stages"),
+    [
+        (4, 128, 1, planner.H100, 2), (4, 128, 4096, planner.H100, 2), (16, 128, 64, planner.H100, 2),
+        (32, 128, 66, planner.H100, 3), (32, 128, 67, planner.H100, 2), (32, 128, 1, A100, 2),
+        (4, 64, 132, planner.H100, 4), (4, 64, 133, planner.H100, 2), (4, 64, 108, A100, 4), (4, 64, 109, A100, 2),
+        (8, 80, 4096, planner.H100, 3), (8, 96, 1, planner.H100, 3), (8, 112, 1, planner.H100, 2),
+    ],
+)  # fmt: skip
+def test_a_warp_has_room_for_more_tiles_where_that_pays_and_the_multiprocessor_has_the_memory(
+    group_size: int, head_dim: int, num_pairs: int, card: planner.Card, stages: int
+) -> None:
+    shape = planner.decode_shape(1, group_size, head_dim, num_pairs, card=card)
+    assert shape.stages == stages
+    assert 16 // shape.warps * (shape.shared_bytes + 1024) <= card.shared_bytes
+
+
+def test_a_block_of_decode_fits_the_smallest_card() -> None:
+    """99 KiB a block, 100 KiB a multiprocessor (compute capability 8.6, 8.9, 12.0)."""
+    card = planner.Card(84, 100 * 1024)
+    for head_dim, columns, num_pairs in itertools.product(range(16, 257, 16), (8, 16, 24, 32), (1, 100, 600)):
+        shape = planner.decode_shape(1, columns, head_dim, num_pairs, card=card)
+        assert shape.shared_bytes <= 99 * 1024
+
+
+def test_warps_of_a_batch_invariant_plan_do_not_depend_on_the_batch() -> None:
+    few, many = (planner.decode_shape(1, 4, 128, num_pairs, batch_invariant=True) for num_pairs in (1, 4096))
+    assert (few.columns, few.warps) == (many.columns, many.warps) == (8, 8)
 
 
 # -- status and supports -----------------------------------------------------------------------------------------------

@@ -733,18 +733,20 @@ class Plan:
             constants["TILE_ROWS"] = kernel_shape.tile_rows
             grid: Callable[[int], tuple[int, ...]] = functools.partial(_prefill_grid, spec, num_requests)
         else:
-            num_pairs = 1 if self._batch_invariant else num_requests * spec.num_kv_heads
-            kernel_shape = planner.decode_shape(spec.q_len, spec.group_size, spec.head_dim, num_pairs)
+            num_pairs = num_requests * spec.num_kv_heads
+            kernel_shape = planner.decode_shape(
+                spec.q_len, spec.group_size, spec.head_dim, num_pairs, self._batch_invariant, _card(device)
+            )
             columns, column_blocks = kernel_shape.columns, kernel_shape.column_blocks
             name, last = "decode", "batch"
-            constants |= {"COLUMNS": columns, "WARPS": kernel_shape.warps}
+            constants |= {"COLUMNS": columns, "WARPS": kernel_shape.warps, "STAGES": kernel_shape.stages}
             splits_of = functools.partial(
                 planner.decode_splits,
                 num_kv_heads=spec.num_kv_heads,
                 shape=kernel_shape,
                 batch_invariant=self._batch_invariant,
                 max_tokens=max_pages * spec.page_size,
-                num_sms=_num_sms(device),
+                num_sms=_card(device).num_sms,
             )
             splits = splits_of(num_requests)
             most_items = num_requests + splits.extra_items
@@ -752,8 +754,10 @@ class Plan:
             items = self._buffer("items", most_items * ITEM_BYTES)
             fields |= {
                 "items": items,
+                "num_kv_heads": compile.fast_divide(spec.num_kv_heads),
+                "group_size": compile.fast_divide(spec.group_size),
                 "q_len": spec.q_len,
-                "column_blocks": column_blocks,
+                "column_blocks": compile.fast_divide(column_blocks),
                 "num_page_ids": max_pages,
                 "partial_out": self._buffer("partial_out", partials * spec.head_dim * 4),
                 "partial_state": self._buffer("partial_state", partials * 8),
@@ -770,7 +774,7 @@ class Plan:
                     "max_items": most_items,
                     "window_left": spec.window_left,
                     "ctas_an_item": splits.ctas_an_item,
-                    "num_sms": _num_sms(device),
+                    "num_sms": _card(device).num_sms,
                     "fixed_splits": splits.fixed_splits,
                 }
             )
@@ -855,7 +859,7 @@ class _HopperPrefill:
     ) -> None:
         self._spec, self._device, self._tile_rows = spec, device, shape.tile_rows
         self._num_requests: int = fields["num_requests"]
-        self._num_sms = _num_sms(device)
+        self._num_sms = _card(device).num_sms
         tiles = compile.kernel("plan_tiles", device, shared_bytes=TILES_BYTES)
         self.order_tiles = compile.Launch(
             tiles,
@@ -961,8 +965,9 @@ def _is_hopper(device: str) -> bool:
 
 
 @functools.cache
-def _num_sms(device: str) -> int:
-    return int(cupy.cuda.Device(_index(device)).attributes["MultiProcessorCount"])
+def _card(device: str) -> planner.Card:
+    attributes = cupy.cuda.Device(_index(device)).attributes
+    return planner.Card(int(attributes["MultiProcessorCount"]), int(attributes["MaxSharedMemoryPerMultiprocessor"]))
 
 
 def _decode_grid(q_len: int, splits: Callable[[int], planner.DecodeSplits], rows: int) -> tuple[int, int]:

@@ -128,7 +128,7 @@ def _launch(config_address: int, function: int, arguments_address: int, extra: N
 
 class _Device:
     id, compute_capability = 0, "80"
-    attributes = MappingProxyType({"MultiProcessorCount": 132})
+    attributes = MappingProxyType({"MultiProcessorCount": 132, "MaxSharedMemoryPerMultiprocessor": 228 * 1024})
 
     def __init__(self, index: int = 0) -> None: ...
 

@@ -126,8 +126,18 @@ def test_ragged_requests_are_cut_into_pieces(kv_lens: list[int], num_kv_heads: i
     num_splits = check(items, kv_lens, 0, splits.most_partials)
     total = sum(kv_lens)
     pieces = np.array(kv_lens) / num_splits
-    # No piece is long beside what each of the CTAs should have, to within a step of 128 tokens and the least piece.
-    assert pieces.max() <= max(total * num_kv_heads / splits.ragged_ctas + 128, 256)
+    # No piece is long beside what each of the CTAs should have, to within a step of 128 tokens and the least piece:
+    # 2048 tokens or, if that is less, an SM's share.
+    least = min(max(total * num_kv_heads / NUM_SMS, 256), 2048)
+    assert pieces.max() <= max(total * num_kv_heads / splits.ragged_ctas, least) + 128
+
+
+def test_a_least_piece_keeps_short_requests_whole() -> None:
+    items, splits = plan([100 + 14 * i for i in range(64)], 8)
+    assert (check(items, [100 + 14 * i for i in range(64)], 0, splits.most_partials) == 1).all()
+    one_long = [8000] + [100] * 16  # an SM's share is 582 tokens
+    items, splits = plan(one_long, 8)
+    assert list(check(items, one_long, 0, splits.most_partials)) == [13] + [1] * 16  # pieces of 640
 
 
 def test_a_batch_invariant_plan_looks_at_nobody_else() -> None:
