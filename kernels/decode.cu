@@ -59,8 +59,8 @@ constexpr int CHUNKS = HEAD_DIM / 8;         // 16-byte pieces of a row
 constexpr int LOADS = TILE * CHUNKS / 32;    // pieces that a lane loads of a K or V tile
 typedef SharedRows<CHUNKS> Rows;             // of a K or V tile
 constexpr int TILE_BYTES = TILE * Rows::BYTES;
-// Where K of tile i was read comes, if STAGES is even, K of tile i + AHEAD, and where V was read comes that tile's V. If it
-// is odd, V of tile i + AHEAD comes in the place of K, and K of the tile behind it in the place of V.
+// Where K of tile i was read comes, if STAGES is even, K of tile i + AHEAD, and where V was read comes that tile's V. If
+// it is odd, V of tile i + AHEAD comes in the place of K, and K of the tile behind it in the place of V.
 constexpr int AHEAD = STAGES / 2, ODD = STAGES % 2;
 constexpr int FIRST_TILES = AHEAD + ODD + 1;  // whose pages are looked up before the loop
 constexpr int OUT_PITCH = HEAD_DIM + 4;       // floats between columns of O in shared memory
@@ -185,8 +185,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const int active_splits = num_tiles < num_splits ? num_tiles : num_splits;
     if (split >= (active_splits > 0 ? active_splits : 1)) return;
 
-    // 2. Q^T, whose B fragments for one k-step are q[step]: lane holds dims 2 * pair, + 1 (and + 8) of column quad. (An H200,
-    // 16 x 4096, 32/8 heads: 66.9 us, asked for behind K and V 67.2; 1 x 4096 12.7 and 12.9.)
+    // 2. Q^T, whose B fragments for one k-step are q[step]: lane holds dims 2 * pair, + 1 (and + 8) of column quad. (An
+    // H200, 1 x 4096, 32/8 heads: 12.7 us, asked for behind K and V 12.9; 16 x 4096 of 4 queries 68.3 and 69.2.)
     u32 q[K_STEPS][N_TILES * 2];
 #if Q_IN_SHARED
     static_assert(COLUMNS * CHUNKS % THREADS == 0, "a thread has whole pieces of Q");
@@ -216,9 +216,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     // 3. Loads. Lane l knows where token l % 16 of a tile stands; the lanes then fetch it in pieces of 16 bytes.
     // A tile is known by how many tokens are left from its first one to the end.
     const shared_address warp_base = shared_address_of(shared_memory) + warp * WARP_BYTES;
-    // What nobody else reads must not push results and partial states out of L2 (an H200: 256 x 512, 64/8 heads, 126.5 us
-    // and 129.2, one request of 256k among 255 of 500 354.8 and 367.6). Neighbours in a line, or another block of columns,
-    // are too late otherwise (64 x 4096, 64/8 heads of 80 dims 177 and 221, 64/2 heads of 128 dims 74 and 88).
+    // K and V must not push results and partial states out of L2 (an H200, as below and not: 256 x 512, 64/8 heads, 126.5
+    // us and 129.2, one request of 256k among 255 of 500 354.8 and 367.6), but where neighbours in a line or another block
+    // of columns read them too, these would be too late (64 x 4096, 64/8 heads of 80 dims 177 and 221, 64/2 heads 74 and
+    // 88). Requests that share pages run together and find them mostly (64 x 4096, of which 3072 in the same pages, 123.0
+    // and 122.6; ragged ones 241 and 222).
     const bool is_only_reader = HEAD_DIM * 2 % 128 == 0 && column_blocks == 1;
     const u64 policy = cache_policy(is_only_reader ? Evict::FIRST : Evict::UNCHANGED);
 
@@ -227,21 +229,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         const int slot = x - divide(x, p.positions.page_size) * int(p.positions.page_size.divisor);
         return x < end ? page * strides.page + slot * strides.slot + kv_head * strides.head : 0u;
     };
-    // A tile of K or V goes to its place in the ring, as a group of copies; of a tile behind the last one an empty group.
-    auto load_tile = [&](shared_address to, bool is_v, int left, int page) {
-        const u64 base = reinterpret_cast<u64>(is_v ? p.v : p.k);
-        const u32 offset = left > 0 ? offset_of(left, page, is_v ? p.v_strides : p.k_strides) : 0;
+    auto copy_tile = [&](shared_address to, const u16* pool, int left, u32 offset) {
 #pragma unroll
-        for (int i = 0; i < LOADS && left > 0; ++i) {
+        for (int i = 0; i < LOADS; ++i) {
             // A lane's chunk is the same in all loads where whole rows make up 32 lanes, and so is its place in a load.
             const bool whole_rows = 32 % CHUNKS == 0;
             const int chunk = whole_rows ? lane % CHUNKS : (i * 32 + lane) % CHUNKS;
             const int token = whole_rows ? i * (32 / CHUNKS) + lane / CHUNKS : (i * 32 + lane) / CHUNKS;
-            const u64 from = base + chunk * 16 + u64(__shfl_sync(~0u, offset, token)) * 16;
+            const u64 base = reinterpret_cast<u64>(pool) + chunk * 16;
+            const u64 from = base + u64(__shfl_sync(~0u, offset, token)) * 16;
             // What lies behind the end becomes zeros: NaN in an unused slot would survive a weight of 0.
             copy_async_16<WHOLE_LINES>(to + Rows::at(token, chunk), reinterpret_cast<const void*>(from), token < left,
                                        policy);
         }
+    };
+    // A tile's K or V into the ring. Behind the last tile an empty group of copies takes its place.
+    auto load_tile = [&](shared_address to, bool is_v, int left, int page) {
+        if (left > 0) copy_tile(to, is_v ? p.v : p.k, left, offset_of(left, page, is_v ? p.v_strides : p.k_strides));
         commit_copies();
     };
 
@@ -278,7 +282,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const int v_matrix = Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
     shared_address k_tile = warp_base, v_tile = warp_base + TILE_BYTES;  // in the ring, where they go two places on
     auto turn = [&](shared_address& tile) {
-        tile += tile < warp_base + (STAGES - 2) * TILE_BYTES ? 2 * TILE_BYTES : (2 - STAGES) * TILE_BYTES;
+        if (STAGES > 2)
+            tile += tile < warp_base + (STAGES - 2) * TILE_BYTES ? 2 * TILE_BYTES : (2 - STAGES) * TILE_BYTES;
     };
 #if SOFT_CAP
     const float scale = 1.f;

@@ -69,6 +69,7 @@ __device__ __forceinline__ void barrier_arrive_after_copies(shared_address barri
 #ifdef __CUDACC__
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 #else
+    simt::finish_copies(0, true);
     barrier_arrive(barrier);
 #endif
 }

@@ -25,7 +25,7 @@ __device__ __forceinline__ void copy_async_16(shared_address target, const void*
     const int bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
 #else
-    *simt::shared_at<uint4>(target) = valid ? *simt::aligned<uint4>(source) : uint4{0, 0, 0, 0};
+    simt::copy_async(target, valid ? *simt::aligned<uint4>(source) : uint4{0, 0, 0, 0});
 #endif
 }
 
@@ -57,10 +57,12 @@ enum class Evict { FIRST, UNCHANGED };
 // The same as copies and loads take it.
 __device__ __forceinline__ u64 cache_policy(Evict evict) {
 #ifdef __CUDACC__
-    u64 first, unchanged;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
-    asm("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;" : "=l"(unchanged));
-    return evict == Evict::FIRST ? first : unchanged;
+    u64 policy;
+    if (evict == Evict::FIRST)
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    else
+        asm("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
 #else
     return 0;
 #endif
@@ -88,6 +90,8 @@ __device__ __forceinline__ void copy_async_16(shared_address target, const void*
 __device__ __forceinline__ void commit_copies() {
 #ifdef __CUDACC__
     asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+    simt::close_group();
 #endif
 }
 
@@ -96,6 +100,8 @@ template <int pending>
 __device__ __forceinline__ void wait_copies() {
 #ifdef __CUDACC__
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#else
+    simt::finish_copies(pending);
 #endif
 }
 

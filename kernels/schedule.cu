@@ -27,8 +27,8 @@
 #include "page_table.cuh"
 #include "table_rows.cuh"
 
-// Tokens that a request may hold: an int, with room for a tile to be added.
-constexpr i64 MAX_KV_LEN = INT_LARGEST - 0xffff;
+// Tokens that a request may hold: an int, with room for the tiles behind its end that decode looks ahead to.
+constexpr i64 MAX_KV_LEN = INT_LARGEST - 0xfffff;
 
 struct ScheduleParams {
     const int* indptr;         // [batch + 1]; from here to num_indices: what changes from step to step

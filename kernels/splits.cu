@@ -23,10 +23,11 @@ constexpr int TILE = 16;                     // tokens that a warp of decode tak
 // 16.9 and 9.8 us, 8192 tokens 16.2 and 11.3, 32768 tokens 19.1 and 16.1). Where other CTAs keep the SMs busy anyhow, or
 // may do so, a split has to be worth it in any case.
 constexpr int CHEAP_SPLITS = 32, TILES_WORTH_A_SPLIT = 32;
-// Pieces of ragged requests have as many tokens at least, if that is not more than an SM's share of the step (an H200,
-// 32/8 heads, against a least piece of 256: 64 requests of 100 to 1000 tokens 38.2 and 42.7 us, 128 such 73.2 and 80.1,
-// 64 of 128 to 2000 78.9 and 82.5, 24 of 128 to 4000 53.0 and 56.0).
-constexpr int LEAST_PIECE = 2048, LEAST_SHARE = 256;
+// Pieces of ragged requests have as many tokens at least (an H200, 32/8 heads, against a least piece of 256: 64 requests
+// of 100 to 1000 tokens 38.2 and 42.7 us, 128 such 73.2 and 80.1, 64 of 128 to 2000 78.9 and 82.5, 24 of 128 to 4000 53.0
+// and 56.0); or, so that no SM waits for one long request among few short ones, an SM's share of the step, if that is
+// less; but what a merge costs.
+constexpr int LEAST_PIECE = 2048, WORTH_A_MERGE = 256;
 
 struct SplitsParams {
     const Request* requests;  // [max_batch_size + 1]
@@ -82,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
     else if (ragged) {
         // Rounded up: pieces that were too small would be too many for extra_items.
         const i64 all = tokens * p.ctas_an_item, share = (all + p.num_sms - 1) / p.num_sms;
-        const i64 piece = (all + p.ragged_ctas - 1) / p.ragged_ctas, least = clamp(share, LEAST_SHARE, LEAST_PIECE);
+        const i64 piece = (all + p.ragged_ctas - 1) / p.ragged_ctas, least = clamp(share, WORTH_A_MERGE, LEAST_PIECE);
         tokens_a_split = clamp(((piece > least ? piece : least) + 127) / 128 * 128, 0, INT_LARGEST);
     } else if (busy > 0) {
         whole = ctas / p.num_sms * p.num_sms / p.ctas_an_item;

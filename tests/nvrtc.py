@@ -7,7 +7,7 @@ features only the soft cap is a constant. Texts without constants are compiled o
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from paged_attn import compile as kernels
@@ -120,10 +120,15 @@ def _keys(kernel: str) -> list[Any]:
 
 
 def _decode(head_dim: int, columns: int) -> list[dict[str, Any]]:
-    """CTAs that have an SM for themselves, that share one, and that are many, where those are others."""
-    numbers = (1, planner.MANY_PAIRS - 1, planner.MANY_PAIRS)
-    shapes = {planner.decode_shape(1, columns, head_dim, num_pairs) for num_pairs in numbers}
-    assert {shape.columns for shape in shapes} == {columns}
+    """CTAs that have an SM for themselves, with one block of columns and with two, that share one, and that are many,
+    where those are others; and those of a card with little shared memory."""
+    shapes = {
+        planner.decode_shape(1, rows, head_dim, num_pairs, card=card)
+        for rows in (columns, 2 * columns)
+        for num_pairs in (1, planner.MANY_PAIRS - 1, planner.MANY_PAIRS)
+        for card in (planner.H100, planner.Card(84, 100 * 1024))
+    }
+    shapes = {replace(shape, column_blocks=1) for shape in shapes if shape.columns == columns}
     return [
         {
             "HEAD_DIM": head_dim,

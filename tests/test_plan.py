@@ -427,6 +427,19 @@ def test_what_is_not_left_whole_has_an_item_for_each_of_its_splits(rows: int, nu
             assert others * (num_sms // (others * ctas_an_item) - 1) <= splits.extra_items
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("num_sms", [84, 132, 142])
+def test_items_that_splitting_may_add_grow_with_the_batch(num_sms: int, batch_invariant: bool) -> None:
+    """A plan has room for its capacity, and a run of less takes no more."""
+    for num_kv_heads, rows in itertools.product((1, 3, 8, 200), (8, 40)):
+        shape = planner.decode_shape(1, rows, 128)
+        extra = [
+            planner.decode_splits(batch, num_kv_heads, shape, batch_invariant, 2**20, num_sms).extra_items
+            for batch in range(4 * num_sms)
+        ]
+        assert extra == sorted(extra)
+
+
 @pytest.mark.parametrize("columns", [8, 16])
 @pytest.mark.parametrize(("num_pairs", "warps"), [(1, 8), (511, 8), (512, 4)])
 def test_blocks_of_decode_share_a_multiprocessor(columns: int, num_pairs: int, warps: int) -> None:

@@ -4,7 +4,8 @@
 // collective (barrier, shuffle, ...), where it waits in a Meeting until all the threads that the collective names have
 // come. If nobody can run on, a collective was reached by only a part of them: launch() reports who waits where. Two
 // collectives that meet under one mask are an error at once. Races, missing fences and speed are not seen, but
-// launch(..., reversed) runs the threads in the opposite order, and shared memory holds 0xff (NaN) when a block starts.
+// launch(..., reversed) runs the threads in the opposite order, shared memory holds 0xff (NaN) when a block starts, and
+// of asynchronous copies one half is done at once, the other as late as the waits of its threads allow.
 #pragma once
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -15,6 +16,7 @@
 #include <cstdio>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #define __device__
 #define __global__
@@ -64,6 +66,12 @@ struct Barrier {
     unsigned waiting[max_threads];
 };
 
+// An asynchronous copy that is still to be done.
+struct Copy {
+    unsigned target, group;
+    uint4 value;
+};
+
 struct Fiber {
     jmp_buf context;
     ucontext_t entry;
@@ -71,6 +79,8 @@ struct Fiber {
     uint3 index;
     const char* waits_in;  // null: can run
     Meeting* meeting;
+    std::vector<Copy> copies;
+    unsigned num_groups;  // of copies, that are closed
 };
 
 static Fiber fibers[max_threads + 1];  // the last one is launch() itself
@@ -228,6 +238,31 @@ inline unsigned shared_offset(const void* pointer) {
     return unsigned(offset);
 }
 
+// Copies of every other thread wait for finish_copies, those of the others do not: what is read too early shows, and what
+// is overwritten too early.
+inline void copy_async(unsigned target, const uint4& value) {
+    uint4* const place = shared_at<uint4>(target);
+    Fiber& fiber = fibers[current];
+    if (current % 2 == reverse)
+        *place = value;
+    else
+        fiber.copies.push_back({target, fiber.num_groups, value});
+}
+
+inline void close_group() { ++fibers[current].num_groups; }
+
+// The thread's copies, those of its last `pending` groups left out; open: and those of no group yet.
+inline void finish_copies(unsigned pending, bool open = false) {
+    Fiber& fiber = fibers[current];
+    std::vector<Copy> left;
+    for (const Copy& copy : fiber.copies)
+        if (open || copy.group + pending < fiber.num_groups)
+            *shared_at<uint4>(copy.target) = copy.value;
+        else
+            left.push_back(copy);
+    fiber.copies = left;
+}
+
 // A fiber's life: the kernel once a block.
 __attribute__((unused)) static void live() {
     for (;;) {
@@ -269,6 +304,8 @@ __attribute__((unused)) static int launch(void (*kernel)(const void*), const voi
         for (unsigned i = 0; i < num_threads; ++i) {
             const unsigned thread = reverse ? num_threads - 1 - i : i;
             fibers[thread].meeting = nullptr;
+            fibers[thread].copies.clear();
+            fibers[thread].num_groups = 0;
             make_ready(thread);
         }
         const int how = _setjmp(home);

@@ -126,6 +126,7 @@ CASES = [
     Case("group12", RAGGED, num_qo_heads=24, head_dim=32),
     Case("group16_dim128", (40, 0, 300), num_qo_heads=16, num_kv_heads=1, head_dim=128),
     Case("group32", RAGGED, num_qo_heads=32, num_kv_heads=1, page_size=3),
+    Case("q_in_shared_round_a_ring_of_3", (600,), num_qo_heads=32, num_kv_heads=1, head_dim=128),
     Case("round_a_ring_of_2", (1300, 515), num_qo_heads=2, num_kv_heads=1, head_dim=112),
     Case("round_a_ring_of_3", (1300, 515), num_qo_heads=2, num_kv_heads=1, head_dim=80, page_size=3),
     Case("round_a_ring_of_4", (1300, 515), num_qo_heads=2, num_kv_heads=1, head_dim=32, window_left=1200),
@@ -184,6 +185,21 @@ FEW_WARPS = ("pages_of_3", "group5", "group16_dim128", "dim128", "window20", "q_
 def test_ctas_for_many_requests(case: Case, num_splits: int) -> None:
     inputs = build(case)
     check(inputs, *run(inputs, num_splits=num_splits, num_pairs=planner.MANY_PAIRS))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("pages_of_3", "group5")], ids=str)
+def test_ctas_that_share_a_multiprocessor(case: Case) -> None:
+    inputs = build(case)
+    check(inputs, *run(inputs, num_splits=3, num_pairs=planner.MANY_PAIRS - 1))
+
+
+def test_rings_of_all_sizes_are_gone_round() -> None:
+    """The cases named so have tiles for more than two rounds of a warp, with as many stages as they say."""
+    for case in CASES:
+        if "round_a_ring_of" in case.name:
+            shape = planner.decode_shape(case.q_len, case.num_qo_heads // case.num_kv_heads, case.head_dim)
+            tiles_a_warp = max(case.kv_lens) / 16 / shape.warps
+            assert shape.stages == int(case.name[-1]) and 2 * tiles_a_warp >= 2 * shape.stages
 
 
 def test_more_splits_than_tiles_spare_requests_float32_and_reversed_threads() -> None:

@@ -101,14 +101,14 @@ MUTATIONS = [
     ),
     Mutation(
         "decode.cu", "wrong rows of V",
-        "v_tile + Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1)",
-        "v_tile + Rows::at((lane & 7) + ((lane >> 3) & 1) * 8, lane >> 4)",
+        "v_matrix = Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1)",
+        "v_matrix = Rows::at((lane & 7) + ((lane >> 3) & 1) * 8, lane >> 4)",
         decodes("group1"),
     ),
     Mutation(
         "decode.cu", "wrong rows of a Q in shared memory",
-        "Q_OFFSET + Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1)",
-        "Q_OFFSET + Rows::at((lane & 7) + ((lane >> 3) & 1) * 8, lane >> 4)",
+        "q_rows + Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1)",
+        "q_rows + Rows::at((lane & 7) + ((lane >> 3) & 1) * 8, lane >> 4)",
         decodes("group16_dim128"),
     ),
     Mutation(
@@ -118,8 +118,30 @@ MUTATIONS = [
     ),
     Mutation(
         "decode.cu", "pages counted from the first token instead of the first visible one",
-        "page = page_of(end - left);", "page = page_of(warp_first);",
+        "pages[i] = page_of(end - left + i * stride);", "pages[i] = page_of(warp_first + i * stride);",
         decodes("window20"),
+    ),
+    Mutation(
+        "decode.cu", "a page number too far on",
+        "page = ODD ? next_page : page_after_next;", "page = page_after_next;",
+        decodes("round_a_ring_of_3"),
+    ),
+    Mutation(
+        "decode.cu", "the ring turned by one place",
+        "turn(k_tile);", "k_tile += TILE_BYTES;",
+        decodes("round_a_ring_of_4"),
+    ),
+    Mutation(
+        "decode.cu", "K read before it is there",
+        "wait_copies<STAGES - 1>();\n        __syncwarp();\n        float sums",
+        "wait_copies<STAGES>();\n        __syncwarp();\n        float sums",
+        decodes("group1"),
+    ),
+    Mutation(
+        "decode.cu", "V read before it is there",
+        "wait_copies<STAGES - 1>();\n        __syncwarp();\n        constexpr",
+        "wait_copies<STAGES>();\n        __syncwarp();\n        constexpr",
+        decodes("round_a_ring_of_3"),
     ),
     # -- prefill --
     Mutation(

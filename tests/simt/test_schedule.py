@@ -11,7 +11,7 @@ from tests.simt.driver import launch
 from tests.simt.guarded import Guarded
 
 INT_MAX = 2**31 - 1
-MAX_KV_LEN = INT_MAX - 0xFFFF
+MAX_KV_LEN = INT_MAX - 0xFFFFF
 SCAN_BYTES = 256
 REQUEST = kernels.params_dtype(kernels.load_source("plan_requests"), "Request")
 FIELDS = ("first_page", "num_pages", "kv_len", "total_len", "page_offset", "first_query", "num_queries", "first_tile")
