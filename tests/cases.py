@@ -448,6 +448,11 @@ def _bench_prefill(
     return Case(name, **{**lengths, **heads, "head_dim": 128, **options})
 
 
+def _even_lengths(batch_size: int, most: int) -> tuple[int, ...]:
+    """From 128 to `most` in equal steps, shuffled."""
+    return tuple(128 + (most - 128) * (37 * i % batch_size) // (batch_size - 1) for i in range(batch_size))
+
+
 def _of_prefill(name: str) -> Case:
     return next(case for case in BENCH_PREFILL if case.name == name)
 
@@ -495,6 +500,10 @@ BENCH_DECODE_MORE = {
         _bench_decode("one_256k_in_255_of_500", (500,) * 100 + (2**18,) + (500,) * 155),
         _bench_decode("log_uniform_1_to_64k", tuple(round(2 ** (16 * (37 * i % 64) / 63)) for i in range(64))),
         _bench_decode("128_empty_in_128_of_4k", (4096, 0) * 128),
+    ),
+    "ragged": tuple(
+        _bench_decode(f"{batch_size}_of_128_to_{most}", _even_lengths(batch_size, most))
+        for batch_size, most in ((4, 8000), (16, 8000), (24, 8000), (32, 8000), (32, 2000), (64, 1000), (128, 1000))
     ),
     "kv_len": tuple(_bench_decode(f"1x{2**power}", (2**power,)) for power in range(7, 20)),
     "batch": tuple(_bench_decode(f"{2**power}x2048", (2048,) * 2**power) for power in range(10)),

@@ -143,6 +143,13 @@ def test_hostile_raggedness() -> None:
     assert sorted(half_empty) == [0] * 128 + [4096] * 128
 
 
+def test_ragged_requests_are_of_all_lengths() -> None:
+    for case in BENCH_DECODE_MORE["ragged"]:
+        batch_size, _, least, _, most = case.name.split("_")
+        assert len(set(case.kv_lens)) == len(case.kv_lens) == int(batch_size)
+        assert (min(case.kv_lens), max(case.kv_lens)) == (int(least), int(most))
+
+
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_sampled_queries_lie_in_the_case(case: Case) -> None:
     queries = list(sampled_queries(case))
