@@ -32,11 +32,11 @@ __device__ __forceinline__ void fold(RowState& state, const RowState (&others)[c
     float common = state.max;
 #pragma unroll
     for (int i = 0; i < count; ++i) common = fmaxf(common, others[i].max);
-    if (common == -INF) return;
-    const float keep = exp2_fast(state.max - common);
+    const float base = common == -INF ? 0.f : common;
+    const float keep = exp2_fast(state.max - base);
     float weights[count];
 #pragma unroll
-    for (int i = 0; i < count; ++i) weights[i] = exp2_fast(others[i].max - common);
+    for (int i = 0; i < count; ++i) weights[i] = exp2_fast(others[i].max - base);
     state.max = common;
     state.sum *= keep;
     state.out.x *= keep;

@@ -10,8 +10,7 @@
 //       page_ids     [max_pages] int                            clean: every id is inside the pool
 // out   out          like q, fp16/bf16 or float32               0 for a row that sees no key
 //       lse          [batch * q_len, num_qo_heads] float        natural log, -inf for a row that sees no key; or null
-// work  partial_out  [partials, COLUMNS, HEAD_DIM] float        one partial state a CTA, when a request is split
-//       partial_state[partials, COLUMNS] float2                 (max, sum), base 2
+// work  partials     [partials, COLUMNS, HEAD_DIM + 4] float    one a CTA, when a request is split: out, max, sum (base 2)
 //       arrivals     [batch * column_blocks * num_kv_heads] u32 zero before and after every launch
 //
 // Decode reads every K and V once and does little else, so all that counts is to keep enough loads in flight on every
@@ -20,9 +19,10 @@
 //   S^T [16 tokens x 8 columns] = K [16 x HEAD_DIM] . Q^T         O^T [16 dims x 8 columns] += V^T . P^T
 //
 // Who owns what
-//   grid   one CTA per (item, block of COLUMNS columns, KV head), an item being a split of a request; KV heads vary
-//          fastest, so that CTAs which run together read neighbouring memory. The hardware hands out CTAs, the longest
-//          items first, which evens out SMs of unequal bandwidth better than any equal split.
+//   grid   one CTA per (item, KV head, block of COLUMNS columns), an item being a split of a request. Blocks of columns
+//          vary fastest, which read the same K and V, then KV heads, so that CTAs which run together read neighbouring
+//          memory. The hardware hands out CTAs, the longest items first, which evens out SMs of unequal bandwidth better
+//          than any equal split; two at a time, where planner.py says so.
 //   warp   an independent pipeline over tiles of 16 tokens: tile = (i * WARPS + warp) * num_splits + split.
 //          No barrier of the block before the end but that of Q_IN_SHARED.
 //   shared memory, per warp: a ring of STAGES places (shared_rows.cuh), for K and V of its first tile, K and V of its
@@ -63,15 +63,15 @@ constexpr int TILE_BYTES = TILE * Rows::BYTES;
 // it is odd, V of tile i + AHEAD comes in the place of K, and K of the tile behind it in the place of V.
 constexpr int AHEAD = STAGES / 2, ODD = STAGES % 2;
 constexpr int FIRST_TILES = AHEAD + ODD + 1;  // whose pages are looked up before the loop
-constexpr int OUT_PITCH = HEAD_DIM + 4;       // floats between columns of O in shared memory
-constexpr int OUT_BYTES = COLUMNS * OUT_PITCH * 4;
+// A column's state: HEAD_DIM floats of out, max, sum, and two that keep the next one's pieces of 16 bytes whole.
+constexpr int STATE = HEAD_DIM + 4;
+constexpr int OUT_BYTES = COLUMNS * STATE * 4;
 constexpr int RING_BYTES = STAGES * TILE_BYTES;
 constexpr int WARP_BYTES = RING_BYTES > OUT_BYTES ? RING_BYTES : OUT_BYTES;
 static_assert(WARP_BYTES % 128 == 0 && TILE_BYTES % 128 == 0, "tiles begin on lines of 128 bytes");
-constexpr int LIMITS_OFFSET = WARPS * WARP_BYTES;                   // [WARPS][COLUMNS] KvLimits
-constexpr int STATES_OFFSET = LIMITS_OFFSET + WARPS * COLUMNS * 8;  // [WARPS][COLUMNS] float2 (max, sum)
-constexpr int FLAG_OFFSET = STATES_OFFSET + WARPS * COLUMNS * 8;    // int: this CTA merges
-constexpr int Q_OFFSET = (FLAG_OFFSET + 16 + 127) / 128 * 128;      // [COLUMNS] rows
+constexpr int LIMITS_OFFSET = WARPS * WARP_BYTES;                 // [WARPS][COLUMNS] KvLimits
+constexpr int FLAG_OFFSET = LIMITS_OFFSET + WARPS * COLUMNS * 8;  // int: this CTA merges
+constexpr int Q_OFFSET = (FLAG_OFFSET + 16 + 127) / 128 * 128;    // [COLUMNS] rows
 static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * Rows::BYTES : FLAG_OFFSET + 16) == SHARED_BYTES,
               "SHARED_BYTES must be what planner.py says");
 // Rows of these begin and end inside of lines of 128 bytes, and the next KV head is read soon (an H200, 64 x 4096,
@@ -101,8 +101,7 @@ struct DecodeParams {
     int batch;  // requests that q has rows for
     const DecodeItem* items;
     const int* page_ids;  // [num_page_ids]
-    float* partial_out;
-    float2* partial_state;
+    float* partials;
     u32* arrivals;
     Positions positions;
     int num_qo_heads;
@@ -142,9 +141,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 
     // 1. Which request, split, columns and KV head this CTA serves, and what its columns see.
     const int num_kv_heads = p.num_kv_heads.divisor, group_size = p.group_size.divisor;
-    const int column_blocks = p.column_blocks.divisor;
-    const int block = divide(blockIdx.x, p.num_kv_heads), place = divide(block, p.column_blocks);
-    const int kv_head = blockIdx.x - block * num_kv_heads, column_block = block - place * column_blocks;
+    const int column_blocks = p.column_blocks.divisor, ctas_an_item = num_kv_heads * column_blocks;
+    const int item_head = divide(blockIdx.x, p.column_blocks), place = divide(item_head, p.num_kv_heads);
+    const int column_block = blockIdx.x - item_head * column_blocks, kv_head = item_head - place * num_kv_heads;
+    const int cta = blockIdx.x - place * ctas_an_item;  // of those of the item
     const DecodeItem work = p.items[place];
     // While the item is on its way, so are the plan's page ids, 4 KiB a CTA: a line for each lane of its first warp
     // (the same trial, 1 x 4096, 32/8 heads: 13.73 us, without 14.05).
@@ -154,36 +154,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const int batch_index = work.batch_index, split = work.split, num_splits = work.num_splits;
     if (batch_index < 0 || batch_index >= p.batch) return;
 
-    // The pages of a warp's first tiles are looked up before it is known what its columns see: without a window, tiles
-    // begin at token 0 (in that trial 56.0 us for 64 x 4096, 16/1 heads, without 57.2). Lane l asks for token l % 16.
+    // Tiles count from the first visible token on. Lane l asks for the page of token l % 16 of a tile, which is known by
+    // how many tokens are left from its first one to the end.
+    const int end = work.end, visible = end - work.begin;
     const int warp_first = (warp * num_splits + split) * TILE, stride = WARPS * num_splits * TILE;  // tokens
-    auto page_of = [&](int first_token) -> int {
-        const int page = divide(first_token + (lane & 15), p.positions.page_size);
+    auto page_of = [&](int left) -> int {
+        const int page = divide(end - left + (lane & 15), p.positions.page_size);
         return u32(page) < u32(request.num_pages) ? __ldg(p.page_ids + request.first_page + page) : 0;
     };
-    int pages[FIRST_TILES];
+    int left = visible - warp_first, pages[FIRST_TILES];
 #pragma unroll
-    for (int i = 0; i < FIRST_TILES; ++i) pages[i] = page_of(warp_first + i * stride);
+    for (int i = 0; i < FIRST_TILES; ++i) pages[i] = page_of(left - i * stride);
 
-    // Lane c speaks for column c: query token c / group_size of the request, head c % group_size of the group.
+    // Lane c speaks for column c: query token c / group_size of the request, head c % group_size of the group. Columns
+    // behind the last one are copies of it.
     const int columns_left = p.q_len * group_size - column_block * COLUMNS;
     const int num_columns = columns_left < COLUMNS ? columns_left : COLUMNS;
     const int column = column_block * COLUMNS + (lane < num_columns ? lane : num_columns - 1);
     const int query = divide(column, p.group_size);
     const int row = batch_index * p.q_len + query, head = kv_head * group_size + column - query * group_size;
-    const KvLimits limits = kv_limits(query, request, p.positions);
-    // Limits grow with the query token: the first column has the smallest, the last one the largest.
-    const int begin = __shfl_sync(~0u, limits.begin, 0), end = __shfl_sync(~0u, limits.end, num_columns - 1);
-    const int last_begin = __shfl_sync(~0u, limits.begin, num_columns - 1);
-    const int first_end = __shfl_sync(~0u, limits.end, 0);
-    KvLimits* warp_limits = reinterpret_cast<KvLimits*>(shared_memory + LIMITS_OFFSET) + warp * COLUMNS;
-    if (lane < COLUMNS) warp_limits[lane] = limits;
-
-    // Tiles count from the first visible token on. Splits without a tile take no part; a row without a tile is written
-    // by the first of them.
-    const int visible = end - begin, num_tiles = visible > 0 ? (visible + TILE - 1) / TILE : 0;
-    const int active_splits = num_tiles < num_splits ? num_tiles : num_splits;
-    if (split >= (active_splits > 0 ? active_splits : 1)) return;
 
     // 2. Q^T, whose B fragments for one k-step are q[step]: lane holds dims 2 * pair, + 1 (and + 8) of column quad. (An
     // H200, 1 x 4096, 32/8 heads: 12.7 us, asked for behind K and V 12.9; 16 x 4096 of 4 queries 68.3 and 69.2.)
@@ -196,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         const int c = i / CHUNKS, chunk = i % CHUNKS;
         const int q_row = __shfl_sync(~0u, row, c), q_head = __shfl_sync(~0u, head, c);
         const u16* from = p.q + q_row * p.q_row_stride + q_head * p.q_head_stride + chunk * 8;
-        copy_async_16(q_rows + Rows::at(c, chunk), from, c < num_columns);
+        copy_async_16(q_rows + Rows::at(c, chunk), from, true);
     }
     commit_copies();
 #else
@@ -207,14 +196,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         const u16* from = p.q + q_row * p.q_row_stride + q_head * p.q_head_stride + 2 * pair;
 #pragma unroll
         for (int step = 0; step < K_STEPS; ++step) {
-            q[step][2 * n] = c < num_columns ? __ldg(reinterpret_cast<const u32*>(from + step * 16)) : 0u;
-            q[step][2 * n + 1] = c < num_columns ? __ldg(reinterpret_cast<const u32*>(from + step * 16 + 8)) : 0u;
+            q[step][2 * n] = __ldg(reinterpret_cast<const u32*>(from + step * 16));
+            q[step][2 * n + 1] = __ldg(reinterpret_cast<const u32*>(from + step * 16 + 8));
         }
     }
 #endif
 
     // 3. Loads. Lane l knows where token l % 16 of a tile stands; the lanes then fetch it in pieces of 16 bytes.
-    // A tile is known by how many tokens are left from its first one to the end.
     const shared_address warp_base = shared_address_of(shared_memory) + warp * WARP_BYTES;
     // K and V must not push results and partial states out of L2 (an H200, as below and not: 256 x 512, 64/8 heads, 126.5
     // us and 129.2, one request of 256k among 255 of 500 354.8 and 367.6), but where neighbours in a line or another block
@@ -249,15 +237,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         commit_copies();
     };
 
-    int left = visible - warp_first;
-    if (begin > 0) {  // other tiles than those above
-#pragma unroll
-        for (int i = 0; i < FIRST_TILES; ++i) pages[i] = page_of(end - left + i * stride);
-    }
 #pragma unroll
     for (int i = 0; i < STAGES; ++i)
         load_tile(warp_base + i * TILE_BYTES, i % 2 == 1, left - i / 2 * stride, pages[i / 2]);
     int page = pages[AHEAD], next_page = pages[AHEAD + ODD];  // of what comes into the places of K and of V
+
+    // What the columns see. Limits grow with the query token: the first column's are the smallest, the last one's the
+    // largest.
+    const KvLimits limits = kv_limits(query, request, p.positions);
+    const int last_begin = __shfl_sync(~0u, limits.begin, num_columns - 1);
+    const int first_end = __shfl_sync(~0u, limits.end, 0);
+    KvLimits* const warp_limits = reinterpret_cast<KvLimits*>(shared_memory + LIMITS_OFFSET) + warp * COLUMNS;
+    if (lane < COLUMNS) warp_limits[lane] = limits;
 #if Q_IN_SHARED
     wait_copies<STAGES>();
     __syncthreads();
@@ -293,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 
 #pragma unroll 1
     for (; left > 0; left -= stride) {
-        const int next_left = left - AHEAD * stride, page_after_next = page_of(end - next_left + (1 + ODD) * stride);
+        const int next_left = left - AHEAD * stride, page_after_next = page_of(next_left - (1 + ODD) * stride);
 
         // S^T = K Q^T
         wait_copies<STAGES - 1>();
@@ -432,111 +423,109 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     }
 
     // 5. Every warp lays its state into shared memory, where its tiles were.
-    float2* states = reinterpret_cast<float2*>(shared_memory + STATES_OFFSET);
-    float* warp_out = reinterpret_cast<float*>(shared_memory + warp * WARP_BYTES);
+    float* const states = reinterpret_cast<float*>(shared_memory);
+    float* const warp_states = states + warp * (WARP_BYTES / 4);
     wait_copies<0>();
     __syncwarp();
 #pragma unroll
     for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int c = n * 8 + 2 * pair + i;
+            float* const column_state = warp_states + (n * 8 + 2 * pair + i) * STATE;
             float total = sum[n][i];
             total += __shfl_xor_sync(~0u, total, 4);
             total += __shfl_xor_sync(~0u, total, 8);
             total += __shfl_xor_sync(~0u, total, 16);
             if (quad == 0) {
                 // A column of NaN has no maximum, but is not empty.
-                states[warp * COLUMNS + c].x = max[n][i] == -INF && total != 0.f ? 0.f : max[n][i];
-                states[warp * COLUMNS + c].y = total;
+                column_state[HEAD_DIM] = max[n][i] == -INF && total != 0.f ? 0.f : max[n][i];
+                column_state[HEAD_DIM + 1] = total;
             }
 #pragma unroll
             for (int step = 0; step < K_STEPS; ++step) {
-                warp_out[c * OUT_PITCH + step * 16 + quad] = out[n][step][i];
-                warp_out[c * OUT_PITCH + step * 16 + quad + 8] = out[n][step][i + 2];
+                column_state[step * 16 + quad] = out[n][step][i];
+                column_state[step * 16 + quad + 8] = out[n][step][i + 2];
             }
         }
     __syncthreads();
 
-    const int cta = column_block * num_kv_heads + kv_head, ctas_an_item = column_blocks * num_kv_heads;
+    // 6. Threads merge the warps' states, four dims each: the result, or this split's partial state.
+    const int num_items = num_columns * (HEAD_DIM / 4);
+    auto partial_of = [&](int of_split, int c) -> float* {
+        const int place = (work.first_partial + of_split) * ctas_an_item + cta;
+        return p.partials + i64(place * COLUMNS + c) * STATE;
+    };
     auto write_column = [&](int c, int dim, const RowState& state) {
         const int of_request = column_block * COLUMNS + c, token = divide(of_request, p.group_size);
         const int q_head = kv_head * group_size + of_request - token * group_size;
         write_row(p, batch_index * p.q_len + token, q_head, dim, state);
     };
-
-    // 6. Threads merge the warps' states, four dims each: the result, or this split's partial state.
-    const int num_items = num_columns * (HEAD_DIM / 4);
     for (int item = threadIdx.x; item < num_items; item += THREADS) {
         const int c = item / (HEAD_DIM / 4), dim = item % (HEAD_DIM / 4) * 4;
         RowState state = empty_state(), of_warps[WARPS];
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) {
-            const float2 other = states[w * COLUMNS + c];
-            const float* from = reinterpret_cast<const float*>(shared_memory + w * WARP_BYTES) + c * OUT_PITCH + dim;
-            of_warps[w] = {other.x, other.y, *reinterpret_cast<const float4*>(from)};
+            const float* const from = states + w * (WARP_BYTES / 4) + c * STATE;
+            const float2 other = *reinterpret_cast<const float2*>(from + HEAD_DIM);
+            of_warps[w] = {other.x, other.y, *reinterpret_cast<const float4*>(from + dim)};
         }
         fold(state, of_warps);
-        if (active_splits <= 1) {
+        if (num_splits <= 1) {
             write_column(c, dim, state);
         } else {
-            const i64 at = (i64(work.first_partial + split) * ctas_an_item + cta) * COLUMNS + c;
-            *reinterpret_cast<float4*>(p.partial_out + at * HEAD_DIM + dim) = state.out;
-            if (dim == 0) {
-                p.partial_state[at].x = state.max;
-                p.partial_state[at].y = state.sum;
-            }
+            float* const to = partial_of(split, c);
+            *reinterpret_cast<float4*>(to + dim) = state.out;
+            if (dim == 0) *reinterpret_cast<float2*>(to + HEAD_DIM) = {state.max, state.sum};
         }
     }
-    if (active_splits <= 1) return;
+    if (num_splits <= 1) return;
 
-    // 7. The last split to arrive merges the partial states of all.
+    // 7. The last split to arrive merges the partial states of all. Few columns leave threads idle, so `shares` lanes
+    // take every shares-th split of one item each.
     int* merges = reinterpret_cast<int*>(shared_memory + FLAG_OFFSET);
     __syncthreads();
     if (threadIdx.x == 0) {
         u32* counter = p.arrivals + i64(batch_index) * ctas_an_item + cta;
-        *merges = atomic_inc_acq_rel(counter, u32(active_splits - 1)) == u32(active_splits - 1);
+        *merges = atomic_inc_acq_rel(counter, u32(num_splits - 1)) == u32(num_splits - 1);
     }
+    int shares = 1, share_bits = 0;
+    while (shares < 32 && shares * 2 * num_items <= THREADS && shares * 2 <= num_splits) shares *= 2, ++share_bits;
+    const int share = lane & (shares - 1);
     __syncthreads();
     if (!*merges) return;
-
-    // Few columns leave threads idle, so up to `shares` threads take every shares-th split of one item each.
-    int shares = 1;
-    while (shares * 2 * num_items <= THREADS && shares * 2 <= active_splits) shares *= 2;
-    RowState* shared_states = reinterpret_cast<RowState*>(shared_memory);
-    for (int first = 0; first < num_items; first += THREADS) {
-        const int share = shares > 1 ? int(threadIdx.x) / num_items : 0;
-        const int item = first + (shares > 1 ? int(threadIdx.x) % num_items : int(threadIdx.x));
-        const int c = item / (HEAD_DIM / 4), dim = item % (HEAD_DIM / 4) * 4;
+#pragma unroll 1
+    for (int first = warp * 32; first < num_items * shares; first += THREADS) {
+        const int item = (first + lane) >> share_bits, valid_item = item < num_items ? item : 0;
+        const int c = valid_item / (HEAD_DIM / 4), dim = valid_item % (HEAD_DIM / 4) * 4;
         RowState state = empty_state();
-        if (item < num_items && share < shares) {
-            for (int s = share; s < active_splits; s += shares * PARTIALS_IN_FLIGHT) {
-                RowState partials[PARTIALS_IN_FLIGHT];
+        // The places of one request are less than 2^32 bytes apart.
+        const char* const states_from = reinterpret_cast<const char*>(partial_of(0, c) + HEAD_DIM);
+        const char* const outs_from = reinterpret_cast<const char*>(partial_of(0, c) + dim);
+        const u32 step = ctas_an_item * (COLUMNS * STATE * 4) << share_bits;
+        u32 from = ctas_an_item * (COLUMNS * STATE * 4) * share;
+#pragma unroll 1
+        for (int s = share; s < num_splits; s += shares * PARTIALS_IN_FLIGHT) {
+            RowState partials[PARTIALS_IN_FLIGHT];
 #pragma unroll
-                for (int i = 0; i < PARTIALS_IN_FLIGHT; ++i) {
-                    const int from = s + i * shares;
-                    const int place = work.first_partial + (from < active_splits ? from : s);
-                    const i64 at = (i64(place) * ctas_an_item + cta) * COLUMNS + c;
-                    const float2 other = load_global_cg(p.partial_state + at);
-                    partials[i].max = from < active_splits ? other.x : -INF;
-                    partials[i].sum = other.y;
-                    partials[i].out =
-                        load_global_cg(reinterpret_cast<const float4*>(p.partial_out + at * HEAD_DIM + dim));
-                }
-                fold(state, partials);
+            for (int i = 0; i < PARTIALS_IN_FLIGHT; ++i, from += step) {
+                partials[i] = empty_state();
+                if (s + i * shares >= num_splits) continue;
+                const float2 other = load_global_cg(reinterpret_cast<const float2*>(states_from + from));
+                partials[i] = {other.x, other.y, load_global_cg(reinterpret_cast<const float4*>(outs_from + from))};
             }
+            fold(state, partials);
         }
-        if (shares > 1) {
-            shared_states[threadIdx.x] = state;
-            __syncthreads();
-            if (share == 0)
-                for (int i = 1; i < shares; ++i) {
-                    const RowState other[] = {shared_states[i * num_items + item]};
-                    fold(state, other);
-                }
+#pragma unroll 1
+        for (int other = 1; other < shares; other *= 2) {
+            RowState of_other[1];
+            of_other[0].max = __shfl_xor_sync(~0u, state.max, other);
+            of_other[0].sum = __shfl_xor_sync(~0u, state.sum, other);
+            of_other[0].out.x = __shfl_xor_sync(~0u, state.out.x, other);
+            of_other[0].out.y = __shfl_xor_sync(~0u, state.out.y, other);
+            of_other[0].out.z = __shfl_xor_sync(~0u, state.out.z, other);
+            of_other[0].out.w = __shfl_xor_sync(~0u, state.out.w, other);
+            fold(state, of_other);
         }
-        if (item < num_items && share == 0) {
-            write_column(c, dim, state);
-        }
+        if (item < num_items && share == 0) write_column(c, dim, state);
     }
 }

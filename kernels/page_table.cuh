@@ -89,13 +89,15 @@ __device__ __forceinline__ int find_request(const Request* requests, int num_req
 }
 
 // A request's share of a decode launch (splits.cu): split `split` of `num_splits` of one request, with all that the
-// kernel needs to know of it in three 16-byte loads side by side.
+// kernel needs to know of it in four 16-byte loads side by side.
 struct __align__(16) DecodeItem {
     Request request;
-    int batch_index;    // -1: nothing to do
+    int batch_index;  // -1: nothing to do
     int split;
     int num_splits;
     int first_partial;  // split s of the request leaves its partial state in place first_partial + s
+    int begin;          // tokens [begin, end) are seen by some query of the request
+    int end;
 };
 
 // How one launch reads tables: the same for all requests.

@@ -6,8 +6,8 @@
 // out   items     [max_items] DecodeItem          batch_index -1 behind the last one
 //
 // Decode reads every K and V once, so a launch is over when its last byte is. Of requests of about equal length as
-// many are left whole (a split costs a merge) as give each SM the same number of CTAs; the others are divided so that
-// all SMs get a part of them. Ragged ones are cut into pieces of `tokens_a_split`, so that nobody waits for the longest.
+// many are left whole (a split costs a merge) as give each SM the same number of CTAs, or as many as it runs at a time
+// if there are more; the others are divided so that all SMs get a part of them. Ragged ones are cut into pieces of `tokens_a_split`, so that nobody waits for the longest.
 // Items are dealt in the order of the tokens they have, to within an eighth: what comes last is short.
 //
 // Rows of the plan behind the batch come last of all: a launch for the batch alone leaves them out.
@@ -36,17 +36,23 @@ struct SplitsParams {
     int max_batch_size;  // >= batch
     int extra_items;     // items that splitting may add; what would pass it stays whole
     int max_items;       // >= max_batch_size + extra_items
-    int window_left;     // -1: off
-    int ctas_an_item;    // KV heads * blocks of columns
+    Positions positions;
+    int ctas_an_item;  // KV heads * blocks of columns
     int num_sms;
-    int ragged_ctas;   // ragged requests are cut into pieces, about so many CTAs in all
-    int fixed_splits;  // > 0: requests have so many splits, or fewer, by their own length alone
+    int ctas_at_a_time;  // that run on all SMs together
+    int ragged_ctas;     // ragged requests are cut into pieces, about so many CTAs in all
+    int fixed_splits;    // > 0: requests have so many splits, or fewer, by their own length alone
 };
 
-// The tokens that decode reads of a request.
-__device__ __forceinline__ int tokens_of(const SplitsParams& p, const Request& request) {
-    const i64 window = p.window_left < 0 ? INT_LARGEST : i64(p.window_left) + request.num_queries;
-    return int(clamp(request.kv_len, 0, window));
+// The tokens that decode reads of a request: those that some query sees. Limits grow with the query.
+__device__ __forceinline__ KvLimits seen_of(const SplitsParams& p, const Request& request) {
+    return {kv_limits(0, request, p.positions).begin, kv_limits(request.num_queries - 1, request, p.positions).end};
+}
+
+__device__ __forceinline__ int tokens_of(const SplitsParams& p, int row) {
+    if (row >= p.max_batch_size) return 0;
+    const KvLimits seen = seen_of(p, p.requests[row]);
+    return seen.end - seen.begin;
 }
 
 // The class of a row's items, 0 for the most tokens.
@@ -67,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
     i64 tokens = 0, busy = 0;
     for (int chunk = 0; chunk < p.max_batch_size; chunk += blockDim.x) {
         const int row = chunk + threadIdx.x;
-        const int own = row < p.max_batch_size ? tokens_of(p, p.requests[row]) : 0;
+        const int own = tokens_of(p, row);
         if (own > 0) atomicMax(longest, own);
         scan_before(own, tokens, warp_totals, Sum());
         scan_before(own > 0, busy, warp_totals, Sum());
@@ -86,8 +92,9 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
         const i64 piece = (all + p.ragged_ctas - 1) / p.ragged_ctas, least = clamp(share, WORTH_A_MERGE, LEAST_PIECE);
         tokens_a_split = clamp(((piece > least ? piece : least) + 127) / 128 * 128, 0, INT_LARGEST);
     } else if (busy > 0) {
-        whole = ctas / p.num_sms * p.num_sms / p.ctas_an_item;
-        if (whole < busy) even_splits = p.num_sms / ((busy - whole) * p.ctas_an_item);
+        const i64 round = ctas > p.ctas_at_a_time ? p.ctas_at_a_time : p.num_sms;
+        whole = ctas / round * round / p.ctas_an_item;
+        if (whole < busy) even_splits = round / ((busy - whole) * p.ctas_an_item);
     }
     const bool counts = whole > 0 && even_splits > 1;
     // Of a row with `own` tokens, and `number` rows before it that have some, where that counts.
@@ -115,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
     i64 items = 0;
     for (int chunk = 0; chunk < p.max_batch_size; chunk += blockDim.x) {
         const int row = chunk + threadIdx.x;
-        const int own = row < p.max_batch_size ? tokens_of(p, p.requests[row]) : 0;
+        const int own = tokens_of(p, row);
         const int splits = next_splits(row, own);
         if (row < p.max_batch_size) atomicAdd(&places[class_of(p, row, own / splits)], splits);
     }
@@ -132,15 +139,15 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
     extra = number = 0;
     for (int chunk = 0; chunk < p.max_batch_size; chunk += blockDim.x) {
         const int row = chunk + threadIdx.x;
-        Request request = {};
-        if (row < p.max_batch_size) request = p.requests[row];
-        const int own = row < p.max_batch_size ? tokens_of(p, request) : 0;
+        const int own = tokens_of(p, row);
         const int splits = next_splits(row, own);
         const int first_partial = int(scan_before(splits > 1 ? splits : 0, partials, warp_totals, Sum()));
         if (row >= p.max_batch_size) continue;
         const int place = atomicAdd(&places[class_of(p, row, own / splits)], splits);
+        const Request request = p.requests[row];
+        const KvLimits seen = seen_of(p, request);
         for (int split = 0; split < splits && place + split < p.max_items; ++split)
-            p.items[place + split] = {request, row, split, splits, first_partial};
+            p.items[place + split] = {request, row, split, splits, first_partial, seen.begin, seen.end};
     }
     for (i64 place = items + threadIdx.x; place < p.max_items; place += blockDim.x) p.items[place].batch_index = -1;
 }

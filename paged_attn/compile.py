@@ -186,6 +186,15 @@ def fast_divide(divisor: int) -> tuple[int, int, int]:
 # --- 3. the function and its launches --------------------------------------------------------------------------------
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """``CUlaunchAttribute`` of cuda.h; ``value`` is a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_uint * 16))
+
+
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION: value is (x, y, z) in blocks
+
+
 class _LaunchConfig(ctypes.Structure):
     """``CUlaunchConfig`` of cuda.h."""
 
@@ -214,14 +223,21 @@ class Launch:
     """A launch that is prepared once and repeated: only ``params``, the grid and the stream change.
 
     ``params`` is the launch's own structured array; what stands there when it is called is what the kernel gets.
+    ``cluster`` is the number of neighbouring blocks that start together on one part of the card (above 1: compute
+    capability 9.0 and later); it divides the grid.
     """
 
-    def __init__(self, kernel: Kernel, block: int | tuple[int, ...], params: np.ndarray[Any, Any]) -> None:
+    def __init__(
+        self, kernel: Kernel, block: int | tuple[int, ...], params: np.ndarray[Any, Any], cluster: int = 1
+    ) -> None:
         if params.dtype != kernel.dtype or params.ndim or not params.flags.c_contiguous:
             raise ValueError(f"params has dtype {params.dtype}; pass what the kernel's own params() gives")
         self.kernel = kernel
         self.params = params
         self._config = _LaunchConfig(1, 1, 1, *_extent(block), kernel.shared_bytes)
+        if cluster > 1:
+            self._cluster = _LaunchAttribute(_CLUSTER_DIMENSION, 0, (cluster, 1, 1))
+            self._config.attributes, self._config.num_attributes = ctypes.addressof(self._cluster), 1
         self._arguments = (ctypes.c_void_p * 1)(params.ctypes.data)
         self._launch = _launch_function()
         self._place: tuple[int, ...] | None = None  # the stream and the grid that stand in the config

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 # what a CTA does before its first load and behind its last one then hides behind more others (an H200, CTAs of 4 and of
 # 8 warps: 512 pairs of a request and a KV head with 64 tokens 13.2 and 18.3 us, 500 tokens 36.4 and 41.7, 4096 tokens
 # 244.2 and 243.0, a window of 512 37.1 and 41.8; 2048 pairs, 512 tokens, 129.2 and 132.8. CTAs of 2 warps: 128.2, but
-# 408.7 where 4 have 368.1 and 8 have 357.2, for 2048 pairs of which one request is long).
+# 408.7 where 4 have 368.1 and 8 have 357.2, for 2048 pairs of which one request is long). Not for rows of 112 dims
+# (64 x 4096, 64/8 heads 260 and 251).
 DECODE_WARPS, DECODE_WARPS_OF_MANY, MANY_PAIRS = 8, 4, 512
 
 # Places for tiles of K and V that a warp of decode has: two, one for either, as long as others on the SM have loads
@@ -23,6 +24,13 @@ DECODE_WARPS, DECODE_WARPS_OF_MANY, MANY_PAIRS = 8, 4, 512
 # warp asks for (64 x 4096, 64/8 heads of 80 dims 168.7 and 173.4, of 96 189.7 and 192.3).
 STAGES, STAGES_OF_PART_LINES, STAGES_OF_SHARED_ROWS, STAGES_OF_SHORT_ROWS = 2, 3, 3, 4
 
+# CTAs that start together, so that the card spreads them evenly over its parts whatever stands behind them in the grid,
+# and that blocks of columns which read the same K and V do so at the same time (an H200, each CTA by itself and in
+# twos: 64 x 4096, 64/8 heads 242.9 us and 238.2, 16 x 4096, 32/8 heads 65.5 and 64.8, 24 x 4096 99.0 and 95.3, 64 x
+# 4096 of 80 dims 167.8 and 163.5; 64 x 2048 of 8 queries, which are two blocks of columns, 153.6 and 134.6. In fours
+# 64 x 4096 takes 272). Not for many short ones, where two have to wait for room (256 x 512 124.3 and 125.6).
+CLUSTER, MOST_PAIRS_AN_SM_OF_CLUSTERS = 2, 8
+
 # Requests of about equal length that leave SMs idle are split into one CTA for each SM: with less, SMs are idle, and
 # more only add partial states to merge (a trial on an H100 with 132 SMs, 1 x 4096, 32/8 heads: 13.7 us with 128 CTAs,
 # with 64 14.4, 192: 14.6, 256: 15.0; 64 x 4096, 16/1 heads: 53.5, with 256 CTAs 54.1). So are those that remain where
@@ -30,12 +38,13 @@ STAGES, STAGES_OF_PART_LINES, STAGES_OF_SHARED_ROWS, STAGES_OF_SHORT_ROWS = 2, 3
 # Ragged requests are cut into pieces, about this many CTAs for each SM: eight for each that runs at a time (an H100,
 # 64 requests of 128 to 16000 tokens: 712.8 us; half as many pieces 723.8, a quarter 731.3, whole 741).
 RAGGED_CTAS_AN_SM = 16
-# Fewer where there are so few CTAs for each SM before the cut. The launch has a CTA for every piece that there may be,
-# and if these are more than run at a time, the card puts the first ones, which have the work, two on an SM and leaves
-# others empty: up to one, as many as SMs (an H200: 64 x 4096, 16/1 heads 41.2 us, with three for each SM 46.7, 32/1
-# heads 43.3 and 58.5; 16 x 4096, 32/8 heads 66.9 and 68.0). Up to two, three for each (requests of 128 to 8000 tokens,
-# 32/8 heads: 24 95.8, with one 102.0, 32 148.3 and 151.7; 32 of up to 16000 286.1 and 311.5).
-RAGGED_CTAS_OF_FEW = {1: 1, 2: 3}
+# Fewer where there are so few CTAs for each SM before the cut: the launch has a CTA for every piece that there may be,
+# and those without work cost time, too. In clusters, four for each SM, up to two before the cut (an H200, requests of
+# 128 to 8000 tokens, 32/8 heads: 12 58.8 us, with one for each SM 63.9, 16 58.4 and 62.2; 1 x 4096 11.6, with 16 for
+# each SM 13.0). Without clusters work then comes two on an SM while others have none (64 x 4096, 16/1 heads 41.2 us,
+# with three for each SM 46.7, 32/1 heads 43.3 and 58.5): up to one CTA before the cut no more than SMs, up to two,
+# three for each (24 of 128 to 8000 tokens 95.7, with one 99.7, 32 148.5 and 154.1).
+RAGGED_CTAS_OF_FEW_IN_CLUSTERS, RAGGED_CTAS_OF_FEW = {1: 4, 2: 4}, {1: 1, 2: 3}
 # A batch-invariant plan divides a request among so many CTAs, if its KV heads are not more, whatever the card.
 INVARIANT_CTAS = 128
 # It splits a request by its own length alone, and only where each split has so many tokens (TILES_WORTH_A_SPLIT of
@@ -50,9 +59,10 @@ class Card:
 
     num_sms: int
     shared_bytes: int  # of an SM
+    has_clusters: bool  # neighbouring CTAs may be made to start together
 
 
-H100 = Card(132, 228 * 1024)
+H100 = Card(132, 228 * 1024, True)
 CTA_SHARED_BYTES = 1024  # that CUDA takes beside those of the kernel
 
 
@@ -65,6 +75,8 @@ class DecodeShape:
     warps: int  # of a CTA
     stages: int  # tiles of K and V that a warp has room for
     shared_bytes: int
+    ctas_an_sm: int  # that run at a time, at least
+    cluster: int  # neighbouring CTAs that start together
 
     @property
     def threads(self) -> int:
@@ -90,7 +102,7 @@ def decode_shape(
     column_blocks = _ceil_div(rows, columns)
     warps = DECODE_WARPS
     shares_sm = columns == 8 or (head_dim, columns) == (128, 16)  # by its registers
-    if head_dim > 128 or (shares_sm and num_pairs >= MANY_PAIRS and not batch_invariant):
+    if head_dim > 128 or (shares_sm and head_dim != 112 and num_pairs >= MANY_PAIRS and not batch_invariant):
         warps = DECODE_WARPS_OF_MANY
     is_alone = num_pairs * column_blocks <= card.num_sms
     stages = STAGES
@@ -104,14 +116,17 @@ def decode_shape(
     while True:
         shared_bytes = _decode_shared_bytes(head_dim, columns, warps, stages)
         if stages == STAGES or ctas * (shared_bytes + CTA_SHARED_BYTES) <= card.shared_bytes:
-            return DecodeShape(columns, column_blocks, warps, stages, shared_bytes)
+            break
         stages -= 1
+    few = num_pairs <= MOST_PAIRS_AN_SM_OF_CLUSTERS * card.num_sms
+    cluster = CLUSTER if card.has_clusters and (column_blocks > 1 or few) else 1
+    return DecodeShape(columns, column_blocks, warps, stages, shared_bytes, ctas, cluster)
 
 
 def _decode_shared_bytes(head_dim: int, columns: int, warps: int, stages: int) -> int:
     tile = 16 * head_dim * 2  # one K or V tile: 16 tokens
     out = columns * (head_dim + 4) * 4
-    shared_bytes = warps * (max(stages * tile, out) + columns * 16) + 16
+    shared_bytes = warps * (max(stages * tile, out) + columns * 8) + 16
     if (head_dim, columns) == (128, 16):  # Q_IN_SHARED of the kernel
         shared_bytes = _ceil_div(shared_bytes, 128) * 128 + columns * head_dim * 2
     return shared_bytes
@@ -123,6 +138,7 @@ class DecodeSplits:
 
     ctas_an_item: int  # KV heads * column blocks
     fixed_splits: int  # most splits of a request, by its own length alone; or 0: by all lengths
+    ctas_at_a_time: int  # that run on all SMs together
     ragged_ctas: int  # CTAs of a step whose requests are ragged, about
     extra_items: int  # items that splitting may add to one for each request; it grows with the batch
 
@@ -140,14 +156,15 @@ def decode_splits(
 
     A batch-invariant plan splits every request as if it were alone, so that its bits do not depend on others.
     """
-    ctas_an_item = num_kv_heads * shape.column_blocks
+    ctas_an_item, at_a_time = num_kv_heads * shape.column_blocks, num_sms * shape.ctas_an_sm
     if batch_invariant:
         splits = max(1, INVARIANT_CTAS // ctas_an_item)
         extra_items = min(batch_size * (splits - 1), max_tokens // TOKENS_WORTH_A_SPLIT)
-        return DecodeSplits(ctas_an_item, splits, INVARIANT_CTAS, extra_items)
+        return DecodeSplits(ctas_an_item, splits, at_a_time, INVARIANT_CTAS, extra_items)
     ctas_an_sm = max(1, _ceil_div(batch_size * ctas_an_item, num_sms))
-    ragged_ctas = num_sms * RAGGED_CTAS_OF_FEW.get(ctas_an_sm, RAGGED_CTAS_AN_SM)
-    return DecodeSplits(ctas_an_item, 0, ragged_ctas, ragged_ctas // ctas_an_item)
+    of_few = RAGGED_CTAS_OF_FEW if shape.cluster == 1 else RAGGED_CTAS_OF_FEW_IN_CLUSTERS
+    ragged_ctas = num_sms * of_few.get(ctas_an_sm, RAGGED_CTAS_AN_SM)
+    return DecodeSplits(ctas_an_item, 0, at_a_time, ragged_ctas, ragged_ctas // ctas_an_item)
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,8 @@ def test_fast_divide_refuses_other_divisors(divisor: int) -> None:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What cuLaunchKernelEx was given: (grid, block, shared_bytes, stream, function, bytes of the parameters)."""
+    """What cuLaunchKernelEx was given: (grid, block, shared_bytes, stream, function, bytes of the parameters), and the
+    blocks of a cluster where they were asked for."""
     driver = pytest.importorskip("cuda.bindings.driver")
     notes: list[tuple[Any, ...]] = []
 
@@ -265,8 +266,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         address = ctypes.c_void_p.from_address(arguments).value
         assert address is not None
         params = ctypes.string_at(address, kernels.params_dtype(STRUCTS, "Params").itemsize)
-        notes.append((grid, block, config.sharedMemBytes, int(config.hStream), function, params))
-        assert config.numAttrs == 0
+        clusters = []
+        if config.numAttrs:
+            attribute = driver.CUlaunchAttribute(kernels._LaunchConfig.from_address(config_address).attributes)
+            assert attribute.id == driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            cluster = attribute.value.clusterDim
+            clusters = [(cluster.x, cluster.y, cluster.z)]
+        notes.append((grid, block, config.sharedMemBytes, int(config.hStream), function, params, *clusters))
+        assert config.numAttrs == len(clusters)
         assert extra is None
         return 0
 
@@ -297,6 +304,14 @@ def test_a_launch_is_prepared_once_and_repeated(launches: list[tuple[Any, ...]])
         ((8, 9, 10), (32, 4, 1), 1000, 0xDEF, 0xF00, launch.params.tobytes()),
     ]
     assert first != launch.params.tobytes()
+
+
+def test_a_launch_in_clusters(launches: list[tuple[Any, ...]]) -> None:
+    kernel = compiled()
+    launch = kernels.Launch(kernel, 32, kernel.params(), cluster=2)
+    launch(0xABC, 8)
+    launch(0xABC, 6)
+    assert [(grid, cluster) for grid, *_, cluster in launches] == [((8, 1, 1), (2, 1, 1)), ((6, 1, 1), (2, 1, 1))]
 
 
 def test_launching_once(launches: list[tuple[Any, ...]]) -> None:

@@ -416,15 +416,21 @@ def test_a_jax_pool_is_read_but_not_written() -> None:
 @pytest.mark.parametrize("num_sms", [84, 132, 142])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 3, 8, 200])
 @pytest.mark.parametrize("rows", [8, 24, 40])  # one, two and three blocks of columns
-def test_what_is_not_left_whole_has_an_item_for_each_of_its_splits(rows: int, num_kv_heads: int, num_sms: int) -> None:
-    shape = planner.decode_shape(1, rows, 128)
-    ctas_an_item = num_kv_heads * shape.column_blocks
-    for busy in range(1, 4 * num_sms // ctas_an_item + 2):
+@pytest.mark.parametrize("has_clusters", [True, False])
+def test_what_is_not_left_whole_has_an_item_for_each_of_its_splits(
+    rows: int, num_kv_heads: int, num_sms: int, has_clusters: bool
+) -> None:
+    card = planner.Card(num_sms, planner.H100.shared_bytes, has_clusters)
+    for busy in range(1, 4 * num_sms // num_kv_heads + 2):
+        shape = planner.decode_shape(1, rows, 128, busy * num_kv_heads, card=card)
         splits = planner.decode_splits(busy, num_kv_heads, shape, False, 2**31, num_sms)
-        assert splits.ctas_an_item == ctas_an_item
-        others = busy - busy * ctas_an_item // num_sms * num_sms // ctas_an_item  # as kernels/splits.cu counts them
+        ctas_an_item = num_kv_heads * shape.column_blocks
+        assert splits.ctas_an_item == ctas_an_item and splits.ctas_at_a_time == num_sms * shape.ctas_an_sm
+        # As kernels/splits.cu counts them.
+        together = splits.ctas_at_a_time if busy * ctas_an_item > splits.ctas_at_a_time else num_sms
+        others = busy - busy * ctas_an_item // together * together // ctas_an_item
         if others:
-            assert others * (num_sms // (others * ctas_an_item) - 1) <= splits.extra_items
+            assert others * (together // (others * ctas_an_item) - 1) <= splits.extra_items
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
@@ -449,7 +455,7 @@ def test_blocks_of_decode_share_a_multiprocessor(columns: int, num_pairs: int, w
     assert 16 // warps * (shape.shared_bytes + 1024) <= 164 * 1024
 
 
-A100 = planner.Card(108, 164 * 1024)
+A100 = planner.Card(108, 164 * 1024, False)
 
 
 @pytest.mark.parametrize(
@@ -469,9 +475,22 @@ def test_a_warp_has_room_for_more_tiles_where_that_pays_and_the_multiprocessor_h
     assert 16 // shape.warps * (shape.shared_bytes + 1024) <= card.shared_bytes
 
 
+@pytest.mark.parametrize(
+    ("rows", "num_pairs", "card", "cluster"),
+    [
+        (4, 1, planner.H100, 2), (4, 8 * 132, planner.H100, 2), (4, 8 * 132 + 1, planner.H100, 1),
+        (32, 10**6, planner.H100, 2), (4, 1, A100, 1), (32, 10**6, A100, 1),
+    ],
+)  # fmt: skip
+def test_blocks_start_in_twos_where_the_card_can_and_they_are_few_or_read_the_same(
+    rows: int, num_pairs: int, card: planner.Card, cluster: int
+) -> None:
+    assert planner.decode_shape(1, rows, 128, num_pairs, card=card).cluster == cluster
+
+
 def test_a_block_of_decode_fits_the_smallest_card() -> None:
     """99 KiB a block, 100 KiB a multiprocessor (compute capability 8.6, 8.9, 12.0)."""
-    card = planner.Card(84, 100 * 1024)
+    card = planner.Card(84, 100 * 1024, False)
     for head_dim, columns, num_pairs in itertools.product(range(16, 257, 16), (8, 16, 24, 32), (1, 100, 600)):
         shape = planner.decode_shape(1, columns, head_dim, num_pairs, card=card)
         assert shape.shared_bytes <= 99 * 1024

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..spec import AttentionSpec
 
 STATUS_BYTES = 16  # struct Status {int field; int index; i64 value;}
-REQUEST_BYTES, ITEM_BYTES = 32, 48  # structs Request, DecodeItem
+REQUEST_BYTES, ITEM_BYTES = 32, 64  # structs Request, DecodeItem
 SCAN_THREADS = 1024  # the one block of kernels that scan over a batch
 SCAN_BYTES = 256  # its shared memory (table_rows.cuh)
 THREADS = 256
@@ -719,7 +719,7 @@ class Plan:
             "SOFT_CAP": spec.logits_soft_cap > 0,
         }
         kernel_shape: planner.DecodeShape | planner.PrefillShape
-        hopper = plan_splits = None
+        hopper, plan_splits, cluster = None, None, 1
         splits_of: Callable[[int], planner.DecodeSplits] | None = None
         if spec.q_len is None:
             kernel_shape = planner.prefill_shape(spec.head_dim)
@@ -749,7 +749,7 @@ class Plan:
                 num_sms=_card(device).num_sms,
             )
             splits = splits_of(num_requests)
-            most_items = num_requests + splits.extra_items
+            most_items = num_requests + splits.extra_items + 1  # one that fills the grid's last cluster up
             partials = splits.most_partials * splits.ctas_an_item * columns
             items = self._buffer("items", most_items * ITEM_BYTES)
             fields |= {
@@ -759,12 +759,14 @@ class Plan:
                 "q_len": spec.q_len,
                 "column_blocks": compile.fast_divide(column_blocks),
                 "num_page_ids": max_pages,
-                "partial_out": self._buffer("partial_out", partials * spec.head_dim * 4),
-                "partial_state": self._buffer("partial_state", partials * 8),
+                "partials": self._buffer("partials", partials * (spec.head_dim + 4) * 4),
                 "arrivals": self._buffer("arrivals", num_requests * splits.ctas_an_item * 4),
             }
             del fields["requests"]
-            grid = functools.partial(_decode_grid, spec.q_len, splits_of)
+            grid, cluster = (
+                functools.partial(_decode_grid, spec.q_len, splits_of, kernel_shape.cluster),
+                kernel_shape.cluster,
+            )
             kernel = compile.kernel("plan_splits", device, shared_bytes=SPLITS_BYTES)
             params = kernel.params(
                 {
@@ -772,16 +774,17 @@ class Plan:
                     "items": items,
                     "max_batch_size": num_requests,
                     "max_items": most_items,
-                    "window_left": spec.window_left,
+                    "positions": fields["positions"],
                     "ctas_an_item": splits.ctas_an_item,
                     "num_sms": _card(device).num_sms,
+                    "ctas_at_a_time": splits.ctas_at_a_time,
                     "fixed_splits": splits.fixed_splits,
                 }
             )
             plan_splits = compile.Launch(kernel, SCAN_THREADS, params)
         constants["SHARED_BYTES"] = kernel_shape.shared_bytes
         kernel = compile.kernel(name, device, shared_bytes=kernel_shape.shared_bytes, **constants)
-        attend = compile.Launch(kernel, kernel_shape.threads, kernel.params(fields))
+        attend = compile.Launch(kernel, kernel_shape.threads, kernel.params(fields), cluster)
         return _Launches(
             plan_requests=plan_requests,
             write_step=plan_requests.writer("indptr", "num_indices"),
@@ -967,14 +970,15 @@ def _is_hopper(device: str) -> bool:
 @functools.cache
 def _card(device: str) -> planner.Card:
     attributes = cupy.cuda.Device(_index(device)).attributes
-    return planner.Card(int(attributes["MultiProcessorCount"]), int(attributes["MaxSharedMemoryPerMultiprocessor"]))
+    num_sms, shared_bytes = attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerMultiprocessor"]
+    return planner.Card(int(num_sms), int(shared_bytes), has_clusters=_is_hopper(device))
 
 
-def _decode_grid(q_len: int, splits: Callable[[int], planner.DecodeSplits], rows: int) -> tuple[int, int]:
+def _decode_grid(q_len: int, splits: Callable[[int], planner.DecodeSplits], cluster: int, rows: int) -> tuple[int, int]:
     """CTAs, and the run's batch: items behind those of the batch belong to rows that q does not have."""
     batch = rows // q_len
     limits = splits(batch)
-    return (batch + limits.extra_items) * limits.ctas_an_item, batch
+    return -(-(batch + limits.extra_items) * limits.ctas_an_item // cluster) * cluster, batch
 
 
 def _most_tiles(packed_rows: int, tile_rows: int, num_requests: int) -> int:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from paged_attn import compile as kernels
+from paged_attn.backends import reference
 from tests.cases import Inputs
 
 
@@ -18,3 +19,26 @@ def requests_of(inputs: Inputs, count: int) -> np.ndarray:
         requests["page_offset"][:batch] = inputs.page_offset
     requests["num_queries"][:batch] = case.queries
     return requests
+
+
+def seen_of(inputs: Inputs, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens [begin, end) of each record that some query of it sees, the work of plan_splits."""
+    case = inputs.case
+    limits = [
+        reference.kv_limits(
+            reference.Request(
+                page_ids=inputs.indices,
+                kv_len=int(request["kv_len"]),
+                total_len=int(request["total_len"]),
+                page_offset=int(request["page_offset"]),
+                page_stride=case.page_stride,
+                page_size=case.page_size,
+                first_query=0,
+                num_queries=int(request["num_queries"]),
+            ),
+            causal=True,
+            window_left=case.window_left,
+        )
+        for request in requests
+    ]
+    return np.array([begin[0] for begin, _ in limits]), np.array([end[-1] for _, end in limits])

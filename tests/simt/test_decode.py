@@ -10,7 +10,7 @@ from paged_attn import compile as kernels
 from paged_attn import planner
 from tests.cases import DTYPES, LSE_TOLERANCE, LSE_TOLERANCE_SOFT_CAP, OUT_TOLERANCE, Case, Inputs, assert_close, build
 from tests.simt.driver import launch
-from tests.simt.requests import requests_of
+from tests.simt.requests import requests_of, seen_of
 
 
 def run(
@@ -36,7 +36,8 @@ def run(
     items["split"] = np.arange(num_splits)
     items["num_splits"] = num_splits
     items["first_partial"] = np.arange(rows)[:, None] * num_splits
-    items = np.append(items.ravel(), items[0, :1])
+    items["begin"], items["end"] = (limits[:, None] for limits in seen_of(inputs, requests))
+    items = items.ravel()[np.append(np.arange(items.size), 0)]
     items["batch_index"][-1] = -1  # an idle one
     items = np.random.default_rng(0).permutation(items)
 
@@ -57,8 +58,7 @@ def run(
         "batch": rows,
         "page_ids": inputs.indices,
         "num_page_ids": inputs.indices.size,
-        "partial_out": np.full((ctas, shape.columns, case.head_dim), np.nan, np.float32),
-        "partial_state": np.full((ctas, shape.columns, 2), np.nan, np.float32),
+        "partials": np.full((ctas, shape.columns, case.head_dim + 4), np.nan, np.float32),
         "arrivals": arrivals,
         "positions": {
             "page_size": kernels.fast_divide(case.page_size),
@@ -223,12 +223,21 @@ def test_weights_of_few_columns_have_the_bits_of_two_numbers(dtype: str) -> None
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
 @pytest.mark.parametrize("scores", (None, "jump_by_9", "jump_by_15"))
 def test_an_infinite_value_stays_infinite(scores: str | None, dtype: str) -> None:
-    """0 * inf is NaN: a merge leaves out the places that no split has filled, and no part of a weight is 0."""
+    """0 * inf is NaN: no part of a weight is 0."""
     inputs = build(Case("infinite", (48,), page_size=16, num_qo_heads=2, head_dim=32, dtype=dtype), scores=scores)
     inputs.v_pages[inputs.indices[0], 0, :, 5] = np.inf
     out, _, _ = run(inputs, num_splits=3)
     assert np.isposinf(out[..., 5].astype(np.float32)).all()
     assert np.isfinite(np.delete(out, 5, axis=-1).astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("num_splits", (1, 2))
+def test_an_infinite_value_reaches_only_those_who_see_it(num_splits: int) -> None:
+    """The last token stands in a tile of its own, which leaves the first query a state that is empty, but holds NaN."""
+    inputs = build(Case("later", (17,), page_size=16, num_qo_heads=2, head_dim=32, q_len=2))
+    inputs.v_pages[inputs.indices[1], 0, :, 5] = np.inf
+    out, _, _ = run(inputs, num_splits=num_splits)
+    assert np.isfinite(out[0].astype(np.float32)).all() and np.isposinf(out[1, :, 5].astype(np.float32)).all()
 
 
 @pytest.mark.parametrize("num_splits", (1, 3))

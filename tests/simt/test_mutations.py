@@ -113,12 +113,13 @@ MUTATIONS = [
     ),
     Mutation(
         "decode.cu", "a partial state left out of the merge",
-        "from < active_splits ? other.x : -INF", "from < active_splits - 1 ? other.x : -INF",
+        "if (s + i * shares >= num_splits) continue;", "if (s + i * shares >= num_splits - 1) continue;",
         decodes("group1", 3),
     ),
     Mutation(
         "decode.cu", "pages counted from the first token instead of the first visible one",
-        "pages[i] = page_of(end - left + i * stride);", "pages[i] = page_of(warp_first + i * stride);",
+        "divide(end - left + (lane & 15), p.positions.page_size);\n        return",
+        "divide(visible - left + (lane & 15), p.positions.page_size);\n        return",
         decodes("window20"),
     ),
     Mutation(
@@ -235,7 +236,7 @@ MUTATIONS = [
     Mutation("splits.cu", "rows behind the batch among the others",  ": CLASSES - 1;", ": 0;", evens(4)),
     Mutation(
         "splits.cu", "partial states on one another",
-        "{request, row, split, splits, first_partial}", "{request, row, split, splits, 0}",
+        "split, splits, first_partial,", "split, splits, 0,",
         cuts(1, 8),
     ),
     # -- tiles --
@@ -350,7 +351,7 @@ MUTATIONS = [
     ),
     Mutation(
         "attention_state.cuh", "an empty state counts",
-        "if (common == -INF) return;", "",
+        "common == -INF ? 0.f : common", "common",
         decodes("group12"),
     ),
     Mutation(
@@ -366,7 +367,7 @@ MUTATIONS = [
     Mutation(
         "attention_state.cuh", "what stands in an empty state counts",
         "if (others[i].max == -INF) continue;", "",
-        partial(decode.test_an_infinite_value_stays_infinite, None, "float16"),
+        partial(decode.test_an_infinite_value_reaches_only_those_who_see_it, 1),
     ),
     Mutation(
         "attention_state.cuh", "lse to base 2",

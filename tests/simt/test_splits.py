@@ -24,10 +24,10 @@ def plan(
     splits = planner.decode_splits(len(kv_lens), num_kv_heads, shape, batch_invariant, sum(kv_lens), NUM_SMS)
     extra = splits.extra_items if extra_items is None else extra_items
     requests = np.zeros(rows + 1, kernels.params_dtype(source, "Request"))
-    requests["kv_len"][: len(kv_lens)] = kv_lens
+    requests["kv_len"][: len(kv_lens)] = requests["total_len"][: len(kv_lens)] = kv_lens
     requests["num_queries"] = 1
     requests["first_page"] = np.arange(rows + 1)
-    items = np.full(rows + extra, -7, "i4").repeat(12).view(kernels.params_dtype(source, "DecodeItem"))
+    items = np.full(rows + extra, -7, "i4").repeat(16).view(kernels.params_dtype(source, "DecodeItem"))
     params: dict[str, Any] = {
         "requests": requests,
         "items": items,
@@ -35,9 +35,15 @@ def plan(
         "max_batch_size": rows,
         "max_items": items.size,
         "extra_items": extra,
-        "window_left": window_left,
+        "positions": {
+            "page_size": kernels.fast_divide(16),
+            "page_stride": 1,
+            "causal": True,
+            "window_left": window_left,
+        },
         "ctas_an_item": splits.ctas_an_item,
         "num_sms": NUM_SMS,
+        "ctas_at_a_time": splits.ctas_at_a_time,
         "ragged_ctas": splits.ragged_ctas,
         "fixed_splits": splits.fixed_splits,
     }
@@ -97,7 +103,7 @@ def test_requests_of_about_equal_length(kv_lens: list[int], num_kv_heads: int, e
 
 def test_requests_that_give_all_sms_the_same_stay_whole() -> None:
     for busy, num_kv_heads, num_whole, splits_of_others in (
-        (16, 8, 16, 1), (20, 8, 16, 4), (24, 8, 16, 2), (33, 8, 33, 1), (35, 8, 33, 8), (40, 8, 33, 2),
+        (16, 8, 16, 1), (20, 8, 16, 4), (24, 8, 16, 2), (33, 8, 33, 1), (35, 8, 33, 8), (40, 8, 33, 4),
         (140, 1, 132, 8), (5, 32, 4, 4), (3, 200, 3, 1),
     ):  # fmt: skip
         kv_lens = [4096, 0] * busy
