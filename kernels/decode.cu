@@ -168,8 +168,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 
     // Lane c speaks for column c: query token c / group_size of the request, head c % group_size of the group. Columns
     // behind the last one are copies of it.
-    const int columns_left = p.q_len * group_size - column_block * COLUMNS;
-    const int num_columns = columns_left < COLUMNS ? columns_left : COLUMNS;
+    auto columns_of = [&](int block) -> int {
+        const int columns_left = p.q_len * group_size - block * COLUMNS;
+        return columns_left < COLUMNS ? columns_left : COLUMNS;
+    };
+    const int num_columns = columns_of(column_block);
     const int column = column_block * COLUMNS + (lane < num_columns ? lane : num_columns - 1);
     const int query = divide(column, p.group_size);
     const int row = batch_index * p.q_len + query, head = kv_head * group_size + column - query * group_size;
@@ -450,13 +453,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     __syncthreads();
 
     // 6. Threads merge the warps' states, four dims each: the result, or this split's partial state.
-    const int num_items = num_columns * (HEAD_DIM / 4);
+    const int own_block = cta - kv_head * column_blocks;  // column_block again: registers are scarce in the loop
+    const int num_items = columns_of(own_block) * (HEAD_DIM / 4);
     auto partial_of = [&](int of_split, int c) -> float* {
         const int place = (work.first_partial + of_split) * ctas_an_item + cta;
         return p.partials + i64(place * COLUMNS + c) * STATE;
     };
     auto write_column = [&](int c, int dim, const RowState& state) {
-        const int of_request = column_block * COLUMNS + c, token = divide(of_request, p.group_size);
+        const int of_request = own_block * COLUMNS + c, token = divide(of_request, p.group_size);
         const int q_head = kv_head * group_size + of_request - token * group_size;
         write_row(p, batch_index * p.q_len + token, q_head, dim, state);
     };

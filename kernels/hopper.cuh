@@ -173,6 +173,37 @@ __device__ __forceinline__ void copy_box_5d(shared_address target, const TensorM
 #endif
 }
 
+// The other way, a map of four dimensions: a box from shared memory, where it stands as copy_box_5d would have laid it, to
+// index `second` of the second dimension and `third` of the third (0 in the others). What would be outside is left out.
+__device__ __forceinline__ void send_box_4d(const TensorMap* map, shared_address source, int second, int third) {
+#ifdef __CUDACC__
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %2}], [%1];" ::"l"(map),
+                 "r"(source), "r"(0), "r"(second), "r"(third)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#else
+    const HostTensorMap& to = *reinterpret_cast<const HostTensorMap*>(map->words);
+    u32 line = 0;
+    for (u64 c = 0; c < to.box[3]; ++c)
+        for (u64 b = 0; b < to.box[2]; ++b)
+            for (u64 a = 0; a < to.box[1]; ++a, ++line)
+                for (u32 chunk = 0; chunk < 8 && second + a < to.dims[1] && third + b < to.dims[2]; ++chunk) {
+                    const shared_address from = source + line * 128;
+                    const unsigned char* target =
+                        to.data + (second + a) * to.strides[0] + (third + b) * to.strides[1] + c * to.strides[2] + chunk * 16;
+                    *simt::aligned<uint4>(const_cast<unsigned char*>(target)) =
+                        *simt::shared_at<uint4>(from + ((chunk ^ (from >> 7 & 7)) << 4));
+                }
+#endif
+}
+
+// Waits until all that this thread has sent may be overwritten in shared memory.
+__device__ __forceinline__ void wait_sent() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+}
+
 // What this thread wrote to shared memory is seen by TMA and wgmma that it, or whoever it meets next, issues.
 __device__ __forceinline__ void fence_shared_for_async() {
 #ifdef __CUDACC__

@@ -39,7 +39,8 @@
 //
 // While one burst runs, the softmax of the block before is done; the two warpgroups take turns at the tensor cores
 // (named barriers ORDER + 0, 1), so that one computes exponentials while the other multiplies. The last product of a
-// tile runs together with the first of the next, and what a tile gives is stored during the next one's first softmax.
+// tile runs together with the first of the next, and what a tile gives is stored during the next one's first softmax, by
+// way of where Q stood (tile_results.cuh).
 //
 // The softmax of a block in full view of all rows does not look for its maximum (lazy_softmax.cuh).
 //
@@ -107,6 +108,7 @@ struct PrefillHopperParams {
     int box_tokens;       // tokens of a box: the largest power of two that divides page_size, 8 to BLOCK; else GATHER
     float sm_scale;
     float logits_soft_cap;
+    TensorMap out_map;  // TMA_OUT: of `to.out`
 };
 
 // The next tile is claimed when so many blocks of this one are not ordered yet: late, so that the long tiles at the
@@ -310,7 +312,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
     const KvLimits* seen;  // of the thread's rows, 0 and 8
     int first_end, last_begin;
     Results results;
-    results.target[0] = results.target[1] = nullptr;
+    unsigned char* const own_rows = shared_memory + (first_row - lane / 4) * HEAD_DIM * 2;  // the warp's, of Q
     Ring k_ring = {}, v_ring = {};
     auto release = [&](int empty, u32 slot) {
         __syncwarp();
@@ -323,7 +325,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         seen = reinterpret_cast<const KvLimits*>(shared_memory + LIMITS_OFFSET) + number % 2 * TILE_ROWS + first_row;
         first_end = __shfl_sync(~0u, seen[0].end, 0);
         last_begin = __shfl_sync(~0u, seen[8].begin, 31);
-        if (!WIDE) release(Q_EMPTY, 0);
+        if (!WIDE && !TMA_OUT) release(Q_EMPTY, 0);
     };
     auto prepare_scores = [&](int block, bool edge) {
 #if SOFT_CAP
@@ -361,6 +363,10 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         prepare_scores(block, true);
         results.store<1>();
         raise_max(s, softmax, keep, scale);
+        if (TMA_OUT) {  // earlier would be to wait for it (16 x 1024: 254.0 us right here, 250.8 there, 252.7 later)
+            results.leave();
+            release(Q_EMPTY, 0);
+        }
         exponentials(s, softmax, softmax.sum, scale);
         results.store<2>();
         round_weights(weights, s);
@@ -461,7 +467,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         hold(o);
         release(V_EMPTY, v_ring.slot);
         v_ring.advance();
-        finish(p.to, p.list, tile, first_row, o, softmax, results);
+        results.take(p.to, &p.out_map, p.list, tile, first_row, own_rows, o, softmax);
         release(TILE_EMPTY, number % TILE_SLOTS);
         wgmma_wait<0>();
         hold(s);
@@ -473,6 +479,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
     results.store<1>();
     results.store<2>();
     results.store<3>();
+    results.leave();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_hopper(const __grid_constant__ PrefillHopperParams p) {

@@ -167,6 +167,11 @@ def decode_splits(
     return DecodeSplits(ctas_an_item, 0, at_a_time, ragged_ctas, ragged_ctas // ctas_an_item)
 
 
+# Results of the Hopper prefill leave by TMA where requests have so many tokens, on average: while they do, the next
+# tile's Q has to wait, which short tiles do not hide (kernels/tile_results.cuh has the figures).
+TMA_OUT_TOKENS = 512
+
+
 @dataclass(frozen=True)
 class PrefillShape:
     """How the portable prefill kernel is compiled and launched for one head_dim."""

@@ -1,4 +1,4 @@
-"""How TMA, the copy engine of Hopper, sees a pool of pages.
+"""How TMA, the copy engine of Hopper, sees a pool of pages, and the results of prefill.
 
 One operation copies a *box*: up to 128 neighbouring tokens of one page and one KV head, or 64 columns of them. It fills
 shared memory in the order that the tensor cores read: for every 8 tokens, for every 64 columns, 8 lines of 128 bytes.
@@ -25,6 +25,8 @@ LEAST_BOX_TOKENS = 8  # pages of fewer, or of odd numbers, are nothing for TMA
 _BLOCK, _WIDE_BLOCK = 128, 64  # tokens that the kernel takes at a time, those of a wide head_dim
 _GROUP = 8  # tokens of one swizzle pattern: 8 lines of 128 bytes
 _COLUMNS = 64  # 16-bit numbers of a line
+_WARP_ROWS = 16  # of a tile
+_OUT_HEAD_DIM = 128  # whose results leave by TMA (kernels/tile_results.cuh has the figures)
 _MOST_BOXES = 2**31
 
 # Of cuda.h: CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion.
@@ -95,7 +97,52 @@ def pool_geometry(
 @lru_cache(maxsize=1024)
 def pool_map(pointer: int, geometry: PoolGeometry, bfloat16: bool) -> dict[str, Any]:
     """The fields of the kernel's ``Pool`` for the pool at ``pointer``. Pools live long: the driver is asked once."""
-    rank = len(geometry.dims)
+    return pool_fields(geometry, _encode(pointer, geometry.dims, geometry.strides, geometry.box, bfloat16))
+
+
+@dataclass(frozen=True)
+class OutGeometry:
+    """An array [rows, heads, head_dim] as a tensor of four dimensions: 64 columns | heads | rows | pieces of head_dim.
+
+    A box is 16 rows of a tile of the kernel, which are (token, head of the group) pairs.
+    """
+
+    dims: tuple[int, int, int, int]
+    strides: tuple[int, int, int]
+    box: tuple[int, int, int, int]
+
+
+@lru_cache(maxsize=256)
+def out_geometry(rows: int, heads: int, head_dim: int, group_size: int) -> OutGeometry | None:
+    """The tensor of contiguous 16-bit results.
+
+    None where it is smaller than a box, where 16 rows of a tile are not one box of it (groups that are neither 1, 2, 4
+    or 8 nor multiples of 16), and for a head_dim that does not gain by it.
+    """
+    heads_of_box = gcd(group_size, _WARP_ROWS)
+    rows_of_box = _WARP_ROWS // heads_of_box
+    fits = group_size == heads_of_box or rows_of_box == 1
+    if head_dim != _OUT_HEAD_DIM or not fits or rows < rows_of_box:
+        return None
+    pieces = head_dim // _COLUMNS
+    return OutGeometry(
+        dims=(_COLUMNS, heads, rows, pieces),
+        strides=(head_dim * 2, heads * head_dim * 2, _COLUMNS * 2),
+        box=(_COLUMNS, heads_of_box, rows_of_box, pieces),
+    )
+
+
+@lru_cache(maxsize=1024)
+def out_map(pointer: int, geometry: OutGeometry, bfloat16: bool) -> tuple[int, ...]:
+    """The 16 words of the map of results at ``pointer``, a multiple of 16."""
+    return _encode(pointer, geometry.dims, geometry.strides, geometry.box, bfloat16)
+
+
+def _encode(
+    pointer: int, dims: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], bfloat16: bool
+) -> tuple[int, ...]:
+    """A CUtensorMap, as the driver makes it; ``strides`` begin with the second dimension."""
+    rank = len(dims)
     memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     address = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
     error = _encode_function()(
@@ -103,9 +150,9 @@ def pool_map(pointer: int, geometry: PoolGeometry, bfloat16: bool) -> dict[str, 
         _BFLOAT16 if bfloat16 else _FLOAT16,
         rank,
         pointer,
-        (ctypes.c_uint64 * rank)(*geometry.dims),
-        (ctypes.c_uint64 * (rank - 1))(*geometry.strides),
-        (ctypes.c_uint32 * rank)(*geometry.box),
+        (ctypes.c_uint64 * rank)(*dims),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*(1,) * rank),
         0,  # no interleaving
         _SWIZZLE_128B,
@@ -113,9 +160,11 @@ def pool_map(pointer: int, geometry: PoolGeometry, bfloat16: bool) -> dict[str, 
         0,  # zeros outside
     )
     if error:
-        raise RuntimeError(f"cuTensorMapEncodeTiled gives error {error} for a pool at {pointer:#x} with {geometry}")
-    words = (ctypes.c_uint64 * (_MAP_BYTES // 8)).from_address(address)
-    return pool_fields(geometry, tuple(words))
+        raise RuntimeError(
+            f"cuTensorMapEncodeTiled gives error {error} for an array at {pointer:#x} with dims {dims}, "
+            f"strides {strides} and box {box}"
+        )
+    return tuple((ctypes.c_uint64 * (_MAP_BYTES // 8)).from_address(address))
 
 
 def pool_fields(geometry: PoolGeometry, words: tuple[int, ...]) -> dict[str, Any]:

@@ -101,10 +101,11 @@ def variants() -> dict[str, list[dict[str, Any]]]:
         ],
         "prefill": [_prefill(key) | kind for key in _keys("prefill") for kind in kinds],
         "prefill_hopper": [
-            _prefill_hopper(key) | kind | {"GATHER": gather}
+            _prefill_hopper(key) | kind | {"GATHER": gather, "TMA_OUT": tma_out}
             for key in _keys("prefill_hopper")
             for kind in kinds
             for gather in (0, 1)
+            for tma_out in ((0, 1) if key == 128 else (0,))
         ],
         "schedule": [{}],
         "splits": [{}],

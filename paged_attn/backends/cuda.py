@@ -670,7 +670,7 @@ class Plan:
         launches.write_step(*addresses, batch_size, num_indices)
         launches.plan_requests(stream_address, 1 + self._parts)
         if launches.hopper:
-            launches.hopper.order_tiles(stream_address, 1)
+            launches.hopper.order(stream_address, num_indices * spec.page_size, batch_size)
         elif launches.plan_splits:
             launches.plan_splits(stream_address, 1)
 
@@ -864,7 +864,7 @@ class _HopperPrefill:
         self._num_requests: int = fields["num_requests"]
         self._num_sms = _card(device).num_sms
         tiles = compile.kernel("plan_tiles", device, shared_bytes=TILES_BYTES)
-        self.order_tiles = compile.Launch(
+        self._order_tiles = compile.Launch(
             tiles,
             SCAN_THREADS,
             tiles.params(
@@ -880,7 +880,12 @@ class _HopperPrefill:
         )
         gather = tensor_map.box_tokens(spec.page_size, spec.head_dim) < tensor_map.LEAST_BOX_TOKENS
         constants = constants | {"SHARED_BYTES": shape.shared_bytes, "GATHER": gather}
-        kernel = compile.kernel("prefill_hopper", device, shared_bytes=shape.shared_bytes, **constants)
+        kernel_of = functools.partial(
+            compile.kernel, "prefill_hopper", device, shared_bytes=shape.shared_bytes, **constants
+        )
+        some_out = tensor_map.out_geometry(16, spec.num_qo_heads, spec.head_dim, spec.group_size)
+        self._may_send = some_out is not None  # by TMA
+        kernel_of(TMA_OUT=self._may_send)  # compiled now; the other one when a run needs it
         own = {
             "page_ids": fields["page_ids"],
             "claims": claims,
@@ -896,21 +901,31 @@ class _HopperPrefill:
             "logits_soft_cap": spec.logits_soft_cap,
         }
         pool_of = _gathered_pool if gather else functools.partial(_mapped_pool, spec.dtype == _BFLOAT16)
-        make_layer = functools.partial(_hopper_layer, kernel, shape.threads, own, pool_of)
+        make_layer = functools.partial(_HopperLayer.make, kernel_of, shape.threads, own, pool_of)
         self._layer = functools.lru_cache(maxsize=1024)(make_layer)
         self._q_strides, self._out_form = (0, 0), (0, 0, 0, False)
+        self._out_geometry: tensor_map.OutGeometry | None = None
+        self._is_long = True
         self._rows, self._tiles, self._grid = 0, 0, 0
+
+    def order(self, stream: int, kv_tokens: int, num_requests: int) -> None:
+        """Launch what orders a step's tiles; `kv_tokens` are what its pages have room for."""
+        self._is_long = kv_tokens >= planner.TMA_OUT_TOKENS * num_requests
+        self._order_tiles(stream, 1)
 
     def bind(self, q: Any, kv: PagedKV, out: Any) -> bool:
         """Take over what the form of a run decides; or say no, where the kernel cannot count in q or in the pool."""
         rows, heads, _ = q.shape
         q_row, q_head = (q.strides[0] // 16 if rows > 1 else 0), (q.strides[1] // 16 if heads > 1 else 0)
-        layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, kv.form)
+        layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, kv.form, self._may_send)
         if layer is None or min(q_row, q_head) < 0 or rows * q_row + heads * q_head >= NOWHERE:
             return False
         itemsize = out.dtype.itemsize
         self._q_strides = q_row, q_head
         self._out_form = out.strides[0] // itemsize, out.strides[1] // itemsize, self._spec.num_qo_heads, itemsize == 4
+        self._out_geometry = None
+        if self._may_send and itemsize == 2:
+            self._out_geometry = tensor_map.out_geometry(*out.shape, self._spec.group_size)
         self._rows = rows
         self._tiles = _most_tiles(rows * self._spec.group_size, self._tile_rows, self._num_requests)
         self._grid = min(self._num_sms, self._tiles * self._spec.num_kv_heads)
@@ -918,30 +933,46 @@ class _HopperPrefill:
 
     def run(self, q: int, kv: PagedKV, out: int, lse: int) -> None:
         """Launch, for arrays at these addresses."""
-        layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, kv.form)
+        geometry = self._out_geometry if self._is_long else None
+        layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, kv.form, geometry is not None)
         assert layer is not None  # a matter of the form, which bind has seen
-        launch, write, tile_list = layer
-        write(q, *self._q_strides, out, lse, *self._out_form)
-        tile_list["q_rows"], tile_list["num_tiles"] = self._rows, self._tiles
-        _start(launch, self._grid)
+        layer.write(q, *self._q_strides, out, lse, *self._out_form)
+        layer.tile_list["q_rows"], layer.tile_list["num_tiles"] = self._rows, self._tiles
+        if geometry is not None and layer.sends_to != (out, geometry):
+            layer.out_map["words"] = tensor_map.out_map(out, geometry, self._spec.dtype == _BFLOAT16)
+            layer.sends_to = out, geometry
+        _start(layer.launch, self._grid)
 
 
-def _hopper_layer(
-    kernel: compile.Kernel,
-    threads: int,
-    fields: dict[str, Any],
-    pool_of: Callable[[int, tuple[int, int, int, int], tuple[int, int, int]], dict[str, Any] | None],
-    k: int,
-    v: int,
-    form: Any,
-) -> tuple[compile.Launch, Callable[..., None], Any] | None:
-    """The launch for a layer's pools at k and v, made once; None where the kernel cannot count in their form."""
-    *_, extents, k_strides, v_strides = form
-    pools = pool_of(k, extents, k_strides), pool_of(v, extents, v_strides)
-    if None in pools:
-        return None
-    launch = compile.Launch(kernel, threads, kernel.params(fields | {"k": pools[0], "v": pools[1]}))
-    return launch, launch.writer("q", "to"), launch.params["list"]
+@dataclass
+class _HopperLayer:
+    """The launch of prefill_hopper.cu for a layer's pools, and the fields that runs write."""
+
+    launch: compile.Launch
+    write: Callable[..., None]  # from "q" to "to"
+    tile_list: Any
+    out_map: Any
+    sends_to: tuple[int, tensor_map.OutGeometry] | None = None  # what out_map is of
+
+    @staticmethod
+    def make(
+        kernel_of: Callable[..., compile.Kernel],
+        threads: int,
+        fields: dict[str, Any],
+        pool_of: Callable[[int, tuple[int, int, int, int], tuple[int, int, int]], dict[str, Any] | None],
+        k: int,
+        v: int,
+        form: Any,
+        tma_out: bool,
+    ) -> _HopperLayer | None:
+        """For pools at k and v, made once; None where the kernel cannot count in their form."""
+        *_, extents, k_strides, v_strides = form
+        pools = pool_of(k, extents, k_strides), pool_of(v, extents, v_strides)
+        if None in pools:
+            return None
+        kernel = kernel_of(TMA_OUT=tma_out)
+        launch = compile.Launch(kernel, threads, kernel.params(fields | {"k": pools[0], "v": pools[1]}))
+        return _HopperLayer(launch, launch.writer("q", "to"), launch.params["list"], launch.params["out_map"])
 
 
 def _gathered_pool(

@@ -56,6 +56,22 @@ def run(inputs: cases.Inputs, *, equal_scores: bool = False) -> tuple[int, int]:
     return scaled, repeated
 
 
+@pytest.mark.parametrize("page_size", [16, 1])
+@pytest.mark.parametrize("num_qo_heads", [2, 4, 6, 8, 16, 32, 64])
+def test_results_stay_in_their_rows(num_qo_heads: int, page_size: int) -> None:
+    """Rows of tiles that stand nowhere, rows of other requests, and what lies around out."""
+    inputs = cases.build(
+        case("rows", (700, 1500, 0, 1040), (33, 150, 3, 77), num_qo_heads=num_qo_heads, page_size=page_size)
+    )
+    attention = pa.BatchPrefillWithPagedKVCache()
+    kv = inputs.kv(on_gpu)
+    attention.plan(kv, inputs.table(on_gpu), on_gpu(inputs.qo_indptr), num_qo_heads, **inputs.options())
+    around = cupy.full((len(inputs.q) + 64, num_qo_heads, 128), 7, cupy.float16)
+    out, lse = attention.run(on_gpu(inputs.q), kv, out=around[32:-32], return_lse=True)
+    assert_right(inputs, out, lse)
+    assert (around[:32] == 7).all() and (around[-32:] == 7).all()
+
+
 def is_hopper() -> bool:
     return bool(cupy.cuda.Device().compute_capability == "90")
 

@@ -28,6 +28,15 @@ def pool_of(pool: np.ndarray, case: Case) -> dict[str, Any]:
     return tensor_map.pool_fields(geometry, words + (0,) * (16 - len(words)))
 
 
+def out_map_of(out: np.ndarray, group_size: int) -> dict[str, Any] | None:
+    """Likewise of results; None where they do not leave by TMA."""
+    geometry = tensor_map.out_geometry(*out.shape, group_size) if out.itemsize == 2 else None
+    if geometry is None:
+        return None
+    words = (out.ctypes.data, *geometry.strides, 0, *geometry.dims, 0, *geometry.box, 0)
+    return {"words": words + (0,) * (16 - len(words))}
+
+
 def run(
     inputs: Inputs,
     *,
@@ -63,6 +72,7 @@ def run(
     out = np.full(q.shape, np.nan, np.float32 if float32 else DTYPES[case.dtype])
     lse = np.full(q.shape[:2], np.nan, np.float32)
     claims = np.zeros(3, np.uint32)
+    out_map = out_map_of(out, group_size)
     params = {
         "k": pool_of(inputs.k_pages, case),
         "v": pool_of(inputs.v_pages, case),
@@ -96,6 +106,7 @@ def run(
         "box_tokens": tensor_map.box_tokens(case.page_size, case.head_dim),
         "sm_scale": case.sm_scale,
         "logits_soft_cap": case.logits_soft_cap,
+        "out_map": out_map or {},
     }
     launch(
         "prefill_hopper",
@@ -110,6 +121,7 @@ def run(
         SOFT_CAP=case.logits_soft_cap > 0,
         SHARED_BYTES=shape.shared_bytes,
         GATHER=tensor_map.box_tokens(case.page_size, case.head_dim) < tensor_map.LEAST_BOX_TOKENS,
+        TMA_OUT=out_map is not None,
         COUNT_FALLBACKS=1,
     )
     right_out, right_lse = expected(inputs)
@@ -134,6 +146,8 @@ CASES = [
     case("one_tile", (128,), (128,), (1, 1)),
     case("a_part_of_a_tile", (40,), (40,), (2, 1), dtype="bfloat16"),
     case("many_tiles", (300, 77), (150, 77), (4, 1)),
+    case("a_longer_one_behind", (77, 300), (77, 150), (4, 1)),
+    case("group32", (300,), (40,), (32, 1)),
     case("page8", (300,), (100,), (3, 1), page_size=8, head_dim=64, dtype="bfloat16"),
     case("page24_window", (900,), (200,), (2, 1), page_size=24, window_left=300),
     case("page48_window", (300, 129), (100, 40), (3, 1), page_size=48, window_left=60),
@@ -292,6 +306,9 @@ def test_boxes_may_arrive_late_and_in_any_order(name: str) -> None:
         ("repeat_scores<K_STEPS", "if (false) repeat_scores<K_STEPS"),
         ("line * 128 + (chunk ^ line) * 16", "line * 128 + chunk * 16"),
         ("raise_max(s, softmax, keep, scale);\n                    exponentials", "exponentials"),
+        ("rows_left >= 16", "rows_left > 0"),
+        ("((lane >> 4) ^ (lane & 7)) * 16", "(lane >> 4) * 16"),
+        ("send_box_4d(map, source, first.head,", "send_box_4d(map, source, first.head / 2,"),
     ],
 )  # fmt: skip
 def test_what_breaks_the_kernel_is_seen(right: str, wrong: str) -> None:
@@ -299,7 +316,14 @@ def test_what_breaks_the_kernel_is_seen(right: str, wrong: str) -> None:
     assert source.count(right) == 1, source.count(right)
     source = source.replace(right, wrong)
     with pytest.raises((AssertionError, SimtError)):
-        for name in ("many_tiles", "group7_long", "page24_window", "page5_window", "more_queries_than_keys"):
+        for name in (
+            "many_tiles",
+            "a_longer_one_behind",
+            "group7_long",
+            "page24_window",
+            "page5_window",
+            "more_queries_than_keys",
+        ):
             run(build(next(case for case in CASES if case.name == name)), source=source)
         for scores in ("falling", "falling_fast"):
             run(build(case("scores", (650, 300), (60, 150), (2, 1)), scores=scores), source=source)
