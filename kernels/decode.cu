@@ -11,7 +11,7 @@
 // out   out          like q, fp16/bf16 or float32               0 for a row that sees no key
 //       lse          [batch * q_len, num_qo_heads] float        natural log, -inf for a row that sees no key; or null
 // work  partials     [partials, COLUMNS, HEAD_DIM + 4] float    one a CTA, when a request is split: out, max, sum (base 2)
-//       arrivals     [batch * column_blocks * num_kv_heads] u32 zero before and after every launch
+//       arrivals     [batch * num_kv_heads * column_blocks] u32 zero before and after every launch
 //
 // Decode reads every K and V once and does little else, so all that counts is to keep enough loads in flight on every
 // SM. The query heads of one KV head (and the q_len tokens of a request) are the *columns* of one small matrix product,
@@ -27,11 +27,11 @@
 //          No barrier of the block before the end but that of Q_IN_SHARED.
 //   shared memory, per warp: a ring of STAGES places (shared_rows.cuh), for K and V of its first tile, K and V of its
 //          second, and so on. What has been read makes room for what comes STAGES later. At the end the same bytes hold
-//          the warp's O.
+//          the warp's states: O, maximum and sum of each column.
 //   Q      in registers, as operands of the products; with Q_IN_SHARED in shared memory, once for all warps, which wait
 //          for it before their first tile. Asked for before K and V, or it would come behind all of them.
-//   split  the last CTA of a split row to arrive merges all partial states, in the order of the splits: the same bits
-//          on every run. The arrival counter wraps to zero by itself.
+//   split  the last CTA of a split row to arrive merges all partial states, in an order that their number decides: the
+//          same bits on every run. The arrival counter wraps to zero by itself.
 #include "attention_state.cuh"
 #include "convert.cuh"
 #include "load_global.cuh"
@@ -70,8 +70,9 @@ constexpr int RING_BYTES = STAGES * TILE_BYTES;
 constexpr int WARP_BYTES = RING_BYTES > OUT_BYTES ? RING_BYTES : OUT_BYTES;
 static_assert(WARP_BYTES % 128 == 0 && TILE_BYTES % 128 == 0, "tiles begin on lines of 128 bytes");
 constexpr int LIMITS_OFFSET = WARPS * WARP_BYTES;                 // [WARPS][COLUMNS] KvLimits
-constexpr int FLAG_OFFSET = LIMITS_OFFSET + WARPS * COLUMNS * 8;  // int: this CTA merges
-constexpr int Q_OFFSET = (FLAG_OFFSET + 16 + 127) / 128 * 128;    // [COLUMNS] rows
+constexpr int ASSIGNMENT_OFFSET = LIMITS_OFFSET + WARPS * COLUMNS * 8;  // Assignment
+constexpr int FLAG_OFFSET = ASSIGNMENT_OFFSET + 16;                     // int: this CTA merges
+constexpr int Q_OFFSET = (FLAG_OFFSET + 16 + 127) / 128 * 128;     // [COLUMNS] rows
 static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * Rows::BYTES : FLAG_OFFSET + 16) == SHARED_BYTES,
               "SHARED_BYTES must be what planner.py says");
 // Rows of these begin and end inside of lines of 128 bytes, and the next KV head is read soon (an H200, 64 x 4096,
@@ -114,6 +115,14 @@ struct DecodeParams {
     float logits_soft_cap;
 };
 
+// What the end needs to know of the item: registers are scarce in the loop.
+struct Assignment {
+    int batch_index;
+    int split;
+    int num_splits;
+    int first_partial;
+};
+
 // Four columns of one row's result, written where q stood.
 __device__ __forceinline__ void write_row(const DecodeParams& p, int row, int head, int dim, const RowState& state) {
     const float scale = state.sum == 0.f ? 0.f : 1.f / state.sum;
@@ -139,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int quad = lane >> 2, pair = lane & 3;  // an mma fragment: row quad (and quad + 8), columns 2 * pair, + 1
 
-    // 1. Which request, split, columns and KV head this CTA serves, and what its columns see.
+    // 1. Which request, split, columns and KV head this CTA serves, and where its first tiles stand.
     const int num_kv_heads = p.num_kv_heads.divisor, group_size = p.group_size.divisor;
     const int column_blocks = p.column_blocks.divisor, ctas_an_item = num_kv_heads * column_blocks;
     const int item_head = divide(blockIdx.x, p.column_blocks), place = divide(item_head, p.num_kv_heads);
@@ -151,16 +160,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const i64 own_id = (i64(blockIdx.x) * 32 + threadIdx.x) * 32;
     if (warp == 0 && own_id < p.num_page_ids) prefetch_to_l2(p.page_ids + own_id);
     const Request& request = work.request;
-    const int batch_index = work.batch_index, split = work.split, num_splits = work.num_splits;
-    if (batch_index < 0 || batch_index >= p.batch) return;
+    if (work.batch_index < 0 || work.batch_index >= p.batch) return;
+    Assignment* const assignment = reinterpret_cast<Assignment*>(shared_memory + ASSIGNMENT_OFFSET);
+    if (threadIdx.x == 0) *assignment = {work.batch_index, work.split, work.num_splits, work.first_partial};
 
     // Tiles count from the first visible token on. Lane l asks for the page of token l % 16 of a tile, which is known by
     // how many tokens are left from its first one to the end.
     const int end = work.end, visible = end - work.begin;
-    const int warp_first = (warp * num_splits + split) * TILE, stride = WARPS * num_splits * TILE;  // tokens
+    const int warp_first = (warp * work.num_splits + work.split) * TILE, stride = WARPS * work.num_splits * TILE;  // tokens
     auto page_of = [&](int left) -> int {
         const int page = divide(end - left + (lane & 15), p.positions.page_size);
-        return u32(page) < u32(request.num_pages) ? __ldg(p.page_ids + request.first_page + page) : 0;
+        return (lane & 15) < left ? __ldg(p.page_ids + request.first_page + page) : 0;
     };
     int left = visible - warp_first, pages[FIRST_TILES];
 #pragma unroll
@@ -175,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const int num_columns = columns_of(column_block);
     const int column = column_block * COLUMNS + (lane < num_columns ? lane : num_columns - 1);
     const int query = divide(column, p.group_size);
-    const int row = batch_index * p.q_len + query, head = kv_head * group_size + column - query * group_size;
+    const int row = work.batch_index * p.q_len + query, head = kv_head * group_size + column - query * group_size;
 
     // 2. Q^T, whose B fragments for one k-step are q[step]: lane holds dims 2 * pair, + 1 (and + 8) of column quad. (An
     // H200, 1 x 4096, 32/8 heads: 12.7 us, asked for behind K and V 12.9; 16 x 4096 of 4 queries 68.3 and 69.2.)
@@ -452,17 +462,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         }
     __syncthreads();
 
+    const Assignment own = *assignment;
+    const int num_splits = own.num_splits;
+
     // 6. Threads merge the warps' states, four dims each: the result, or this split's partial state.
     const int own_block = cta - kv_head * column_blocks;  // column_block again: registers are scarce in the loop
     const int num_items = columns_of(own_block) * (HEAD_DIM / 4);
     auto partial_of = [&](int of_split, int c) -> float* {
-        const int place = (work.first_partial + of_split) * ctas_an_item + cta;
+        const int place = (own.first_partial + of_split) * ctas_an_item + cta;
         return p.partials + i64(place * COLUMNS + c) * STATE;
     };
     auto write_column = [&](int c, int dim, const RowState& state) {
         const int of_request = own_block * COLUMNS + c, token = divide(of_request, p.group_size);
         const int q_head = kv_head * group_size + of_request - token * group_size;
-        write_row(p, batch_index * p.q_len + token, q_head, dim, state);
+        write_row(p, own.batch_index * p.q_len + token, q_head, dim, state);
     };
     for (int item = threadIdx.x; item < num_items; item += THREADS) {
         const int c = item / (HEAD_DIM / 4), dim = item % (HEAD_DIM / 4) * 4;
@@ -477,7 +490,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         if (num_splits <= 1) {
             write_column(c, dim, state);
         } else {
-            float* const to = partial_of(split, c);
+            float* const to = partial_of(own.split, c);
             *reinterpret_cast<float4*>(to + dim) = state.out;
             if (dim == 0) *reinterpret_cast<float2*>(to + HEAD_DIM) = {state.max, state.sum};
         }
@@ -489,7 +502,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     int* merges = reinterpret_cast<int*>(shared_memory + FLAG_OFFSET);
     __syncthreads();
     if (threadIdx.x == 0) {
-        u32* counter = p.arrivals + i64(batch_index) * ctas_an_item + cta;
+        u32* counter = p.arrivals + i64(own.batch_index) * ctas_an_item + cta;
         *merges = atomic_inc_acq_rel(counter, u32(num_splits - 1)) == u32(num_splits - 1);
     }
     int shares = 1, share_bits = 0;

@@ -173,6 +173,15 @@ __device__ __forceinline__ void copy_box_5d(shared_address target, const TensorM
 #endif
 }
 
+#ifndef __CUDACC__
+struct Sent {
+    const TensorMap* map;
+    shared_address source;
+    int second, third;
+};
+static Sent sent[1024];  // the last one of each thread
+#endif
+
 // The other way, a map of four dimensions: a box from shared memory, where it stands as copy_box_5d would have laid it, to
 // index `second` of the second dimension and `third` of the third (0 in the others). What would be outside is left out.
 __device__ __forceinline__ void send_box_4d(const TensorMap* map, shared_address source, int second, int third) {
@@ -182,18 +191,7 @@ __device__ __forceinline__ void send_box_4d(const TensorMap* map, shared_address
                  : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 #else
-    const HostTensorMap& to = *reinterpret_cast<const HostTensorMap*>(map->words);
-    u32 line = 0;
-    for (u64 c = 0; c < to.box[3]; ++c)
-        for (u64 b = 0; b < to.box[2]; ++b)
-            for (u64 a = 0; a < to.box[1]; ++a, ++line)
-                for (u32 chunk = 0; chunk < 8 && second + a < to.dims[1] && third + b < to.dims[2]; ++chunk) {
-                    const shared_address from = source + line * 128;
-                    const unsigned char* target =
-                        to.data + (second + a) * to.strides[0] + (third + b) * to.strides[1] + c * to.strides[2] + chunk * 16;
-                    *simt::aligned<uint4>(const_cast<unsigned char*>(target)) =
-                        *simt::shared_at<uint4>(from + ((chunk ^ (from >> 7 & 7)) << 4));
-                }
+    sent[threadIdx.x] = {map, source, second, third};  // as late as wait_sent allows
 #endif
 }
 
@@ -201,6 +199,39 @@ __device__ __forceinline__ void send_box_4d(const TensorMap* map, shared_address
 __device__ __forceinline__ void wait_sent() {
 #ifdef __CUDACC__
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#else
+    const Sent box = sent[threadIdx.x];
+    if (!box.map) return;
+    sent[threadIdx.x].map = nullptr;
+    const HostTensorMap& to = *reinterpret_cast<const HostTensorMap*>(box.map->words);
+    u32 line = 0;
+    for (u64 c = 0; c < to.box[3]; ++c)
+        for (u64 b = 0; b < to.box[2]; ++b)
+            for (u64 a = 0; a < to.box[1]; ++a, ++line) {
+                const u64 second = box.second + a, third = box.third + b;
+                for (u32 chunk = 0; chunk < 8 && second < to.dims[1] && third < to.dims[2]; ++chunk) {
+                    const shared_address from = box.source + line * 128;
+                    const unsigned char* target =
+                        to.data + second * to.strides[0] + third * to.strides[1] + c * to.strides[2] + chunk * 16;
+                    *simt::aligned<uint4>(const_cast<unsigned char*>(target)) =
+                        *simt::shared_at<uint4>(from + ((chunk ^ (from >> 7 & 7)) << 4));
+                }
+            }
+#endif
+}
+
+// The way back of load_matrix_x4 (mma.cuh).
+__device__ __forceinline__ void store_matrix_x4(shared_address row, u32 m0, u32 m1, u32 m2, u32 m3) {
+#ifdef __CUDACC__
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m0), "r"(m1), "r"(m2),
+                 "r"(m3)
+                 : "memory");
+#else
+    uint4* data = simt::shared_at<uint4>(row);
+    uint4* const* rows = simt::gather("store_matrix_x4", data);
+    const u32 matrix[4] = {m0, m1, m2, m3};
+    const int group = simt::lane() / 4, pair = simt::lane() % 4;
+    for (int m = 0; m < 4; ++m) (&rows[m * 8 + group]->x)[pair] = matrix[m];
 #endif
 }
 

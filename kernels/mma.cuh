@@ -30,22 +30,7 @@ __device__ __forceinline__ void load_matrix_x4(u32 (&matrix)[4], shared_address 
 #endif
 }
 
-// The way back.
-__device__ __forceinline__ void store_matrix_x4(shared_address row, u32 m0, u32 m1, u32 m2, u32 m3) {
-#ifdef __CUDACC__
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m0), "r"(m1), "r"(m2),
-                 "r"(m3)
-                 : "memory");
-#else
-    uint4* data = simt::shared_at<uint4>(row);
-    uint4* const* rows = simt::gather("store_matrix_x4", data);
-    const u32 matrix[4] = {m0, m1, m2, m3};
-    const int group = simt::lane() / 4, pair = simt::lane() % 4;
-    for (int m = 0; m < 4; ++m) (&rows[m * 8 + group]->x)[pair] = matrix[m];
-#endif
-}
-
-// load_matrix_x4 with every 8 x 8 matrix transposed: column group, rows 2 pair, 2 pair + 1.
+// The same with every 8 x 8 matrix transposed: column group, rows 2 pair, 2 pair + 1.
 __device__ __forceinline__ void load_matrix_x4_transposed(u32 (&matrix)[4], shared_address row) {
 #ifdef __CUDACC__
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

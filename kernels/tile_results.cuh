@@ -27,13 +27,13 @@ struct Output {
 };
 
 // Where a row of a tile stands in q, out and lse.
-struct Place {
+struct RowPlace {
     i64 query;
     int head;
     bool stands;  // or nowhere: it is behind the request's last one
 };
 
-__device__ __forceinline__ Place place_of(const TileList& list, const Tile& tile, int row) {
+__device__ __forceinline__ RowPlace place_of(const TileList& list, const Tile& tile, int row) {
     const int packed = tile.first_row + row, token = divide(packed, list.group_size);
     const int group_size = int(list.group_size.divisor);
     return {tile.request.first_query + token, tile.kv_head * group_size + packed - token * group_size,
@@ -41,7 +41,7 @@ __device__ __forceinline__ Place place_of(const TileList& list, const Tile& tile
 }
 
 // 1 / sum of the thread's row `row`, 0 or 1; stores the log-sum-exp.
-__device__ __forceinline__ float end_row(const Output& to, const Place& place, const Softmax& softmax, int row) {
+__device__ __forceinline__ float end_row(const Output& to, const RowPlace& place, const Softmax& softmax, int row) {
     float total = softmax.sum[row];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
@@ -65,7 +65,7 @@ struct Results {
         const shared_address matrix = source + (lane & 15) * 128 + ((lane >> 4) ^ (lane & 7)) * 16;
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 8; i += 2)
-            store_matrix_x4((matrix ^ (i % 8 * 16)) + i / 8 * PIECE, pack2(o[4 * i] * upper, o[4 * i + 1] * upper),
+            store_matrix_x4((matrix ^ (i % 8 * 16)) + i / 8 * WARP_PIECE_BYTES, pack2(o[4 * i] * upper, o[4 * i + 1] * upper),
                             pack2(o[4 * i + 2] * lower, o[4 * i + 3] * lower),
                             pack2(o[4 * i + 4] * upper, o[4 * i + 5] * upper),
                             pack2(o[4 * i + 6] * lower, o[4 * i + 7] * lower));
@@ -74,7 +74,7 @@ struct Results {
             fence_shared_for_async();
             __syncwarp();
             if (lane == 0) {
-                const Place first = place_of(list, tile, warp_row);
+                const RowPlace first = place_of(list, tile, warp_row);
                 send_box_4d(map, source, first.head, int(first.query));
             }
         } else {
@@ -82,10 +82,10 @@ struct Results {
 #pragma unroll 1
             for (int i = lane; i < rows_left * CHUNKS; i += 32) {
                 const int row = i / CHUNKS, chunk = i % CHUNKS;
-                const Place place = place_of(list, tile, warp_row + row);
+                const RowPlace place = place_of(list, tile, warp_row + row);
                 u16* const target = static_cast<u16*>(to.out) + place.query * to.row_stride + place.head * to.head_stride;
                 *reinterpret_cast<uint4*>(target + chunk * 8) = *reinterpret_cast<const uint4*>(
-                    rows + chunk / 8 * PIECE + row * 128 + (chunk % 8 ^ row % 8) * 16);
+                    rows + chunk / 8 * WARP_PIECE_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16);
             }
         }
         __syncwarp();
@@ -100,7 +100,7 @@ struct Results {
     }
 
   private:
-    static constexpr int PIECE = 16 * 128;  // bytes
+    static constexpr int WARP_PIECE_BYTES = 16 * 128;
 };
 #else
 struct Results {
@@ -115,7 +115,7 @@ struct Results {
         float weight[2];
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-            const Place place = place_of(list, tile, first_row + row * 8);
+            const RowPlace place = place_of(list, tile, first_row + row * 8);
             weight[row] = end_row(to, place, softmax, row);
             const i64 at = place.query * to.row_stride + place.head * to.head_stride;
             target[row] = nullptr;

@@ -397,8 +397,8 @@ def typical_constants(name: str) -> list[dict[str, Any]]:
     if name == "prefill_hopper":
         hopper = planner.prefill_hopper_shape(HEAD_DIM)
         assert hopper is not None
-        constants = {"SOFT_CAP": False, "GATHER": False, "TMA_OUT": True, "SHARED_BYTES": hopper.shared_bytes}
-        return [kind | constants for kind in kinds]
+        constants = {"SOFT_CAP": False, "GATHER": False, "SHARED_BYTES": hopper.shared_bytes}
+        return [kind | constants | {"TMA_OUT": tma_out} for kind in kinds for tma_out in (False, True)]
     if name in ("merge_state", "merge_states"):
         return [kind | {"VEC": 8, "V_FLOAT32": False, "OUT_FLOAT32": False} for kind in kinds]
     return [{}]

@@ -120,13 +120,14 @@ def decode_shape(
         stages -= 1
     few = num_pairs <= MOST_PAIRS_AN_SM_OF_CLUSTERS * card.num_sms
     cluster = CLUSTER if card.has_clusters and (column_blocks > 1 or few) else 1
+    ctas = min(ctas, card.shared_bytes // (shared_bytes + CTA_SHARED_BYTES))
     return DecodeShape(columns, column_blocks, warps, stages, shared_bytes, ctas, cluster)
 
 
 def _decode_shared_bytes(head_dim: int, columns: int, warps: int, stages: int) -> int:
     tile = 16 * head_dim * 2  # one K or V tile: 16 tokens
     out = columns * (head_dim + 4) * 4
-    shared_bytes = warps * (max(stages * tile, out) + columns * 8) + 16
+    shared_bytes = warps * (max(stages * tile, out) + columns * 8) + 32
     if (head_dim, columns) == (128, 16):  # Q_IN_SHARED of the kernel
         shared_bytes = _ceil_div(shared_bytes, 128) * 128 + columns * head_dim * 2
     return shared_bytes
@@ -148,6 +149,16 @@ class DecodeSplits:
         return 2 * self.extra_items
 
 
+def decode_items(batch_size: int, splits: DecodeSplits) -> int:
+    """Items that a step may have, and one that fills the grid's last cluster up."""
+    return batch_size + splits.extra_items + 1
+
+
+def decode_grid(batch_size: int, splits: DecodeSplits, cluster: int) -> int:
+    """CTAs of a launch: those of all items that a batch may have, in whole clusters."""
+    return _ceil_div((batch_size + splits.extra_items) * splits.ctas_an_item, cluster) * cluster
+
+
 @functools.cache
 def decode_splits(
     batch_size: int, num_kv_heads: int, shape: DecodeShape, batch_invariant: bool, max_tokens: int, num_sms: int
@@ -167,9 +178,10 @@ def decode_splits(
     return DecodeSplits(ctas_an_item, 0, at_a_time, ragged_ctas, ragged_ctas // ctas_an_item)
 
 
-# Results of the Hopper prefill leave by TMA where requests have so many tokens, on average: while they do, the next
-# tile's Q has to wait, which short tiles do not hide (kernels/tile_results.cuh has the figures).
-TMA_OUT_TOKENS = 512
+# Results of the Hopper prefill leave by TMA where a plan's pages have room for so many tokens of each request: while
+# they do, the Q of the tile after next has to wait, which short tiles do not hide (kernels/tile_results.cuh has the
+# figures). Without a capacity the room is the power of two above what a step has: so much, or half of it.
+TMA_OUT_TOKENS = 1024
 
 
 @dataclass(frozen=True)

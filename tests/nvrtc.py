@@ -129,7 +129,7 @@ def _decode(head_dim: int, columns: int) -> list[dict[str, Any]]:
         for num_pairs in (1, planner.MANY_PAIRS - 1, planner.MANY_PAIRS)
         for card in (planner.H100, planner.Card(84, 100 * 1024, False))
     }
-    shapes = {replace(shape, column_blocks=1, cluster=1) for shape in shapes if shape.columns == columns}
+    shapes = {replace(shape, column_blocks=1, ctas_an_sm=1, cluster=1) for shape in shapes if shape.columns == columns}
     return [
         {
             "HEAD_DIM": head_dim,

@@ -446,6 +446,16 @@ def test_items_that_splitting_may_add_grow_with_the_batch(num_sms: int, batch_in
         assert extra == sorted(extra)
 
 
+@pytest.mark.parametrize("num_kv_heads", [1, 3, 8, 200])
+def test_a_grid_is_whole_clusters_and_every_block_of_it_has_an_item(num_kv_heads: int) -> None:
+    for batch, rows in itertools.product(range(1, 300), (8, 40)):
+        shape = planner.decode_shape(1, rows, 128, batch * num_kv_heads)
+        splits = planner.decode_splits(batch, num_kv_heads, shape, False, 2**20, 132)
+        grid = planner.decode_grid(batch, splits, shape.cluster)
+        assert grid % shape.cluster == 0 and grid >= (batch + splits.extra_items) * splits.ctas_an_item
+        assert (grid - 1) // splits.ctas_an_item < planner.decode_items(batch, splits)
+
+
 @pytest.mark.parametrize("columns", [8, 16])
 @pytest.mark.parametrize(("num_pairs", "warps"), [(1, 8), (511, 8), (512, 4)])
 def test_blocks_of_decode_share_a_multiprocessor(columns: int, num_pairs: int, warps: int) -> None:
@@ -494,6 +504,7 @@ def test_a_block_of_decode_fits_the_smallest_card() -> None:
     for head_dim, columns, num_pairs in itertools.product(range(16, 257, 16), (8, 16, 24, 32), (1, 100, 600)):
         shape = planner.decode_shape(1, columns, head_dim, num_pairs, card=card)
         assert shape.shared_bytes <= 99 * 1024
+        assert 1 <= shape.ctas_an_sm <= card.shared_bytes // (shape.shared_bytes + 1024)
 
 
 def test_warps_of_a_batch_invariant_plan_do_not_depend_on_the_batch() -> None:

@@ -670,7 +670,7 @@ class Plan:
         launches.write_step(*addresses, batch_size, num_indices)
         launches.plan_requests(stream_address, 1 + self._parts)
         if launches.hopper:
-            launches.hopper.order(stream_address, num_indices * spec.page_size, batch_size)
+            launches.hopper.order_tiles(stream_address, 1)
         elif launches.plan_splits:
             launches.plan_splits(stream_address, 1)
 
@@ -729,7 +729,9 @@ class Plan:
             if hopper_shape and _is_hopper(device):
                 ordered = self._buffer("ordered", (num_requests + 1) * REQUEST_BYTES)
                 claims = self._buffer("claims", 4)
-                hopper = _HopperPrefill(spec, device, hopper_shape, constants, fields, ordered, claims)
+                is_long = max_pages * spec.page_size >= planner.TMA_OUT_TOKENS * num_requests
+                is_long = is_long or self._batch_invariant  # whatever else is in the batch
+                hopper = _HopperPrefill(spec, device, hopper_shape, constants, fields, ordered, claims, is_long)
             constants["TILE_ROWS"] = kernel_shape.tile_rows
             grid: Callable[[int], tuple[int, ...]] = functools.partial(_prefill_grid, spec, num_requests)
         else:
@@ -749,7 +751,7 @@ class Plan:
                 num_sms=_card(device).num_sms,
             )
             splits = splits_of(num_requests)
-            most_items = num_requests + splits.extra_items + 1  # one that fills the grid's last cluster up
+            most_items = planner.decode_items(num_requests, splits)
             partials = splits.most_partials * splits.ctas_an_item * columns
             items = self._buffer("items", most_items * ITEM_BYTES)
             fields |= {
@@ -763,10 +765,8 @@ class Plan:
                 "arrivals": self._buffer("arrivals", num_requests * splits.ctas_an_item * 4),
             }
             del fields["requests"]
-            grid, cluster = (
-                functools.partial(_decode_grid, spec.q_len, splits_of, kernel_shape.cluster),
-                kernel_shape.cluster,
-            )
+            cluster = kernel_shape.cluster
+            grid = functools.partial(_decode_grid, spec.q_len, splits_of, cluster)
             kernel = compile.kernel("plan_splits", device, shared_bytes=SPLITS_BYTES)
             params = kernel.params(
                 {
@@ -859,12 +859,13 @@ class _HopperPrefill:
         fields: dict[str, Any],
         ordered: Any,
         claims: Any,
+        is_long: bool,
     ) -> None:
         self._spec, self._device, self._tile_rows = spec, device, shape.tile_rows
         self._num_requests: int = fields["num_requests"]
         self._num_sms = _card(device).num_sms
         tiles = compile.kernel("plan_tiles", device, shared_bytes=TILES_BYTES)
-        self._order_tiles = compile.Launch(
+        self.order_tiles = compile.Launch(
             tiles,
             SCAN_THREADS,
             tiles.params(
@@ -884,8 +885,8 @@ class _HopperPrefill:
             compile.kernel, "prefill_hopper", device, shared_bytes=shape.shared_bytes, **constants
         )
         some_out = tensor_map.out_geometry(16, spec.num_qo_heads, spec.head_dim, spec.group_size)
-        self._may_send = some_out is not None  # by TMA
-        kernel_of(TMA_OUT=self._may_send)  # compiled now; the other one when a run needs it
+        self._may_send = is_long and some_out is not None  # by TMA
+        kernel_of(TMA_OUT=self._may_send)  # now; the other one with the first float32 out
         own = {
             "page_ids": fields["page_ids"],
             "claims": claims,
@@ -904,28 +905,22 @@ class _HopperPrefill:
         make_layer = functools.partial(_HopperLayer.make, kernel_of, shape.threads, own, pool_of)
         self._layer = functools.lru_cache(maxsize=1024)(make_layer)
         self._q_strides, self._out_form = (0, 0), (0, 0, 0, False)
-        self._out_geometry: tensor_map.OutGeometry | None = None
-        self._is_long = True
+        self._sends = False
+        self._out_geometry: tensor_map.OutGeometry | None = None  # None: too few rows for a box, so none is sent
         self._rows, self._tiles, self._grid = 0, 0, 0
-
-    def order(self, stream: int, kv_tokens: int, num_requests: int) -> None:
-        """Launch what orders a step's tiles; `kv_tokens` are what its pages have room for."""
-        self._is_long = kv_tokens >= planner.TMA_OUT_TOKENS * num_requests
-        self._order_tiles(stream, 1)
 
     def bind(self, q: Any, kv: PagedKV, out: Any) -> bool:
         """Take over what the form of a run decides; or say no, where the kernel cannot count in q or in the pool."""
         rows, heads, _ = q.shape
         q_row, q_head = (q.strides[0] // 16 if rows > 1 else 0), (q.strides[1] // 16 if heads > 1 else 0)
-        layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, kv.form, self._may_send)
+        self._sends = self._may_send and out.dtype.itemsize == 2
+        layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, kv.form, self._sends)
         if layer is None or min(q_row, q_head) < 0 or rows * q_row + heads * q_head >= NOWHERE:
             return False
         itemsize = out.dtype.itemsize
         self._q_strides = q_row, q_head
         self._out_form = out.strides[0] // itemsize, out.strides[1] // itemsize, self._spec.num_qo_heads, itemsize == 4
-        self._out_geometry = None
-        if self._may_send and itemsize == 2:
-            self._out_geometry = tensor_map.out_geometry(*out.shape, self._spec.group_size)
+        self._out_geometry = tensor_map.out_geometry(*out.shape, self._spec.group_size)
         self._rows = rows
         self._tiles = _most_tiles(rows * self._spec.group_size, self._tile_rows, self._num_requests)
         self._grid = min(self._num_sms, self._tiles * self._spec.num_kv_heads)
@@ -933,12 +928,12 @@ class _HopperPrefill:
 
     def run(self, q: int, kv: PagedKV, out: int, lse: int) -> None:
         """Launch, for arrays at these addresses."""
-        geometry = self._out_geometry if self._is_long else None
-        layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, kv.form, geometry is not None)
+        geometry = self._out_geometry
+        layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, kv.form, self._sends)
         assert layer is not None  # a matter of the form, which bind has seen
         layer.write(q, *self._q_strides, out, lse, *self._out_form)
         layer.tile_list["q_rows"], layer.tile_list["num_tiles"] = self._rows, self._tiles
-        if geometry is not None and layer.sends_to != (out, geometry):
+        if self._sends and geometry is not None and layer.sends_to != (out, geometry):
             layer.out_map["words"] = tensor_map.out_map(out, geometry, self._spec.dtype == _BFLOAT16)
             layer.sends_to = out, geometry
         _start(layer.launch, self._grid)
@@ -1008,8 +1003,7 @@ def _card(device: str) -> planner.Card:
 def _decode_grid(q_len: int, splits: Callable[[int], planner.DecodeSplits], cluster: int, rows: int) -> tuple[int, int]:
     """CTAs, and the run's batch: items behind those of the batch belong to rows that q does not have."""
     batch = rows // q_len
-    limits = splits(batch)
-    return -(-(batch + limits.extra_items) * limits.ctas_an_item // cluster) * cluster, batch
+    return planner.decode_grid(batch, splits(batch), cluster), batch
 
 
 def _most_tiles(packed_rows: int, tile_rows: int, num_requests: int) -> int:

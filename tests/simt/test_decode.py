@@ -207,6 +207,9 @@ def test_more_splits_than_tiles_spare_requests_float32_and_reversed_threads() ->
     for num_splits in (1, 16):
         for reverse in (False, True):
             check(inputs, *run(inputs, num_splits=num_splits, spare_requests=2, float32=True, reverse=reverse))
+    for heads in (1, 16):  # more than are merged at a time
+        inputs = build(Case("many_splits", (900,), num_qo_heads=heads, num_kv_heads=1, head_dim=128))
+        check(inputs, *run(inputs, num_splits=41))
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))

@@ -235,6 +235,16 @@ MUTATIONS = [
     Mutation("splits.cu", "the shortest first", "LENGTH_CLASSES - 1 - length_class", "length_class", cuts(1, 8)),
     Mutation("splits.cu", "rows behind the batch among the others",  ": CLASSES - 1;", ": 0;", evens(4)),
     Mutation(
+        "splits.cu", "what the first query sees",
+        "kv_limits(request.num_queries - 1, request", "kv_limits(0, request",
+        partial(split_tests.test_items_say_what_their_requests_see, split_tests.SEEN[0]),
+    ),
+    Mutation(
+        "splits.cu", "a window forgotten",
+        "kv_limits(0, request, p.positions).begin", "0",
+        partial(split_tests.test_items_say_what_their_requests_see, split_tests.SEEN[1]),
+    ),
+    Mutation(
         "splits.cu", "partial states on one another",
         "split, splits, first_partial,", "split, splits, 0,",
         cuts(1, 8),

@@ -306,6 +306,7 @@ def test_boxes_may_arrive_late_and_in_any_order(name: str) -> None:
         ("repeat_scores<K_STEPS", "if (false) repeat_scores<K_STEPS"),
         ("line * 128 + (chunk ^ line) * 16", "line * 128 + chunk * 16"),
         ("raise_max(s, softmax, keep, scale);\n                    exponentials", "exponentials"),
+        ("results.leave();\n            release(Q_EMPTY, 0);", "release(Q_EMPTY, 0);"),
         ("rows_left >= 16", "rows_left > 0"),
         ("((lane >> 4) ^ (lane & 7)) * 16", "(lane >> 4) * 16"),
         ("send_box_4d(map, source, first.head,", "send_box_4d(map, source, first.head / 2,"),

@@ -7,7 +7,9 @@ import pytest
 
 from paged_attn import compile as kernels
 from paged_attn import planner
+from tests.cases import Case, build
 from tests.simt.driver import launch
+from tests.simt.requests import requests_of, seen_of
 
 TILE = 16
 NUM_SMS = 132
@@ -49,6 +51,47 @@ def plan(
     }
     launch("plan_splits", 1, 64, params, 258 * 4 + 256 + 4)
     return items, splits
+
+
+SEEN = [
+    Case("queries", (300, 2, 0, 17), q_len=5, num_kv_heads=2),
+    Case("window", (300, 20, 1, 0), q_len=3, num_kv_heads=2, window_left=40),
+    Case("every_third_page", (72, 16, 0, 1), q_len=9, num_kv_heads=2, page_size=8, page_offsets=(1, 1, 1, 1),
+         page_stride=3, total_lens=(200, 45, 3, 9), window_left=90),
+    Case("middle_chunk", (48, 64, 16), q_len=2, num_kv_heads=2, page_offsets=(2, 1, 0), total_lens=(130, 65, 16)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SEEN, ids=str)
+def test_items_say_what_their_requests_see(case: Case) -> None:
+    source = kernels.load_source("plan_splits")
+    requests = requests_of(build(case), case.batch_size + 1)
+    items = np.zeros(case.batch_size + 50, kernels.params_dtype(source, "DecodeItem"))
+    params: dict[str, Any] = {
+        "requests": requests,
+        "items": items,
+        "batch": case.batch_size,
+        "max_batch_size": case.batch_size,
+        "max_items": items.size,
+        "extra_items": 49,
+        "positions": {
+            "page_size": kernels.fast_divide(case.page_size),
+            "page_stride": case.page_stride,
+            "causal": True,
+            "window_left": case.window_left,
+        },
+        "ctas_an_item": case.num_kv_heads,
+        "num_sms": NUM_SMS,
+        "ctas_at_a_time": NUM_SMS,
+        "ragged_ctas": NUM_SMS,
+    }
+    launch("plan_splits", 1, 64, params, 258 * 4 + 256 + 4)
+    used = items[items["batch_index"] >= 0]
+    assert set(used["batch_index"]) == set(range(case.batch_size))
+    begin, end = seen_of(build(case), requests[:-1])
+    assert (used["begin"] == begin[used["batch_index"]]).all() and (used["end"] == end[used["batch_index"]]).all()
+    tiles = -(-(used["end"] - used["begin"]) // TILE)
+    assert (used["num_splits"] <= np.maximum(tiles, 1)).all()
 
 
 def check(items: np.ndarray, kv_lens: list[int], spare: int, most_partials: int) -> np.ndarray:
