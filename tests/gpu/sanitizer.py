@@ -63,12 +63,14 @@ def work() -> None:
         cases.Case("wide", (70, 33), num_qo_heads=10, head_dim=256, logits_soft_cap=5.0),
         cases.Case("speculative", (90, 33), num_qo_heads=24, q_len=4, window_left=20),
         cases.Case("prefill", (300, 33), q_lens=(140, 33), head_dim=128, dtype="bfloat16"),
-        cases.Case("prefill_long", (1500, 700), q_lens=(140, 33), head_dim=128),
         cases.Case("prefill_wide", (70, 9), q_lens=(40, 9), head_dim=256, logits_soft_cap=5.0, layout="HND"),
         cases.Case("prefill_window", (150, 3), q_lens=(90, 9), num_qo_heads=10, page_size=3, window_left=20),
     ):
         inputs = cases.build(case)
         answers.assert_right(inputs, *answers.answer(inputs))
+    inputs = cases.build(cases.Case("prefill_long", (1500, 700), q_lens=(140, 33), head_dim=128))
+    out = cupy.full(inputs.q.shape, cupy.nan, cupy.float16)  # initcheck does not see what TMA writes
+    answers.assert_right(inputs, *answers.answer(inputs, out=out))
     card = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
     evidence = {
         "card": card["name"].decode(),
