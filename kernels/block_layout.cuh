@@ -1,7 +1,7 @@
-// block_layout: how the Hopper prefill has K, V and Q in shared memory, and multiplies Q by K from there.
+// block_layout: how the Hopper prefill has K, V and Q in shared memory, and multiplies what stands there.
 //
 // 8 tokens of a block of K or V are HEAD_DIM / 64 pieces of 8 lines of 128 bytes, swizzled: a tensor map of five
-// dimensions (64 numbers, 8 tokens, pieces, groups of 8 tokens, pages and heads) makes it so in one operation a page. A
+// dimensions (64 numbers, 8 tokens, pieces, groups of 8 tokens, pages and heads) makes it so in one operation a box. A
 // second piece that is not full, as with HEAD_DIM 80, takes an operation of its own. wgmma reads K as it stands and V
 // transposed, with the descriptors of hopper.cuh.
 #pragma once
@@ -86,3 +86,24 @@ struct Queries {
     }
 };
 #endif
+
+// O += P V, or O = P V
+__device__ __forceinline__ void multiply_p_v(float (&o)[HEAD_DIM / 2], const u32 (&weights)[V_STEPS * 4], u64 v,
+                                             bool adds) {
+#pragma unroll
+    for (int step = 0; step < V_STEPS; ++step)
+        wgmma<1>(o, weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3],
+                 v + step * 2 * GROUP_BYTES / 16, step > 0 || adds);
+}
+
+// Zeros for the tokens from `used` on in a block of V, as far as a box has brought anything. By one warpgroup.
+__device__ __forceinline__ void clear_unused_tokens(unsigned char* block, int used, int box_tokens, int thread) {
+    const int end = (used + box_tokens - 1) / box_tokens * box_tokens;
+    constexpr int CHUNKS_OF_LINES = PIECES * 8;
+    for (int i = used * CHUNKS_OF_LINES + thread; i < end * CHUNKS_OF_LINES; i += 128) {
+        const int token = i / CHUNKS_OF_LINES, chunk = i % CHUNKS_OF_LINES;  // whole lines, swizzled or not
+        *reinterpret_cast<uint4*>(block + token / 8 * GROUP_BYTES + chunk / 8 * PIECE_BYTES + token % 8 * 128 +
+                                  chunk % 8 * 16) = uint4{0, 0, 0, 0};
+    }
+    fence_shared_for_async();
+}

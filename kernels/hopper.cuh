@@ -25,12 +25,15 @@ struct HostBarrier {
         if (pending == 0 && bytes == 0) ++phase, pending = arrivals;
     }
 };
+static int num_boxes_to_bring;  // of TMA, below
+static void bring_boxes(shared_address barrier);
 #endif
 
 __device__ __forceinline__ void barrier_init(shared_address barrier, u32 arrivals) {
 #ifdef __CUDACC__
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 #else
+    num_boxes_to_bring = 0;  // those of a launch that failed
     *simt::shared_at<HostBarrier>(barrier) = {(unsigned char)arrivals, (unsigned char)arrivals, 0, 0, 0};
 #endif
 }
@@ -74,6 +77,28 @@ __device__ __forceinline__ void barrier_arrive_after_copies(shared_address barri
 #endif
 }
 
+// Whether phase `phase` is over, without waiting for it; the rule of barrier_wait holds. (On the CPU TMA is as late as it
+// may be, but has come when every second warp asks.)
+__device__ __forceinline__ bool barrier_test(shared_address barrier, u32 phase) {
+#ifdef __CUDACC__
+    u32 over;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}"
+        : "=r"(over)
+        : "r"(barrier), "r"(phase & 1)
+        : "memory");
+    return over;
+#else
+    static u32 questions;
+    if (questions++ / 32 % 2) bring_boxes(barrier);
+    return (simt::shared_at<HostBarrier>(barrier)->phase & 1) != (phase & 1);
+#endif
+}
+
 __device__ __forceinline__ void barrier_wait(shared_address barrier, u32 phase) {
 #ifdef __CUDACC__
     asm volatile(
@@ -86,7 +111,11 @@ __device__ __forceinline__ void barrier_wait(shared_address barrier, u32 phase) 
         "r"(phase & 1)
         : "memory");
 #else
-    while ((simt::shared_at<HostBarrier>(barrier)->phase & 1) == (phase & 1)) simt::poll("barrier_wait");
+    bring_boxes(barrier);
+    while ((simt::shared_at<HostBarrier>(barrier)->phase & 1) == (phase & 1)) {
+        simt::poll("barrier_wait");
+        bring_boxes(barrier);
+    }
 #endif
 }
 
@@ -140,6 +169,46 @@ struct HostTensorMap {
     u64 dims[5];
     u64 box[5];
 };
+
+// A box on its way to shared memory, until somebody waits for it.
+struct BoxToBring {
+    const TensorMap* map;
+    shared_address target;
+    int first, last;
+    shared_address barrier;
+
+    void bring() const {
+        const HostTensorMap& from = *reinterpret_cast<const HostTensorMap*>(map->words);
+        u32 line = 0;
+        for (u64 d = 0; d < from.box[3]; ++d)
+            for (u64 c = 0; c < from.box[2]; ++c)
+                for (u64 b = 0; b < from.box[1]; ++b, ++line)
+                    for (u32 chunk = 0; chunk < 8; ++chunk) {
+                        const shared_address to = target + line * 128;
+                        const unsigned char* source = from.data + b * from.strides[0] + c * from.strides[1] +
+                                                      d * from.strides[2] + last * from.strides[3] + first * 2 + chunk * 16;
+                        const bool inside = last >= 0 && u64(last) < from.dims[4] && first + chunk * 8 < from.dims[0];
+                        *simt::shared_at<uint4>(to + ((chunk ^ (to >> 7 & 7)) << 4)) =
+                            inside ? *simt::aligned<uint4>(source) : uint4{0, 0, 0, 0};
+                    }
+        HostBarrier* here = simt::shared_at<HostBarrier>(barrier);
+        here->bytes -= line * 128;
+        here->turn();
+    }
+};
+static BoxToBring boxes_to_bring[256];
+
+static void bring_boxes(shared_address barrier) {
+    int left = 0;
+    for (int i = 0; i < num_boxes_to_bring; ++i) {
+        const BoxToBring box = boxes_to_bring[i];
+        if (box.barrier == barrier)
+            box.bring();
+        else
+            boxes_to_bring[left++] = box;
+    }
+    num_boxes_to_bring = left;
+}
 #endif
 
 // Copies the box at index `first` of the map's first dimension and `last` of its fifth (0 in the others) to shared
@@ -154,22 +223,8 @@ __device__ __forceinline__ void copy_box_5d(shared_address target, const TensorM
         "l"(map), "r"(barrier), "r"(first), "r"(0), "r"(last)
         : "memory");
 #else
-    const HostTensorMap& from = *reinterpret_cast<const HostTensorMap*>(map->words);
-    u32 line = 0;
-    for (u64 d = 0; d < from.box[3]; ++d)
-        for (u64 c = 0; c < from.box[2]; ++c)
-            for (u64 b = 0; b < from.box[1]; ++b, ++line)
-                for (u32 chunk = 0; chunk < 8; ++chunk) {
-                    const shared_address to = target + line * 128;
-                    const unsigned char* source = from.data + b * from.strides[0] + c * from.strides[1] +
-                                                  d * from.strides[2] + last * from.strides[3] + first * 2 + chunk * 16;
-                    const bool inside = last >= 0 && u64(last) < from.dims[4] && first + chunk * 8 < from.dims[0];
-                    *simt::shared_at<uint4>(to + ((chunk ^ (to >> 7 & 7)) << 4)) =
-                        inside ? *simt::aligned<uint4>(source) : uint4{0, 0, 0, 0};
-                }
-    HostBarrier* here = simt::shared_at<HostBarrier>(barrier);
-    here->bytes -= line * 128;
-    here->turn();
+    if (num_boxes_to_bring == 256) simt::fail("more boxes under way than have room");
+    boxes_to_bring[num_boxes_to_bring++] = {map, target, first, last, barrier};
 #endif
 }
 
@@ -294,6 +349,24 @@ __device__ __forceinline__ u32 opaque(u32 value) {
     asm volatile("" : "+r"(value));
 #endif
     return value;
+}
+
+// What stands behind it stays there: the assembler moves instructions as it likes, but does not bring sums forward over a
+// loop. This one ends at once.
+__device__ __forceinline__ void schedule_fence(int not_negative) {
+#ifdef __CUDACC__
+    asm volatile(
+        "{\n"
+        ".reg .pred passes;\n"
+        "LOOP_%=:\n"
+        "setp.ge.s32 passes, %0, 0;\n"
+        "@passes bra DONE_%=;\n"
+        "nanosleep.u32 1;\n"
+        "bra LOOP_%=;\n"
+        "DONE_%=:\n"
+        "}" ::"r"(not_negative)
+        : "memory");
+#endif
 }
 
 #define WGMMA_8(d, i) \

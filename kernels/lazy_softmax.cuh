@@ -89,14 +89,13 @@ __device__ __forceinline__ bool raise_max(const float (&s)[count], Softmax& soft
     return passed;
 }
 
-// S becomes P; gives the sum of the thread's columns.
-template <int count>
+// S becomes P in the thread's numbers first .. last - 1, which are added to `sum`.
+template <int first, int last, int count>
 __device__ __forceinline__ void exponentials(float (&s)[count], const Softmax& softmax, float (&sum)[2], float scale) {
 #pragma unroll
-    for (int i = 0; i < count; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -softmax.max[i / 2 % 2]));
-    sum[0] = sum[1] = 0.f;
+    for (int i = first; i < last; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -softmax.max[i / 2 % 2]));
 #pragma unroll
-    for (int i = 0; i < count; ++i) sum[i / 2 % 2] += s[i];
+    for (int i = first; i < last; ++i) sum[i / 2 % 2] += s[i];
 }
 
 // P that is finite is scaled down, where it is above 1, so that the row's largest becomes 1; max goes up by as much.

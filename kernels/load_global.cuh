@@ -115,16 +115,6 @@ __device__ __forceinline__ void prefetch_to_l2(const int* pointer) {
 }
 
 // Loads that skip L1, for what other blocks of the same launch have written.
-__device__ __forceinline__ float load_global_cg(const float* pointer) {
-#ifdef __CUDACC__
-    float x;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(pointer) : "memory");
-    return x;
-#else
-    return *simt::aligned<float>(pointer);
-#endif
-}
-
 __device__ __forceinline__ float2 load_global_cg(const float2* pointer) {
 #ifdef __CUDACC__
     float2 x;

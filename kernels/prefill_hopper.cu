@@ -18,7 +18,8 @@
 // One CTA an SM works through many tiles. Its 12 warps are specialists who never meet at one place after the start:
 //
 //   warp 0    deals tiles: claims one and describes it in `tiles`
-//   warp 1    orders K from the pool, block after block, a TMA operation a page (a box), or gathers it; warp 2 orders V
+//   warp 1    orders K from the pool, block after block, a TMA operation a box of 16 or 8 tokens, or gathers it
+//   warp 2    orders V likewise
 //   warp 3    gathers a tile's rows of q, and works out which tokens each of them sees
 //   warps 4-7 and 8-11, two warpgroups of 64 rows each, compute. They get most of the registers: Q, S, P, O live there.
 //
@@ -84,6 +85,16 @@ static_assert(SHARED_BYTES <= 227 * 1024, "the shared memory of a CTA");
 
 constexpr int ORDER = 1, WARPGROUP = 3;  // named barriers, two of each
 
+// Exponentials are most of what a warpgroup does between two bursts of products, and are slower while those of the other
+// one run. So nothing may wait for them: so many of a thread's BLOCK / 2 come before the first is added to the sum (an
+// H200, 1x8192: 686.4 us, with 24 687.8, with 32 687.3, and 696.0 where the assembler has its way, which adds each when two
+// more are under way) ...
+constexpr int FIRST_PART = HEAD_DIM == 128 && !GATHER ? 28 : 0;
+// ... and P is rounded between the last ones, before the sum is looked at (1x8192 of HEAD_DIM 64: 527.0 us, behind it
+// 546.1; of 128, all in one part, 709.5 and 696.9, as P V has to be over by then, but with GATHER, 4x4096, 826.1 and
+// 842.3; the other dims lose 1%).
+constexpr bool ROUNDS_FIRST = HEAD_DIM == 64 || HEAD_DIM == 128;
+
 // A pool as TMA sees it. Box (page, row, head) has index page * page_step + row / 8 * rows_step + head * head_step.
 struct Pool {
     TensorMap map;
@@ -105,7 +116,7 @@ struct PrefillHopperParams {
     TileList list;
     const int* page_ids;  // [max_pages]
     u32* claims;          // [1], with -DCOUNT_FALLBACKS [3]
-    int box_tokens;       // tokens of a box: the largest power of two that divides page_size, 8 to BLOCK; else GATHER
+    int box_tokens;       // tokens of a box: 16 or 8, as divides page_size; else GATHER
     float sm_scale;
     float logits_soft_cap;
     TensorMap out_map;  // TMA_OUT: of `to.out`
@@ -256,14 +267,6 @@ __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, con
 // -- warps 4 to 11 -----------------------------------------------------------------------------------------------------
 // A thread has two rows of its tile, 0 and 1: S[4 i + 2 r], S[4 i + 2 r + 1] are columns 8 i + 2 pair, + 1 of row r.
 
-// O += P V
-__device__ __forceinline__ void multiply_p_v(float (&o)[HEAD_DIM / 2], const u32 (&weights)[V_STEPS * 4], u64 v) {
-#pragma unroll
-    for (int step = 0; step < V_STEPS; ++step)
-        wgmma<1>(o, weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3],
-                 v + step * 2 * GROUP_BYTES / 16, true);
-}
-
 // Which fallback of the lazy softmax the warp has taken, for tests.
 __device__ __forceinline__ void count_fallback(const PrefillHopperParams& p, int which) {
 #ifdef COUNT_FALLBACKS
@@ -277,18 +280,6 @@ __device__ __forceinline__ void wait_for(shared_address full, u32 turn) {
 #if GATHER
     fence_shared_for_async();
 #endif
-}
-
-// Zeros for the tokens from `used` on in a block of V, as far as a box has brought anything. By one warpgroup.
-__device__ __forceinline__ void clear_unused_tokens(unsigned char* block, int used, int box_tokens, int thread) {
-    const int end = (used + box_tokens - 1) / box_tokens * box_tokens;
-    constexpr int CHUNKS_OF_LINES = PIECES * 8;
-    for (int i = used * CHUNKS_OF_LINES + thread; i < end * CHUNKS_OF_LINES; i += 128) {
-        const int token = i / CHUNKS_OF_LINES, chunk = i % CHUNKS_OF_LINES;  // whole lines, swizzled or not
-        *reinterpret_cast<uint4*>(block + token / 8 * GROUP_BYTES + chunk / 8 * PIECE_BYTES + token % 8 * 128 +
-                                  chunk % 8 * 16) = uint4{0, 0, 0, 0};
-    }
-    fence_shared_for_async();
 }
 
 __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const Tile* tiles, shared_address shared,
@@ -314,9 +305,21 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
     Results results;
     unsigned char* const own_rows = shared_memory + (first_row - lane / 4) * HEAD_DIM * 2;  // the warp's, of Q
     Ring k_ring = {}, v_ring = {};
+    bool k_ready = false;  // K of the next burst has been seen to be there
     auto release = [&](int empty, u32 slot) {
         __syncwarp();
         if (lane == 0) barrier_arrive(shared + empty + slot * 8);
+    };
+    auto wait_for_k = [&] {
+        if (!k_ready) wait_for(shared + K_FULL + k_ring.slot * 8, k_ring.turn);
+    };
+    // What can be done between two bursts of products, where it costs no time. Of only two blocks one has to be given back
+    // earlier than here.
+    auto look_after_k = [&] {
+        if (!WIDE) release(K_EMPTY, v_ring.slot);  // of the burst before: its scores are not repeated any more
+        Ring next = k_ring;
+        next.advance();
+        k_ready = !GATHER && barrier_test(shared + K_FULL + next.slot * 8, next.turn);
     };
     // Q of a tile, and what the thread's rows see: limits grow with the row.
     auto take_q = [&](u32 number) {
@@ -347,7 +350,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
     wgmma_commit();
     wgmma_wait<0>();
     hold(s);
-    release(K_EMPTY, 0);
+    if (WIDE) release(K_EMPTY, 0);
     k_ring.advance();
 
     for (u32 number = 0;; ++number) {
@@ -367,12 +370,15 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             results.leave();
             release(Q_EMPTY, 0);
         }
-        exponentials(s, softmax, softmax.sum, scale);
+        exponentials<0, BLOCK / 2>(s, softmax, softmax.sum, scale);
         results.store<2>();
         round_weights(weights, s);
         results.store<3>();
+        bool begun = WIDE;  // whether O counts. Zeros take time, but a flag takes a register
+        if (WIDE) {
 #pragma unroll
-        for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.f;
+            for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.f;
+        }
         const int used = tile.end - block;
         if (!GATHER && used > 0 && used < BLOCK && (used & (p.box_tokens - 1))) {
             wait_for(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
@@ -384,16 +390,18 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
 #pragma unroll 1
         while (block > first_block) {
             block -= BLOCK;
-            wait_for(shared + K_FULL + k_ring.slot * 8, k_ring.turn);
+            wait_for_k();
             named_barrier_sync(ORDER + warpgroup, 256);
             hold(s);
             wgmma_fence();
             queries.multiply(s, k_matrix(k_ring.slot));
             wgmma_commit();
+            look_after_k();
             wait_for(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
             hold(o);
             wgmma_fence();
-            multiply_p_v(o, weights, v_matrix(v_ring.slot));
+            multiply_p_v(o, weights, v_matrix(v_ring.slot), begun);
+            begun = true;
             wgmma_commit();
             named_barrier_arrive(ORDER + 1 - warpgroup, 256);
 
@@ -404,7 +412,21 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             hold(s);
             prepare_scores(block, edge);
             bool moved = edge && raise_max(s, softmax, keep, scale);
-            exponentials(s, softmax, added, scale);
+            added[0] = added[1] = 0.f;
+            exponentials<0, FIRST_PART>(s, softmax, added, scale);
+            if (FIRST_PART > 0) {
+                hold(s);
+                hold(added);
+                schedule_fence(block);
+            }
+            exponentials<FIRST_PART, BLOCK / 2>(s, softmax, added, scale);
+            auto end_products = [&] {
+                wgmma_wait<0>();
+                hold(o);
+                release(V_EMPTY, v_ring.slot);
+                round_weights(weights, s);
+            };
+            if (ROUNDS_FIRST) end_products();
             // Where the maximum has been looked for, only a NaN of Q, K or V is too large, and that is nobody's fault.
             if (!edge && __any_sync(~0u, !(added[0] <= MOST_SUM) || !(added[1] <= MOST_SUM))) {
                 moved = true;
@@ -417,21 +439,21 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
                     prepare_scores(block, edge);
                     keep[0] = keep[1] = 1.f;
                     raise_max(s, softmax, keep, scale);
-                    exponentials(s, softmax, added, scale);
+                    added[0] = added[1] = 0.f;
+                    exponentials<0, BLOCK / 2>(s, softmax, added, scale);
                     count_fallback(p, 2);
                 }
+                if (ROUNDS_FIRST) round_weights(weights, s);
             }
             softmax.sum[0] += added[0];
             softmax.sum[1] += added[1];
-            release(K_EMPTY, k_ring.slot);
+            if (WIDE) {
+                release(K_EMPTY, k_ring.slot);
+                if (block == first_block) release(Q_EMPTY, 0);
+            }
+            if (!ROUNDS_FIRST) end_products();
             k_ring.advance();
-            if (WIDE && block == first_block) release(Q_EMPTY, 0);
-
-            wgmma_wait<0>();
-            hold(o);
-            release(V_EMPTY, v_ring.slot);
             v_ring.advance();
-            round_weights(weights, s);
             if (moved) {
 #pragma unroll
                 for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] *= keep[i / 2 % 2];
@@ -446,7 +468,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         auto prepare_next = [&] {
             if (!more) return;
             take_q(number + 1);
-            wait_for(shared + K_FULL + k_ring.slot * 8, k_ring.turn);
+            wait_for_k();
         };
         if (!WIDE) prepare_next();
         wait_for(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
@@ -454,12 +476,14 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         hold(o);
         hold(s);
         wgmma_fence();
-        multiply_p_v(o, weights, v_matrix(v_ring.slot));
+        multiply_p_v(o, weights, v_matrix(v_ring.slot), begun);
         wgmma_commit();
         if (WIDE) {  // Q could not be brought before the last scores were done
             prepare_next();
             wgmma_fence();
         }
+        look_after_k();
+        results.prepare(p.to, p.list, tile, first_row, softmax);
         queries.multiply(s, k_matrix(k_ring.slot));
         wgmma_commit();
         named_barrier_arrive(ORDER + 1 - warpgroup, 256);
@@ -467,12 +491,12 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         hold(o);
         release(V_EMPTY, v_ring.slot);
         v_ring.advance();
-        results.take(p.to, &p.out_map, p.list, tile, first_row, own_rows, o, softmax);
+        results.take(p.to, &p.out_map, p.list, tile, first_row, own_rows, o);
         release(TILE_EMPTY, number % TILE_SLOTS);
         wgmma_wait<0>();
         hold(s);
         if (!more) break;
-        release(K_EMPTY, k_ring.slot);
+        if (WIDE) release(K_EMPTY, k_ring.slot);
         k_ring.advance();
     }
     results.store<0>();

@@ -8,9 +8,9 @@
 // Decode reads every K and V once, so a launch is over when its last byte is. Of requests of about equal length as
 // many are left whole (a split costs a merge) as give each SM the same number of CTAs, or as many as it runs at a time
 // if there are more; the others are divided so that all SMs get a part of them (an H200, 32/8 heads, 80 x 2048: 153.8 us,
-// divided as if one CTA ran at a time 161.2; 48 x 4096: 181.8 and 186.8). Ragged ones are cut into pieces of
-// `tokens_a_split`, so that nobody waits for the longest. Items are dealt in the order of the tokens they have, to
-// within an eighth: what comes last is short.
+// divided as if one CTA ran at a time 161.2; 40 x 4096: 155.1, 156.3 and, all whole, 162.5). Ragged ones are cut into
+// pieces of `tokens_a_split`, so that nobody waits for the longest. Items are dealt in the order of the tokens they have,
+// to within an eighth: what comes last is short.
 //
 // Rows of the plan behind the batch come last of all: a launch for the batch alone leaves them out.
 //

@@ -52,31 +52,37 @@ __device__ __forceinline__ float end_row(const Output& to, const RowPlace& place
 
 #if TMA_OUT
 struct Results {
-    // O / sum and the log-sum-exp. `rows` is where the warp's rows of Q stood: 16 lines for each 64 columns, swizzled.
-    // `map` is out in dimensions of 64 columns, heads, rows and pieces of 64 columns; a box of it is a warp's 16 rows.
+    // All that needs no O, while the last products are on their way.
+    __device__ __forceinline__ void prepare(const Output& to, const TileList& list, const Tile& tile, int first_row,
+                                            const Softmax& softmax) {
+        const int warp_row = first_row - (threadIdx.x & 31) / 4;
+        upper = end_row(to, place_of(list, tile, first_row), softmax, 0);
+        lower = end_row(to, place_of(list, tile, first_row + 8), softmax, 1);
+        const RowPlace first = place_of(list, tile, warp_row);
+        query = int(first.query);
+        head = first.head;
+        rows_left = tile.num_rows - tile.first_row - warp_row;
+    }
+
+    // O / sum. `rows` is where the warp's rows of Q stood: 16 lines for each 64 columns, swizzled. `map` is out in
+    // dimensions of 64 columns, heads, rows and pieces of 64 columns; a box of it is a warp's 16 rows.
     __device__ __forceinline__ void take(const Output& to, const TensorMap* map, const TileList& list, const Tile& tile,
-                                         int first_row, unsigned char* rows, const float (&o)[HEAD_DIM / 2],
-                                         const Softmax& softmax) {
+                                         int first_row, unsigned char* rows, const float (&o)[HEAD_DIM / 2]) {
         const int lane = threadIdx.x & 31, warp_row = first_row - lane / 4;
-        const float upper = end_row(to, place_of(list, tile, first_row), softmax, 0);
-        const float lower = end_row(to, place_of(list, tile, first_row + 8), softmax, 1);
         // Lane l gives the address of line l % 8 of matrix l / 8: rows 0-7 and 8-15 of 8 columns, then of the next 8.
         const shared_address source = shared_address_of(rows);
         const shared_address matrix = source + (lane & 15) * 128 + ((lane >> 4) ^ (lane & 7)) * 16;
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 8; i += 2)
-            store_matrix_x4((matrix ^ (i % 8 * 16)) + i / 8 * WARP_PIECE_BYTES, pack2(o[4 * i] * upper, o[4 * i + 1] * upper),
+            store_matrix_x4((matrix ^ (i % 8 * 16)) + i / 8 * WARP_PIECE_BYTES,
+                            pack2(o[4 * i] * upper, o[4 * i + 1] * upper),
                             pack2(o[4 * i + 2] * lower, o[4 * i + 3] * lower),
                             pack2(o[4 * i + 4] * upper, o[4 * i + 5] * upper),
                             pack2(o[4 * i + 6] * lower, o[4 * i + 7] * lower));
-        const int rows_left = tile.num_rows - tile.first_row - warp_row;
         if (rows_left >= 16) {
             fence_shared_for_async();
             __syncwarp();
-            if (lane == 0) {
-                const RowPlace first = place_of(list, tile, warp_row);
-                send_box_4d(map, source, first.head, int(first.query));
-            }
+            if (lane == 0) send_box_4d(map, source, head, query);
         } else {
             __syncwarp();
 #pragma unroll 1
@@ -101,33 +107,41 @@ struct Results {
 
   private:
     static constexpr int WARP_PIECE_BYTES = 16 * 128;
+
+    float upper, lower;  // 1 / sum of the thread's two rows
+    int query, head;     // where the warp's first row stands
+    int rows_left;       // of the request, from that one on
 };
 #else
 struct Results {
-    u32 columns[HEAD_DIM / 4];  // 4 neighbouring columns of every 16, of the thread's two rows
-    u16* target[2] = {};        // null: the row stands nowhere, or is written already
-
-    // O / sum and the log-sum-exp. 16-bit results are kept for later, float32 is written at once.
-    __device__ __forceinline__ void take(const Output& to, const TensorMap*, const TileList& list, const Tile& tile,
-                                         int first_row, unsigned char*, const float (&o)[HEAD_DIM / 2],
-                                         const Softmax& softmax) {
-        const int pair = threadIdx.x & 3;
-        float weight[2];
+    // All that needs no O, while the last products are on their way. The results before have been stored.
+    __device__ __forceinline__ void prepare(const Output& to, const TileList& list, const Tile& tile, int first_row,
+                                            const Softmax& softmax) {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             const RowPlace place = place_of(list, tile, first_row + row * 8);
             weight[row] = end_row(to, place, softmax, row);
             const i64 at = place.query * to.row_stride + place.head * to.head_stride;
-            target[row] = nullptr;
-            if (!place.stands) continue;
+            target[row] = place.stands ? static_cast<u16*>(to.out) + (to.is_float32 ? 2 * at : at) : nullptr;
+        }
+    }
+
+    // O / sum. 16-bit results are kept for later, float32 is written at once.
+    __device__ __forceinline__ void take(const Output& to, const TensorMap*, const TileList&, const Tile&, int,
+                                         unsigned char*, const float (&o)[HEAD_DIM / 2]) {
+        const int pair = threadIdx.x & 3;
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            if (!target[row]) continue;
             if (!to.is_float32) {
-                target[row] = static_cast<u16*>(to.out) + at + (pair & 1) * 8 + (pair & 2) * 2;
+                target[row] += (pair & 1) * 8 + (pair & 2) * 2;
                 continue;
             }
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 8; ++i)
-                *reinterpret_cast<float2*>(static_cast<float*>(to.out) + at + i * 8 + pair * 2) =
+                *reinterpret_cast<float2*>(reinterpret_cast<float*>(target[row]) + i * 8 + pair * 2) =
                     make_float2(o[4 * i + 2 * row] * weight[row], o[4 * i + 2 * row + 1] * weight[row]);
+            target[row] = nullptr;
         }
         // Of two fragments side by side an even lane takes the first, an odd lane the second: 8 bytes each instead of 4.
         const bool odd = pair & 1;
@@ -157,5 +171,10 @@ struct Results {
     }
 
     __device__ __forceinline__ void leave() const {}
+
+  private:
+    u32 columns[HEAD_DIM / 4];  // 4 neighbouring columns of every 16, of the thread's two rows
+    u16* target[2] = {};        // null: the row stands nowhere, or is written already
+    float weight[2];            // 1 / sum
 };
 #endif

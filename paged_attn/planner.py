@@ -45,11 +45,14 @@ RAGGED_CTAS_AN_SM = 16
 # with three for each SM 46.7, 32/1 heads 43.3 and 58.5): up to one CTA before the cut no more than SMs, up to two,
 # three for each (24 of 128 to 8000 tokens 95.7, with one 99.7, 32 148.5 and 154.1).
 RAGGED_CTAS_OF_FEW_IN_CLUSTERS, RAGGED_CTAS_OF_FEW = {1: 4, 2: 4}, {1: 1, 2: 3}
-# A batch-invariant plan divides a request among so many CTAs, if its KV heads are not more, whatever the card.
-INVARIANT_CTAS = 128
+# A batch-invariant plan divides a request among CTAs of so many warps in all, or leaves it whole where its KV heads and
+# blocks of columns have more, whatever the card. Bits depend on the warps of a CTA, so these are the same for any batch:
+# those of many pairs (an H200: 64 x 4096, 64/8 heads 245.9 us, with CTAs of 8 warps 254.0, without batch_invariant 238.4;
+# 256 x 512 124.7, 131.2 and 124.9; but 1 x 32768, 32/8 heads 38.4, 37.0 and 36.9, 1 x 4096 13.9, 12.1 and 11.6).
+INVARIANT_WARPS = 1024
 # It splits a request by its own length alone, and only where each split has so many tokens (TILES_WORTH_A_SPLIT of
-# kernels/splits.cu; an H200, before it as many splits for every request: 64 x 4096, 64/8 heads: 277 us, now 257; 256 x
-# 512: 597, now 140; 1 x 4096, 32/8 heads: 13.1, now 13.6).
+# kernels/splits.cu; an H200, CTAs of 8 warps, as many splits for every request and so: 64 x 4096, 64/8 heads 277 us and
+# 257; 256 x 512 597 and 140; 1 x 4096, 32/8 heads 13.1 and 13.6).
 TOKENS_WORTH_A_SPLIT = 512
 
 
@@ -102,7 +105,7 @@ def decode_shape(
     column_blocks = _ceil_div(rows, columns)
     warps = DECODE_WARPS
     shares_sm = columns == 8 or (head_dim, columns) == (128, 16)  # by its registers
-    if head_dim > 128 or (shares_sm and head_dim != 112 and num_pairs >= MANY_PAIRS and not batch_invariant):
+    if head_dim > 128 or (shares_sm and head_dim != 112 and (num_pairs >= MANY_PAIRS or batch_invariant)):
         warps = DECODE_WARPS_OF_MANY
     is_alone = num_pairs * column_blocks <= card.num_sms
     stages = STAGES
@@ -140,7 +143,7 @@ class DecodeSplits:
     ctas_an_item: int  # KV heads * column blocks
     fixed_splits: int  # most splits of a request, by its own length alone; or 0: by all lengths
     ctas_at_a_time: int  # that run on all SMs together
-    ragged_ctas: int  # CTAs of a step whose requests are ragged, about
+    ragged_ctas: int  # CTAs of a step whose requests are ragged, about; 0 with fixed_splits
     extra_items: int  # items that splitting may add to one for each request; it grows with the batch
 
     @property
@@ -169,9 +172,9 @@ def decode_splits(
     """
     ctas_an_item, at_a_time = num_kv_heads * shape.column_blocks, num_sms * shape.ctas_an_sm
     if batch_invariant:
-        splits = max(1, INVARIANT_CTAS // ctas_an_item)
+        splits = max(1, INVARIANT_WARPS // (shape.warps * ctas_an_item))
         extra_items = min(batch_size * (splits - 1), max_tokens // TOKENS_WORTH_A_SPLIT)
-        return DecodeSplits(ctas_an_item, splits, at_a_time, INVARIANT_CTAS, extra_items)
+        return DecodeSplits(ctas_an_item, splits, at_a_time, 0, extra_items)
     ctas_an_sm = max(1, _ceil_div(batch_size * ctas_an_item, num_sms))
     of_few = RAGGED_CTAS_OF_FEW if shape.cluster == 1 else RAGGED_CTAS_OF_FEW_IN_CLUSTERS
     ragged_ctas = num_sms * of_few.get(ctas_an_sm, RAGGED_CTAS_AN_SM)

@@ -122,11 +122,12 @@ def _keys(kernel: str) -> list[Any]:
 
 def _decode(head_dim: int, columns: int) -> list[dict[str, Any]]:
     """CTAs that have an SM for themselves, with one block of columns and with two, that share one, and that are many,
-    where those are others; and those of a card with little shared memory."""
+    where those are others; those of batch-invariant plans; and those of a card with little shared memory."""
     shapes = {
-        planner.decode_shape(1, rows, head_dim, num_pairs, card=card)
+        planner.decode_shape(1, rows, head_dim, num_pairs, batch_invariant, card)
         for rows in (columns, 2 * columns)
         for num_pairs in (1, planner.MANY_PAIRS - 1, planner.MANY_PAIRS)
+        for batch_invariant in (False, True)
         for card in (planner.H100, planner.Card(84, 100 * 1024, False))
     }
     shapes = {replace(shape, column_blocks=1, ctas_an_sm=1, cluster=1) for shape in shapes if shape.columns == columns}

@@ -879,7 +879,7 @@ class _HopperPrefill:
                 }
             ),
         )
-        gather = tensor_map.box_tokens(spec.page_size, spec.head_dim) < tensor_map.LEAST_BOX_TOKENS
+        gather = tensor_map.box_tokens(spec.page_size) < tensor_map.LEAST_BOX_TOKENS
         constants = constants | {"SHARED_BYTES": shape.shared_bytes, "GATHER": gather}
         kernel_of = functools.partial(
             compile.kernel, "prefill_hopper", device, shared_bytes=shape.shared_bytes, **constants
@@ -897,7 +897,7 @@ class _HopperPrefill:
                 "num_requests": self._num_requests,
                 "num_kv_heads": spec.num_kv_heads,
             },
-            "box_tokens": tensor_map.box_tokens(spec.page_size, spec.head_dim),
+            "box_tokens": tensor_map.box_tokens(spec.page_size),
             "sm_scale": spec.sm_scale,
             "logits_soft_cap": spec.logits_soft_cap,
         }

@@ -20,26 +20,35 @@ def plan(
     extra_items: int | None = None, columns: int = 8,
 ) -> tuple[np.ndarray, planner.DecodeSplits]:  # fmt: skip
     """The items, idle ones included, of requests of these lengths in a plan with `spare` more rows."""
-    source = kernels.load_source("plan_splits")
     rows = len(kv_lens) + spare
-    shape = planner.decode_shape(1, columns, 64)
+    shape = planner.decode_shape(1, columns, 64, batch_invariant=batch_invariant)
     splits = planner.decode_splits(len(kv_lens), num_kv_heads, shape, batch_invariant, sum(kv_lens), NUM_SMS)
     extra = splits.extra_items if extra_items is None else extra_items
-    requests = np.zeros(rows + 1, kernels.params_dtype(source, "Request"))
+    requests = np.zeros(rows + 1, kernels.params_dtype(kernels.load_source("plan_splits"), "Request"))
     requests["kv_len"][: len(kv_lens)] = requests["total_len"][: len(kv_lens)] = kv_lens
     requests["num_queries"] = 1
     requests["first_page"] = np.arange(rows + 1)
-    items = np.full(rows + extra, -7, "i4").repeat(16).view(kernels.params_dtype(source, "DecodeItem"))
+    return run(requests, len(kv_lens), extra, splits, window_left=window_left), splits
+
+
+def run(
+    requests: np.ndarray, batch: int, extra_items: int, splits: planner.DecodeSplits, *, page_size: int = 16,
+    page_stride: int = 1, window_left: int = -1,
+) -> np.ndarray:  # fmt: skip
+    """One launch for the first `batch` of these requests, behind which a sentinel stands; its items."""
+    rows = len(requests) - 1
+    dtype = kernels.params_dtype(kernels.load_source("plan_splits"), "DecodeItem")
+    items = np.full(rows + extra_items, -7, "i4").repeat(16).view(dtype)
     params: dict[str, Any] = {
         "requests": requests,
         "items": items,
-        "batch": len(kv_lens),
+        "batch": batch,
         "max_batch_size": rows,
         "max_items": items.size,
-        "extra_items": extra,
+        "extra_items": extra_items,
         "positions": {
-            "page_size": kernels.fast_divide(16),
-            "page_stride": 1,
+            "page_size": kernels.fast_divide(page_size),
+            "page_stride": page_stride,
             "causal": True,
             "window_left": window_left,
         },
@@ -50,7 +59,7 @@ def plan(
         "fixed_splits": splits.fixed_splits,
     }
     launch("plan_splits", 1, 64, params, 258 * 4 + 256 + 4)
-    return items, splits
+    return items
 
 
 SEEN = [
@@ -64,28 +73,12 @@ SEEN = [
 
 @pytest.mark.parametrize("case", SEEN, ids=str)
 def test_items_say_what_their_requests_see(case: Case) -> None:
-    source = kernels.load_source("plan_splits")
     requests = requests_of(build(case), case.batch_size + 1)
-    items = np.zeros(case.batch_size + 50, kernels.params_dtype(source, "DecodeItem"))
-    params: dict[str, Any] = {
-        "requests": requests,
-        "items": items,
-        "batch": case.batch_size,
-        "max_batch_size": case.batch_size,
-        "max_items": items.size,
-        "extra_items": 49,
-        "positions": {
-            "page_size": kernels.fast_divide(case.page_size),
-            "page_stride": case.page_stride,
-            "causal": True,
-            "window_left": case.window_left,
-        },
-        "ctas_an_item": case.num_kv_heads,
-        "num_sms": NUM_SMS,
-        "ctas_at_a_time": NUM_SMS,
-        "ragged_ctas": NUM_SMS,
-    }
-    launch("plan_splits", 1, 64, params, 258 * 4 + 256 + 4)
+    splits = planner.DecodeSplits(case.num_kv_heads, 0, NUM_SMS, NUM_SMS, 49)
+    items = run(
+        requests, case.batch_size, splits.extra_items, splits, page_size=case.page_size, page_stride=case.page_stride,
+        window_left=case.window_left,
+    )  # fmt: skip
     used = items[items["batch_index"] >= 0]
     assert set(used["batch_index"]) == set(range(case.batch_size))
     begin, end = seen_of(build(case), requests[:-1])
@@ -191,7 +184,7 @@ def test_a_least_piece_keeps_short_requests_whole() -> None:
 
 def test_a_batch_invariant_plan_looks_at_nobody_else() -> None:
     together = [5000, 17, 0, 90000, 512, 1008, 1009]
-    expected = [9, 1, 1, 16, 1, 1, 2]  # one for each 512 tokens, rounded to the next 16
+    expected = [9, 1, 1, 32, 1, 1, 2]  # one for each 512 tokens, rounded to the next 16
     items, splits = plan(together, 8, batch_invariant=True)
     assert list(check(items, together, 0, splits.most_partials)) == expected
     for kv_len, num_splits in zip(together, expected, strict=True):

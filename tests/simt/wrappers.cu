@@ -14,7 +14,7 @@ struct WarpParams {
     u32* counter;       // [1]      bound 4
     u32* tickets;       // [32]     what atomic_inc_acq_rel gave each lane
     const float4* sums; // [1]
-    float* loaded;      // [7]      sums by load_global_cg of float4, float2, float
+    float* loaded;      // [6]      sums by load_global_cg of float4, float2
     float* moved;       // [6]      sums by load_global of float4, float2
     int valid_rows;
 };
@@ -60,8 +60,8 @@ extern "C" __global__ void warp_wrappers(const __grid_constant__ WarpParams p) {
     if (lane == 0) {
         const float4 four = load_global_cg(p.sums);
         const float2 two = load_global_cg((const float2*)p.sums);
-        const float loaded[7] = {four.x, four.y, four.z, four.w, two.x, two.y, load_global_cg((const float*)p.sums)};
-        for (int i = 0; i < 7; ++i) p.loaded[i] = loaded[i];
+        const float loaded[6] = {four.x, four.y, four.z, four.w, two.x, two.y};
+        for (int i = 0; i < 6; ++i) p.loaded[i] = loaded[i];
         const u64 first = cache_policy(Evict::FIRST);
         *(float4*)p.moved = load_global(p.sums, first);
         *((float2*)p.moved + 2) = load_global((const float2*)p.sums, first);

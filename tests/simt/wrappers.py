@@ -25,7 +25,7 @@ def warp_arrays(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray, di
         "c": np.zeros((16, 8), np.float32),
         "counter": np.array([3], np.uint32),
         "tickets": np.zeros(32, np.uint32),
-        "loaded": np.zeros(7, np.float32),
+        "loaded": np.zeros(6, np.float32),
         "moved": np.zeros(6, np.float32),
     }
     return a, b, sums.view(np.float32), out
