@@ -45,10 +45,11 @@ RAGGED_CTAS_AN_SM = 16
 # with three for each SM 46.7, 32/1 heads 43.3 and 58.5): up to one CTA before the cut no more than SMs, up to two,
 # three for each (24 of 128 to 8000 tokens 95.7, with one 99.7, 32 148.5 and 154.1).
 RAGGED_CTAS_OF_FEW_IN_CLUSTERS, RAGGED_CTAS_OF_FEW = {1: 4, 2: 4}, {1: 1, 2: 3}
-# A batch-invariant plan divides a request among CTAs of so many warps in all, or leaves it whole where its KV heads and
-# blocks of columns have more, whatever the card. Bits depend on the warps of a CTA, so these are the same for any batch:
-# those of many pairs (an H200: 64 x 4096, 64/8 heads 245.9 us, with CTAs of 8 warps 254.0, without batch_invariant 238.4;
-# 256 x 512 124.7, 131.2 and 124.9; but 1 x 32768, 32/8 heads 38.4, 37.0 and 36.9, 1 x 4096 13.9, 12.1 and 11.6).
+# A batch-invariant plan divides a request among CTAs of so many warps in all, or leaves it whole where its KV heads
+# and blocks of columns have more, whatever the card. Bits depend on the warps of a CTA, so these are the same for any
+# batch: those of many pairs (an H200: 64 x 4096, 64/8 heads 245.9 us, with CTAs of 8 warps 254.0, without
+# batch_invariant 238.4; 256 x 512 124.7, 131.2 and 124.9; but 1 x 32768, 32/8 heads 38.4, 37.0 and 36.9, 1 x 4096
+# 13.9, 12.1 and 11.6).
 INVARIANT_WARPS = 1024
 # It splits a request by its own length alone, and only where each split has so many tokens (TILES_WORTH_A_SPLIT of
 # kernels/splits.cu; an H200, CTAs of 8 warps, as many splits for every request and so: 64 x 4096, 64/8 heads 277 us and
