@@ -41,7 +41,8 @@
 // While one burst runs, the softmax of the block before is done; the two warpgroups take turns at the tensor cores
 // (named barriers ORDER + 0, 1), so that one computes exponentials while the other multiplies. The last product of a
 // tile runs together with the first of the next, and what a tile gives leaves during the next one's first softmax: from
-// where Q stood, or from registers (tile_results.cuh).
+// where Q stood, or from registers (tile_results.cuh). To order a burst takes nearly as long as it runs, but in its middle
+// a warp is free for a while: there it gives a K back, asks for the next one, and prepares a tile's results.
 //
 // The softmax of a block in full view of all rows does not look for its maximum (lazy_softmax.cuh).
 //
