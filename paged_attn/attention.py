@@ -20,6 +20,7 @@ dtypes and devices, NotImplementedError for what a backend lacks (`supports` say
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ import numpy as np
 from . import backends, spec
 from .interop import FLOAT_DTYPES, as_dtype, cupy_for, device_of, native, resolve_device, to_caller
 from .layout import Layout, PagedKV
+from .lifetimes import Loan, loan_of, reading
 from .page_table import PageTable
 from .spec import AttentionSpec
 
@@ -151,10 +153,10 @@ def _check_compute_capability(device: str) -> None:
 # A plan and a run
 
 
-# The checked metadata of one step: what a backend's plan takes over (a qo_indptr of None is decode), and the rows that
-# q may have.
+# The checked metadata of one step: what a backend's plan takes over (a qo_indptr of None is decode), the rows that q
+# may have, and the loan of qo_indptr.
 _Rows = tuple[int, ...] | range
-_Step = tuple[AttentionSpec, PageTable, Any, _Rows]
+_Step = tuple[AttentionSpec, PageTable, Any, _Rows, Loan | None]
 
 
 def _new_plan(device: str, **options: Any) -> Any:
@@ -256,7 +258,7 @@ def _decode_step(
 ) -> _Step:
     call = specs.get(kv, table, num_qo_heads, q_len, True, *options)
     rows = (table.batch_size,) if max_batch_size is None else (table.batch_size, max_batch_size)
-    return call, table, None, rows
+    return call, table, None, rows, None
 
 
 def _prefill_step(
@@ -274,9 +276,10 @@ def _prefill_step(
     indptr = native(qo_indptr, "qo_indptr")
     specs.check_qo_indptr(indptr, table.batch_size, total_rows, call.device)
     if not isinstance(indptr, np.ndarray):  # then only the device knows how many rows q has
-        return call, table, indptr, range(2**31 if max_tokens is None else max_tokens + 1)
+        rows = range(2**31 if max_tokens is None else max_tokens + 1)
+        return call, table, indptr, rows, loan_of((indptr, qo_indptr))
     capacity = () if max_tokens is None else (max_tokens,)
-    return call, table, indptr, (int(indptr[-1]), *capacity)
+    return call, table, indptr, (int(indptr[-1]), *capacity), None
 
 
 def _run(
@@ -295,6 +298,9 @@ def _run(
     native_out = None if out is None else native(out, "out", writable=True)
     native_lse = None if lse is None else native(lse, "lse", writable=True)
     form = forms.check_run(call, kv, native_q, native_out, native_lse, rows)
+    loan = None
+    if native_q is not q or native_out is not out or native_lse is not lse:
+        loan = loan_of((native_q, q), (native_out, out), (native_lse, lse))
     if native_out is None:
         native_out = backends.of(call.device).empty(native_q.shape, call.dtype, call.device)
     if native_lse is None and return_lse:
@@ -303,7 +309,13 @@ def _run(
         q_rows, out_rows, lse_rows = native_q, native_out, native_lse
         if native_q.ndim == 4:
             q_rows, out_rows, lse_rows = _as_rows(native_q), _as_rows(native_out), _as_rows(native_lse)
-        attend(call, q_rows, kv, out_rows, lse_rows, form)
+        try:
+            attend(call, q_rows, kv, out_rows, lse_rows, form)
+        finally:
+            if loan is not None:
+                loan.used()
+            if kv.loan is not None:
+                kv.loan.used()
     result = to_caller(native_out, q) if out is None else out
     if not return_lse:
         return result
@@ -316,12 +328,13 @@ def _as_rows(array: Any) -> Any:
 
 
 def _run_once(step: _Step, q: Any, kv: PagedKV, out: Any, lse: Any, return_lse: bool) -> Any:
-    call, table, qo_indptr, rows = step
+    call, table, qo_indptr, rows, loan = step
 
     def attend(call: AttentionSpec, q_rows: Any, *arguments: Any) -> None:
         # A device qo_indptr must not point behind q.
         plan = _new_plan(call.device, one_shot=True, max_tokens=None if qo_indptr is None else q_rows.shape[0])
-        plan.update(call, table, qo_indptr)
+        with reading(table.loan, loan):
+            plan.update(call, table, qo_indptr)
         plan.run(call, q_rows, *arguments)
 
     return _run(call, rows, _Forms(), attend, q, kv, out, lse, return_lse)
@@ -338,14 +351,29 @@ class _BatchAttention:
         self._specs, self._forms = _Specs(), _Forms()
         self._plan: Any = None
         self._step: tuple[AttentionSpec, _Rows] | None = None
+        self._in_use = threading.Lock()  # held by the call that a thread is in
 
     def _take(self, step: _Step) -> None:
         """Have the plan take over a step; where that raises, the step before stays."""
-        call, table, qo_indptr, rows = step
+        call, table, qo_indptr, rows, loan = step
         moved = self._step is None or self._step[0].device != call.device
         plan = _new_plan(call.device, **self._options) if moved else self._plan
-        plan.update(call, table, qo_indptr)
+        try:
+            plan.update(call, table, qo_indptr)
+        finally:
+            if loan is not None:
+                loan.used()
+            if table.loan is not None:
+                table.loan.used()
         self._plan, self._step = plan, (call, rows)
+
+    def _enter(self, call: str) -> None:
+        """A call begins, which `self._in_use.release` ends."""
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                f"{call}() was called while another call of this plan is under way in another thread, and a plan "
+                f"serves one thread at a time; make a plan for each thread, or put a lock around its calls"
+            )
 
     def run(self, q: Any, kv: PagedKV, *, out: Any = None, lse: Any = None, return_lse: bool = False) -> Any:
         """Attend over one layer by the last plan.
@@ -355,13 +383,20 @@ class _BatchAttention:
         The other arguments, the results and the errors are those at the top of this module. With `out` (and `lse`,
         where it is wanted) nothing is allocated.
         """
-        if self._step is None:
-            raise RuntimeError("run() was called before plan(); call plan(kv, table, ...) once a step, then run()")
-        call, rows = self._step
-        return _run(call, rows, self._forms, self._plan.run, q, kv, out, lse, return_lse)
+        self._enter("run")
+        try:
+            if self._step is None:
+                raise RuntimeError("run() was called before plan(); call plan(kv, table, ...) once a step, then run()")
+            call, rows = self._step
+            return _run(call, rows, self._forms, self._plan.run, q, kv, out, lse, return_lse)
+        finally:
+            self._in_use.release()
 
     def status(self) -> None:
-        """Raise the PageTableError that a kernel recorded since the last plan, if one did (this synchronises)."""
+        """Raise the PageTableError that a kernel recorded since the last plan, if one did.
+
+        On whatever stream the plan ran: this waits for all work of the device.
+        """
         if self._plan is not None:
             self._plan.raise_status()
 
@@ -391,19 +426,23 @@ class BatchDecodeWithPagedKVCache(_BatchAttention):
         logits_soft_cap: float = 0.0,
     ) -> None:
         """Copy a step's table. kv: any layer; it gives layout, heads, dims, dtype. q_len: causal queries a request."""
-        self._take(
-            _decode_step(
-                self._specs,
-                kv,
-                table,
-                num_qo_heads,
-                q_len,
-                self._options["max_batch_size"],
-                sm_scale,
-                window_left,
-                logits_soft_cap,
+        self._enter("plan")
+        try:
+            self._take(
+                _decode_step(
+                    self._specs,
+                    kv,
+                    table,
+                    num_qo_heads,
+                    q_len,
+                    self._options["max_batch_size"],
+                    sm_scale,
+                    window_left,
+                    logits_soft_cap,
+                )
             )
-        )
+        finally:
+            self._in_use.release()
 
 
 class BatchPrefillWithPagedKVCache(_BatchAttention):
@@ -437,21 +476,25 @@ class BatchPrefillWithPagedKVCache(_BatchAttention):
         logits_soft_cap: float = 0.0,
     ) -> None:
         """Copy a step's table. qo_indptr int32 [batch + 1]: request i has rows qo_indptr[i] to qo_indptr[i+1] of q."""
-        self._take(
-            _prefill_step(
-                self._specs,
-                kv,
-                table,
-                qo_indptr,
-                num_qo_heads,
-                causal,
-                None,
-                self._options["max_tokens"],
-                sm_scale,
-                window_left,
-                logits_soft_cap,
+        self._enter("plan")
+        try:
+            self._take(
+                _prefill_step(
+                    self._specs,
+                    kv,
+                    table,
+                    qo_indptr,
+                    num_qo_heads,
+                    causal,
+                    None,
+                    self._options["max_tokens"],
+                    sm_scale,
+                    window_left,
+                    logits_soft_cap,
+                )
             )
-        )
+        finally:
+            self._in_use.release()
 
 
 def decode(
@@ -526,20 +569,23 @@ def single_decode(
     q, out [num_qo_heads, head_dim], lse [num_qo_heads]; k, v [len, num_kv_heads, head_dim] (NHD) or
     [num_kv_heads, len, head_dim] (HND). Other arguments, results and errors are those at the top of this module.
     """
-    kv, table = _one_request(k, v, layout)
+    kv, table, loan = _one_request(k, v, layout)
     native_q = native(q, "q")
     spec.check_q(kv, native_q, ("[num_qo_heads, head_dim]",))
-    results = decode(
-        native_q[None],
-        kv,
-        table,
-        sm_scale=sm_scale,
-        window_left=window_left,
-        logits_soft_cap=logits_soft_cap,
-        out=None if out is None else native(out, "out", writable=True)[None],
-        lse=None if lse is None else native(lse, "lse", writable=True)[None],
-        return_lse=return_lse,
-    )
+    native_out = None if out is None else native(out, "out", writable=True)
+    native_lse = None if lse is None else native(lse, "lse", writable=True)
+    with reading(loan, loan_of((native_q, q), (native_out, out), (native_lse, lse))):
+        results = decode(
+            native_q[None],
+            kv,
+            table,
+            sm_scale=sm_scale,
+            window_left=window_left,
+            logits_soft_cap=logits_soft_cap,
+            out=None if native_out is None else native_out[None],
+            lse=None if native_lse is None else native_lse[None],
+            return_lse=return_lse,
+        )
     given, results = (out, lse), results if return_lse else (results,)
     unpacked = tuple(to_caller(x[0], q) if mine is None else mine for x, mine in zip(results, given, strict=False))
     return unpacked if return_lse else unpacked[0]
@@ -564,19 +610,21 @@ def single_prefill(
     q, out [n, num_qo_heads, head_dim], lse [n, num_qo_heads]; k, v [len, num_kv_heads, head_dim] (NHD) or
     [num_kv_heads, len, head_dim] (HND). Other arguments, results and errors are those at the top of this module.
     """
-    kv, table = _one_request(k, v, layout)
+    kv, table, loan = _one_request(k, v, layout)
     native_q = native(q, "q")
     spec.check_q(kv, native_q, _PREFILL_AXES)
     qo_indptr = np.array([0, native_q.shape[0]], np.int32)
     options = sm_scale, window_left, logits_soft_cap
     step = _prefill_step(_Specs(), kv, table, qo_indptr, native_q.shape[1], causal, None, None, *options)
-    return _run_once(step, q, kv, out, lse, return_lse)
+    with reading(loan):
+        return _run_once(step, q, kv, out, lse, return_lse)
 
 
-def _one_request(k: Any, v: Any, layout: Layout | str) -> tuple[PagedKV, PageTable]:
-    """Contiguous K and V as a pool of one page and the table of one request that fills it."""
+def _one_request(given_k: Any, given_v: Any, layout: Layout | str) -> tuple[PagedKV, PageTable, Loan | None]:
+    """Contiguous K and V as a pool of one page, the table of one request that fills it, and what is lent of them."""
     layout = Layout(layout)
-    k, v = native(k, "k"), native(v, "v")
+    k, v = native(given_k, "k"), native(given_v, "v")
+    loan = loan_of((k, given_k), (v, given_v))
     spec.check_single_kv(k, v, layout)
     length = k.shape[0 if layout is Layout.NHD else 1]
     if length == 0:  # a page has at least one slot: an unused one
@@ -586,7 +634,7 @@ def _one_request(k: Any, v: Any, layout: Layout | str) -> tuple[PagedKV, PageTab
     kv = PagedKV(k[None], v[None], layout=layout)
     indptr, last_page_len = np.array([0, length > 0], np.int32), np.array([length], np.int32)
     table = PageTable(indptr, np.zeros(1, np.int32), last_page_len, page_size=kv.page_size)
-    return kv, table
+    return kv, table, loan
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -607,11 +655,21 @@ def append(kv: PagedKV, slots: Any, k: Any, v: Any) -> None:
     ValueError: shapes, a pool that cannot be written; TypeError: dtypes, devices; NotImplementedError: see `supports`.
     PageTableError: a NumPy slot outside the pool. One in a device array is skipped and recorded: `status` raises it.
     """
-    slots, k, v = native(slots, "slots"), native(k, "k"), native(v, "v")
-    form = _appended.check_append(kv, slots, k, v)
-    if slots.size:
-        backend = backends.of(kv.device)
-        backend.append(kv, backend.to_backend(slots, kv.device), k, v, form)
+    native_slots, native_k, native_v = native(slots, "slots"), native(k, "k"), native(v, "v")
+    form = _appended.check_append(kv, native_slots, native_k, native_v)
+    if not native_slots.size:
+        return
+    loan = None
+    if native_k is not k or native_v is not v or native_slots is not slots:
+        loan = loan_of((native_slots, slots), (native_k, k), (native_v, v))
+    backend = backends.of(kv.device)
+    try:
+        backend.append(kv, backend.to_backend(native_slots, kv.device), native_k, native_v, form)
+    finally:
+        if loan is not None:
+            loan.used()
+        if kv.loan is not None:
+            kv.loan.used()
 
 
 def merge_state(
@@ -623,8 +681,8 @@ def merge_state(
     result's. A state with s = -inf changes nothing, whatever its v. out (of any float dtype; else one of v's) and lse
     (float32) are written and returned.
     """
-    arrays = native(v_a, "v_a"), native(s_a, "s_a"), native(v_b, "v_b"), native(s_b, "s_b")
-    return _merge("merge_state", spec.check_merge_state, arrays, arrays[0].shape, base, out, lse, like=v_a)
+    given = {"v_a": v_a, "s_a": s_a, "v_b": v_b, "s_b": s_b}
+    return _merge("merge_state", spec.check_merge_state, given, lambda shape: shape, base, out, lse)
 
 
 def merge_states(v: Any, s: Any, *, base: Any = "e", out: Any = None, lse: Any = None) -> tuple[Any, Any]:
@@ -633,24 +691,28 @@ def merge_states(v: Any, s: Any, *, base: Any = "e", out: Any = None, lse: Any =
     v [rows, num_states, heads, dim], any strides but a contiguous last axis; s float32 [rows, num_states, heads]. The
     rest is as for merge_state.
     """
-    arrays = native(v, "v"), native(s, "s")
-    shape = arrays[0].shape
-    return _merge("merge_states", spec.check_merge_states, arrays, (*shape[:1], *shape[2:]), base, out, lse, like=v)
+    given = {"v": v, "s": s}
+    return _merge(
+        "merge_states", spec.check_merge_states, given, lambda shape: (*shape[:1], *shape[2:]), base, out, lse
+    )
 
 
 def _merge(
     function: str,
     check: Callable[..., float],
-    arrays: tuple[Any, ...],
-    shape: tuple[int, ...],
+    given: dict[str, Any],
+    shape_of: Callable[[tuple[int, ...]], tuple[int, ...]],
     base: Any,
     out: Any,
     lse: Any,
-    like: Any,
 ) -> tuple[Any, Any]:
+    """given: the states by name, v (or v_a) first. shape_of: the result's shape, by that of the first."""
+    arrays = [native(array, name) for name, array in given.items()]
     native_out = None if out is None else native(out, "out", writable=True)
     native_lse = None if lse is None else native(lse, "lse", writable=True)
+    loan = loan_of(*zip(arrays, given.values(), strict=True), (native_out, out), (native_lse, lse))
     number = check(*arrays, base, native_out, native_lse)
+    shape, like = shape_of(arrays[0].shape), next(iter(given.values()))
     device, dtype = device_of(arrays[0]), arrays[0].dtype
     _check_supported("merge", device, dtype, shape[-1])
     backend = backends.of(device)
@@ -665,7 +727,8 @@ def _merge(
     if native_lse is None:
         native_lse = backend.empty(shape[:-1], _FLOAT32, device)
     if native_out.size:
-        getattr(backend, function)(*arrays, native_out, native_lse, number)
+        with reading(loan):
+            getattr(backend, function)(*arrays, native_out, native_lse, number)
     return (
         to_caller(native_out, like) if out is None else out,
         to_caller(native_lse, like) if lse is None else lse,

@@ -1,20 +1,29 @@
 """PagedKVCache: who owns which page, on the host, in NumPy, for all sequences of a batch at once.
 
 A sequence is a row: its length in tokens, and a list of page ids. Pages are counted by reference, because forks share
-them. On the device is only what the kernels read: the pages, a copy of all page lists, and one page table.
+them. On the device is only what the kernels read: the pages, and a copy of all page lists, from which page tables are
+made.
+
+A call that fails changes nothing. Whatever may raise (checks, allocations, copies of pages, uploads, a kernel's first
+compilation) comes first and works on what no sequence holds: pages that are still free, entries behind the end of a
+list. Then the call commits, by assignments alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from . import attention, backends, interop, spec
 from .errors import OutOfPagesError, PageTableError
 from .layout import Layout, PagedKV
+from .lifetimes import loan_of, reading
 from .page_table import PageTable
 
 # A sequence id is (generation << ROW_BITS) | row: a row that is used again gives another id, so a freed id stays freed.
@@ -24,6 +33,9 @@ NOT_LIVE = (
     "which is no sequence of this cache: it was freed, or it came from elsewhere; "
     "pass an id that new_sequence() or fork() returned and free() has not ended"
 )
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -46,7 +58,7 @@ class _PageLists:
 
     Row r owns the extent page_ids[start[r] : start[r] + capacity[r]]; its pages are the first count[r] entries. A list
     that outgrows its extent moves to a new one of twice the size it needs, behind all others; when there is no room
-    behind them, all lists move to a new arena. The device gets only the entries that changed.
+    behind them, all lists move to a new arena. The device gets only the entries that changed, with the next table.
     """
 
     def __init__(self, backend: ModuleType, device: str) -> None:
@@ -57,75 +69,120 @@ class _PageLists:
         self.page_ids = np.zeros(0, np.int32)
         self._used = 0
         self._changed = np.zeros(0, np.int32)  # [arena size]; the first _num_changed: entries the device has not seen
-        self._num_changed = 0
-        self._device_page_ids = backend.empty((0,), np.dtype(np.int32), device)
+        self._num_changed = 0  # above the arena's size: every entry may be one
+        self._device_page_ids = backend.empty((0,), np.dtype(np.int32), device)  # as large as the arena, or outgrown
 
     def set_num_rows(self, num_rows: int) -> None:
-        self.start, self.capacity, self.count = (_resized(x, num_rows) for x in (self.start, self.capacity, self.count))
+        resized = [_resized(x, num_rows) for x in (self.start, self.capacity, self.count)]
+        self.start, self.capacity, self.count = resized
 
     def pages(self, row: int, first: int = 0, last: int | None = None) -> np.ndarray:
         """Pages first to last (excluded) of one row, a view."""
         start = self.start[row]
         return self.page_ids[start + first : start + (self.count[row] if last is None else last)]
 
-    def last_pages(self, rows: np.ndarray) -> np.ndarray:
-        return self.page_ids[self.start[rows] + self.count[rows] - 1]
+    def last_entries(self, rows: np.ndarray) -> np.ndarray:
+        """Where the last page of each row stands in page_ids."""
+        return self.start[rows] + self.count[rows] - 1
 
-    def replace_last_pages(self, rows: np.ndarray, pages: np.ndarray) -> None:
-        entries = self.start[rows] + self.count[rows] - 1
-        self.page_ids[entries] = pages
-        self._mark_changed(entries)
+    def stage(self, rows: np.ndarray, counts: np.ndarray, pages: np.ndarray) -> np.ndarray:
+        """Writes counts[i] pages behind the end of the list of rows[i], which does not hold them before `commit`.
 
-    def extend(self, rows: np.ndarray, counts: np.ndarray, pages: np.ndarray) -> None:
-        """Appends counts[i] pages to rows[i]; `pages` holds those of rows[0] first, then those of rows[1], ..."""
+        `pages` has those of rows[0] first, then those of rows[1], ... Returns where they stand in page_ids.
+        """
         held = self.count[rows]
         self._make_room(rows, held + counts)
         entries = _ranges(self.start[rows] + held, counts)
         self.page_ids[entries] = pages
-        self.count[rows] = held + counts
+        return entries
+
+    def commit(self, rows: np.ndarray, counts: np.ndarray, entries: np.ndarray) -> None:
+        """The lists of `rows` now hold the pages that were staged."""
+        self.count[rows] += counts
+        self._mark_changed(entries)
+
+    def replace(self, entries: np.ndarray, pages: np.ndarray) -> None:
+        self.page_ids[entries] = pages
         self._mark_changed(entries)
 
     def write_table(self, rows: np.ndarray, indptr: np.ndarray, last_page_len: np.ndarray, out: PageTable) -> None:
-        changed = self._changed[: self._num_changed]
+        """Writes the table of `rows` into `out`, after what the device has not seen of the lists."""
+        device_page_ids = self._device_page_ids
+        if device_page_ids.size != self.page_ids.size:  # the lists have moved since, so that all of them are changed
+            device_page_ids = self._backend.empty(self.page_ids.shape, self.page_ids.dtype, self._device)
+        is_known = self._num_changed <= self._changed.size
+        changed = self._changed[: self._num_changed] if is_known else np.arange(self._used, dtype=np.int32)
         values = self.page_ids[changed]
-        self._backend.update_table(self._device_page_ids, changed, values, self.start[rows], indptr, last_page_len, out)
+        self._backend.update_table(device_page_ids, changed, values, self.start[rows], indptr, last_page_len, out)
+        self._device_page_ids = device_page_ids
         self._num_changed = 0
 
     def _make_room(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Sees to it that rows[i] has a capacity of counts[i] or more."""
+        """Sees to it that rows[i] has a capacity of counts[i] or more. No list changes by it, but for its place."""
         short = self.capacity[rows] < counts
         if not short.any():
             return
-        old_page_ids = self.page_ids
-        if self._used + 2 * int(counts[short].sum()) <= old_page_ids.size:
-            rows, counts = rows[short], counts[short]
-        else:
+        page_ids, changed, used = self.page_ids, self._changed, self._used
+        is_new = used + 2 * int(counts[short].sum()) > page_ids.size
+        if is_new:
             wanted = self.count.copy()
             wanted[rows] = counts
-            rows, counts = np.arange(wanted.size), wanted
-            size = max(old_page_ids.size, 4 * int(counts.sum()))  # at least half stays free: moving is amortised
-            self.page_ids = np.zeros(size, np.int32)
-            self._used = self._num_changed = 0
-            if size != old_page_ids.size:
-                self._changed = np.zeros(size, np.int32)
-                self._device_page_ids = self._backend.empty((size,), np.dtype(np.int32), self._device)
+            rows, counts, used = np.arange(wanted.size), wanted, 0
+            size = max(page_ids.size, 4 * int(counts.sum()))  # at least half stays free: moving is amortised
+            page_ids, changed = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        else:
+            rows, counts = rows[short], counts[short]
         held = self.count[rows]
-        end = self._used + np.cumsum(2 * counts)
+        end = used + np.cumsum(2 * counts)
         start = end - 2 * counts
         entries = _ranges(start, held)
-        self.page_ids[entries] = old_page_ids[_ranges(self.start[rows], held)]
+        page_ids[entries] = self.page_ids[_ranges(self.start[rows], held)]
+
+        # All is computed; from here on nothing raises.
+        self.page_ids, self._changed, self._used = page_ids, changed, int(end[-1])
+        if is_new:
+            self._num_changed = 0
         self.start[rows], self.capacity[rows] = start, 2 * counts
-        self._used = int(end[-1])
         self._mark_changed(entries)
 
     def _mark_changed(self, entries: np.ndarray) -> None:
         end = self._num_changed + entries.size
         if end <= self._changed.size:
             self._changed[self._num_changed : end] = entries
-            self._num_changed = end
-        else:  # more changes than entries: every entry counts as changed
-            self._changed[: self._used] = np.arange(self._used)
-            self._num_changed = self._used
+        self._num_changed = end
+
+
+@dataclass(frozen=True)
+class _Reservation:
+    """What `reserve` gives to a batch, prepared and not yet theirs."""
+
+    slots: Any  # int64 [tokens] on the device
+    rows: np.ndarray  # [batch]
+    longer: np.ndarray  # [batch] their new lengths
+    pages: np.ndarray  # all that are taken: those that lists grow by, then `copies`
+    rows_growing: np.ndarray
+    added: np.ndarray  # pages that each of rows_growing grows by
+    staged: np.ndarray  # where those stand in the lists
+    copied: np.ndarray  # where the pages stand that `copies` take the place of
+    copies: np.ndarray
+
+
+def _one_thread_at_a_time(method: _Method) -> _Method:
+    """A call while another one is under way, in another thread or from a finaliser, is a RuntimeError."""
+
+    @functools.wraps(method)
+    def call(cache: PagedKVCache, *arguments: Any, **options: Any) -> Any:
+        if not cache._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                f"{method.__name__}() was called while another call of this cache is under way in another thread, and "
+                f"a cache serves one thread at a time; put a lock around its calls, or make them in one thread"
+            )
+        try:
+            return method(cache, *arguments, **options)
+        finally:
+            cache._in_use.release()
+
+    return call  # type: ignore[return-value]
 
 
 class PagedKVCache:
@@ -135,12 +192,13 @@ class PagedKVCache:
     layout: Layout or "NHD" / "HND". dtype: what K and V are stored in ("float16", "bfloat16", "float32", ...).
     num_layers: layers that share the page lists; a page id means the same page in each of them.
     device: "cpu", "cuda:<i>", ...; None is the current CUDA device if there is one, else the CPU.
-    max_batch_size, max_pages: capacity of the cache's own page table (max_pages counts the pages of all its sequences
-        together). With both, its arrays never move, as CUDA graphs need; without, they grow by doubling.
 
     A sequence is the int that `new_sequence` or `fork` returned. A batch of them, `seqs`, is a list of such ints or an
     integer array [batch], without repetition. One that was freed, or is none of this cache, is a ValueError.
-    All work for the device goes on its current stream.
+
+    Whatever a call raises (OutOfPagesError, an out-of-memory of the device, anything), every sequence is as it was
+    before that call. All work for the device goes on its current stream: use one stream for a cache, or order those
+    that you use. A cache serves one thread at a time; a call while another thread is in one is a RuntimeError.
 
     ValueError, TypeError: extents, layouts and dtypes that cannot be. NotImplementedError: a dtype or head_dim that
     `supports("append", ...)` denies on that device.
@@ -157,8 +215,6 @@ class PagedKVCache:
         dtype: Any,
         num_layers: int = 1,
         device: Any = None,
-        max_batch_size: int | None = None,
-        max_pages: int | None = None,
     ) -> None:
         num_pages, page_size, num_kv_heads, head_dim, num_layers = (
             spec.as_int(value, name, minimum=1)
@@ -170,10 +226,6 @@ class PagedKVCache:
                 (num_layers, "num_layers"),
             )
         )
-        if max_batch_size is not None:
-            max_batch_size = spec.as_int(max_batch_size, "max_batch_size", minimum=1)
-        if max_pages is not None:
-            max_pages = spec.as_int(max_pages, "max_pages", minimum=1)
         layout, dtype = Layout(layout), interop.as_dtype(dtype)
         self._device = interop.resolve_device(device)
         self._backend = backends.of(self._device)
@@ -196,10 +248,7 @@ class PagedKVCache:
         self._unused_ids: list[int] = []  # the ids that free rows give next; the last comes first
         self._batch: tuple[bytes, np.ndarray] | None = None  # the ids that were last found to be right, and their rows
         self._set_num_rows(16)
-
-        self._max_batch_size, self._max_pages = max_batch_size, max_pages
-        self._table = self._empty_table(max_batch_size or 16, max_pages or 256)
-        self._cut_tables: dict[int, PageTable] = {}  # by batch size: what page_table returns, made once
+        self._in_use = threading.Lock()  # held by the call that a thread is in
 
     @property
     def layers(self) -> tuple[PagedKV, ...]:
@@ -228,33 +277,18 @@ class PagedKVCache:
     def device(self) -> str:
         return self._device
 
-    @property
-    def indptr(self) -> Any:
-        """int32 [capacity + 1] on the cache's device, of the last `page_table`; past its batch it stays constant."""
-        return self._table.indptr
-
-    @property
-    def indices(self) -> Any:
-        """int32 [capacity] on the cache's device, of the last `page_table`; entries from indptr[-1] on mean nothing."""
-        return self._table.indices
-
-    @property
-    def last_page_len(self) -> Any:
-        """int32 [capacity] on the cache's device, of the last `page_table`; 0 past its batch."""
-        return self._table.last_page_len
-
     def seq_len(self, seq: int) -> int:
         """Tokens of a sequence, reserved ones included. It holds ceil(seq_len / page_size) pages."""
         return int(self._length[self._row(seq)])
 
+    @_one_thread_at_a_time
     def new_sequence(self) -> int:
         """The id of a new, empty sequence. It holds no page."""
-        if not self._unused_ids:
-            self._set_num_rows(2 * self._length.size)
-        seq = self._unused_ids.pop()
-        self._live_id[seq & ROW_MASK] = seq
+        seq = self._next_id()
+        self._begin(seq)
         return seq
 
+    @_one_thread_at_a_time
     def fork(self, seq: int, length: int | None = None) -> int:
         """A new sequence that begins with the first `length` tokens of `seq` (None: all) and shares their pages.
 
@@ -264,15 +298,18 @@ class PagedKVCache:
         """
         row = self._row(seq)
         length = self._check_length(seq, row, length)
-        forked = self.new_sequence()
-        pages = self._lists.pages(row, 0, self._pages_for(length))
+        pages = self._lists.pages(row, 0, self._pages_for(length)).copy()
+        forked = self._next_id()
+        rows, counts = np.array([forked & ROW_MASK]), np.array([pages.size])
+        entries = self._lists.stage(rows, counts, pages)
+
+        self._lists.commit(rows, counts, entries)
         self._references[pages] += 1
         self._num_references += pages.size
-        forked_row = forked & ROW_MASK
-        self._lists.extend(np.array([forked_row]), np.array([pages.size]), pages)
-        self._length[forked_row] = length
+        self._begin(forked, length)
         return forked
 
+    @_one_thread_at_a_time
     def truncate(self, seq: int, length: int) -> None:
         """Drops the tokens of `seq` from `length` on, and the pages that only they needed.
 
@@ -285,6 +322,7 @@ class PagedKVCache:
         self._lists.count[row] = kept
         self._length[row] = length
 
+    @_one_thread_at_a_time
     def free(self, seq: int) -> None:
         """Ends `seq`: pages that no other sequence holds become free, and the id is refused from now on."""
         row = self._row(seq)
@@ -295,18 +333,23 @@ class PagedKVCache:
         self._batch = None
         self._unused_ids.append(int(seq) + (1 << ROW_BITS))
 
+    @_one_thread_at_a_time
     def reserve(self, seqs: Sequence[int] | np.ndarray, counts: int | Sequence[int] | np.ndarray) -> Any:
         """Makes each sequence counts[i] tokens longer and says where they go.
 
         counts: one int for all sequences, or one for each. Returns slots int64 [sum(counts)] on the cache's device, the
         tokens of seqs[0] first, for `write` in every layer; slot = page * page_size + offset.
         Takes pages as needed. A sequence whose last page is partly filled and shared gets a copy of it (all layers);
-        where all sequences that share it are in the batch, the last of them keeps the original.
-        OutOfPagesError (with .wanted and .free) if the pool cannot give that many pages: then nothing has changed.
+        where all sequences that share it are in the batch, the longest of them (of several, the last) keeps the
+        original.
+        OutOfPagesError (with .wanted and .free) if the pool cannot give that many pages.
         """
         rows = self._rows(seqs)
-        return self._reserve(rows, self._counts(counts, rows.size))
+        reserved = self._prepare(rows, self._counts(counts, rows.size))
+        self._commit(reserved)
+        return reserved.slots
 
+    @_one_thread_at_a_time
     def write(self, slots: Any, k: Any, v: Any, layer: int = 0) -> None:
         """Writes k, v [tokens, num_kv_heads, head_dim] into slots int64 [tokens] of one layer; -1 skips the token."""
         if not 0 <= layer < len(self._layers):
@@ -316,12 +359,13 @@ class PagedKVCache:
             )
         attention.append(self._layers[layer], slots, k, v)
 
+    @_one_thread_at_a_time
     def append(
         self, seqs: Sequence[int] | np.ndarray, counts: int | Sequence[int] | np.ndarray, k: Any, v: Any
     ) -> None:
         """`reserve` and `write` in one, for a cache of one layer: k, v [sum(counts), num_kv_heads, head_dim].
 
-        Nothing is reserved if k or v do not fit. Errors are those of `reserve` and `write`.
+        Errors are those of `reserve` and `write`.
         """
         if len(self._layers) != 1:
             raise ValueError(
@@ -330,19 +374,22 @@ class PagedKVCache:
             )
         rows = self._rows(seqs)
         counts = self._counts(counts, rows.size)
-        k, v = interop.native(k, "k"), interop.native(v, "v")
-        skipped = np.full(int(counts.sum()), -1, np.int64)  # stands for the slots, which exist only once reserved
-        spec.check_append(self._layers[0], skipped, k, v)
-        attention.append(self._layers[0], self._reserve(rows, counts), k, v)
+        native_k, native_v = interop.native(k, "k"), interop.native(v, "v")
+        spec.check_new_tokens(self._layers[0], native_k, native_v, int(counts.sum()))
+        reserved = self._prepare(rows, counts)
+        with reading(loan_of((native_k, k), (native_v, v))):
+            attention.append(self._layers[0], reserved.slots, native_k, native_v)  # where nobody's tokens are
+        self._commit(reserved)
 
+    @_one_thread_at_a_time
     def page_table(self, seqs: Sequence[int] | np.ndarray, out: PageTable | None = None) -> PageTable:
         """The page table of a batch of sequences, reserved tokens included; row i is seqs[i].
 
-        Writes the cache's own arrays, or those of `out` (as of PageTable.empty: their lengths are its capacity), and
-        returns a table of len(seqs) rows over views of them, valid until they are written again. Its `indices` has the
-        full capacity, so that address and shape are the same in every step; entries from indptr[-1] on mean nothing.
-        Rows of the arrays past the batch are empty: they repeat indptr[-1].
-        PageTableError if the batch has more rows or pages than max_batch_size, max_pages or `out` can hold.
+        out=None: a table in arrays of its own, on the cache's device.
+        out: a table of PageTable.empty, whose arrays are written instead: their lengths are its capacity, and their
+        addresses and shapes the same in every step. What is returned is a view of the first len(seqs) rows; `out`
+        itself, whose rows past the batch are then empty, is what a CUDA graph plans. Entries of `indices` from
+        indptr[-1] on mean nothing. PageTableError if the batch has more rows or pages than `out` has room for.
         """
         rows = self._rows(seqs)
         num_pages = self._lists.count[rows]
@@ -350,63 +397,85 @@ class PagedKVCache:
         num_pages.cumsum(out=indptr[1:])
         length = self._length[rows]
         last_page_len = np.minimum(length - (num_pages - 1) * self._page_size, length)  # 0 where there is no page
-        table = self._table_for(rows.size, int(indptr[-1]), out)
-        self._lists.write_table(rows, indptr, last_page_len, table)
-        if table is not self._table:
-            return self._cut(table, rows.size)
-        if rows.size not in self._cut_tables:
-            self._cut_tables[rows.size] = self._cut(table, rows.size)
-        return self._cut_tables[rows.size]
+        if out is None:
+            table = self._new_table(rows.size, int(indptr[-1]))
+            self._lists.write_table(rows, indptr, last_page_len, table)
+            return table
+        self._check_out(out, rows.size, int(indptr[-1]))
+        self._lists.write_table(rows, indptr, last_page_len, out)
+        return PageTable(
+            out.indptr[: rows.size + 1], out.indices, out.last_page_len[: rows.size], page_size=self._page_size
+        )
 
-    def _cut(self, table: PageTable, batch_size: int) -> PageTable:
-        """The table's first rows, as views."""
-        indptr, last_page_len = table.indptr[: batch_size + 1], table.last_page_len[:batch_size]
-        return PageTable(indptr, table.indices, last_page_len, page_size=self._page_size)
+    def _new_table(self, batch_size: int, num_pages: int) -> PageTable:
+        """A table of this size, whose arrays hold nothing yet."""
+        indptr, indices, last_page_len = (
+            self._backend.empty((length,), np.dtype(np.int32), self._device)
+            for length in (batch_size + 1, num_pages, batch_size)
+        )
+        return PageTable(indptr, indices, last_page_len, page_size=self._page_size)
 
-    def _reserve(self, rows: np.ndarray, counts: np.ndarray) -> Any:
+    def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> _Reservation:
+        """All of a reservation that may raise. Pages that it takes are free, and entries that it writes nobody's."""
+        lists, page_size = self._lists, self._page_size
         length = self._length[rows]
         longer = length + counts
-        added = self._pages_for(longer) - self._lists.count[rows]
+        added = self._pages_for(longer) - lists.count[rows]
         (growing,) = added.nonzero()
-        num_added = int(added[growing].sum()) if growing.size else 0
+        rows_growing, added = rows[growing], added[growing]
+        num_added = int(added.sum())
         copying = self._copying(rows, length, counts)
         wanted = num_added + copying.size
         if wanted > self._num_free:
             raise OutOfPagesError(wanted, self._num_free)
-        upload = self._backend.uploader(self._device)  # raises in a graph's capture, before anything has changed
-        if wanted:
-            pages = self._free_pages[self._num_free - wanted : self._num_free][::-1].copy()
-            self._num_free -= wanted
-            self._references[pages] = 1
-            self._num_references += num_added
-            if copying.size:
-                shared, copies = self._lists.last_pages(copying), pages[num_added:]
-                np.subtract.at(self._references, shared, 1)
-                self._lists.replace_last_pages(copying, copies)
-                self._backend.copy_pages(self._storage, shared, copies)
-            if num_added:
-                self._lists.extend(rows[growing], added[growing], pages[:num_added])
-        self._length[rows] = longer
+        upload = self._backend.uploader(self._device)  # raises in a graph's capture
+        pages = self._free_pages[self._num_free - wanted : self._num_free][::-1].copy()
+        staged = lists.stage(rows_growing, added, pages[:num_added])
+        copied, copies = lists.last_entries(copying), pages[num_added:]
+
         # In the arena's own token count, token t of row r is number start[r] * page_size + t.
-        token = _ranges(self._lists.start[rows] * self._page_size + length, counts)
-        entry = token // self._page_size
-        return upload((self._lists.page_ids[entry] - entry) * self._page_size + token)
+        token = _ranges(lists.start[rows] * page_size + length, counts)
+        entry = token // page_size
+        page = lists.page_ids[entry]
+        if copying.size:  # the first tokens of these rows go into the copies
+            order = copied.argsort()
+            found = np.searchsorted(copied, entry, sorter=order)
+            found = order[np.minimum(found, copied.size - 1)]
+            page = np.where(copied[found] == entry, copies[found], page)
+            self._backend.copy_pages(self._storage, lists.page_ids[copied], copies)
+        slots = upload((page - entry) * page_size + token)
+        return _Reservation(slots, rows, longer, pages, rows_growing, added, staged, copied, copies)
+
+    def _commit(self, reserved: _Reservation) -> None:
+        """The sequences have what was prepared for them. Nothing here raises."""
+        num_copies = reserved.copies.size
+        self._num_free -= reserved.pages.size
+        self._references[reserved.pages] = 1
+        self._num_references += reserved.pages.size - num_copies
+        if num_copies:
+            np.subtract.at(self._references, self._lists.page_ids[reserved.copied], 1)
+            self._lists.replace(reserved.copied, reserved.copies)
+        if reserved.staged.size:
+            self._lists.commit(reserved.rows_growing, reserved.added, reserved.staged)
+        self._length[reserved.rows] = reserved.longer
 
     def _copying(self, rows: np.ndarray, length: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Which of the rows, `length` tokens long and about to get `counts` more, must first copy their last page."""
         if self._num_references == self._num_pages - self._num_free:  # no page is shared
             return rows[:0]
         writers = rows[(counts > 0) & (length % self._page_size > 0)]
-        pages = self._lists.last_pages(writers)
+        pages = self._lists.page_ids[self._lists.last_entries(writers)]
         is_shared = self._references[pages] > 1
         if not is_shared.any():
             return writers[:0]
         writers, pages = writers[is_shared], pages[is_shared]
         shared, group, num_writers = np.unique(pages, return_inverse=True, return_counts=True)
-        order = np.arange(writers.size)
-        last_writer = np.zeros(shared.size, np.int64)
-        last_writer[group] = order  # of several values for one element NumPy keeps the last
-        keeps_original = (num_writers == self._references[shared])[group] & (last_writer[group] == order)
+        # The longest writes behind the tokens of all others, so that even a call that fails later has hurt nobody.
+        by_length = np.argsort(self._length[writers], kind="stable")
+        keeper = np.zeros(shared.size, np.int64)
+        keeper[group[by_length]] = by_length  # of several values for one element NumPy keeps the last
+        keeps_original = (num_writers == self._references[shared])[group]
+        keeps_original &= keeper[group] == np.arange(writers.size)
         return writers[~keeps_original]
 
     def _release(self, pages: np.ndarray) -> None:
@@ -421,9 +490,22 @@ class PagedKVCache:
         """Makes room for more sequences; the rows so far stay."""
         old = self._length.size
         self._lists.set_num_rows(num_rows)
-        self._length, self._live_id = _resized(self._length, num_rows), _resized(self._live_id, num_rows)
-        self._live_id[old:] = -1
+        length, live_id = _resized(self._length, num_rows), _resized(self._live_id, num_rows)
+        live_id[old:] = -1
         self._unused_ids += range(num_rows - 1, old - 1, -1)
+        self._length, self._live_id = length, live_id
+
+    def _next_id(self) -> int:
+        """The id that the next sequence gets; there is a row for it."""
+        if not self._unused_ids:
+            self._set_num_rows(2 * self._length.size)
+        return self._unused_ids[-1]
+
+    def _begin(self, seq: int, length: int = 0) -> None:
+        """`seq`, the next id, is a sequence from now on."""
+        row = seq & ROW_MASK
+        self._length[row], self._live_id[row] = length, seq
+        self._unused_ids.pop()
 
     def _pages_for(self, length: Any) -> Any:
         return (length + (self._page_size - 1)) // self._page_size
@@ -470,41 +552,7 @@ class PagedKVCache:
             )
         return length
 
-    def _empty_table(self, max_batch_size: int, max_pages: int) -> PageTable:
-        return PageTable.empty(max_batch_size, max_pages, page_size=self._page_size, device=self._device)
-
-    def _table_for(self, batch_size: int, num_pages: int, out: PageTable | None) -> PageTable:
-        """The table whose arrays `page_table` writes: `out`, or the cache's own, made larger where it must and may."""
-        if out is not None:
-            self._check_out(out)
-        table = self._table if out is None else out
-        rows, pages = table.last_page_len.size, table.indices.size
-        if batch_size <= rows and num_pages <= pages:
-            return table
-        remedy = "make out with PageTable.empty and a larger {}, or pass fewer sequences"
-        if out is None:
-            remedy = "make the cache with a larger {}, or pass fewer sequences"
-            old = rows, pages
-            if batch_size > rows and self._max_batch_size is None:
-                rows = max(2 * rows, batch_size)
-            if num_pages > pages and self._max_pages is None:
-                pages = max(2 * pages, num_pages)
-            if (rows, pages) != old:
-                self._table = self._empty_table(rows, pages)
-                self._cut_tables = {}
-        for field, what, count, capacity in (
-            ("max_batch_size", "sequences", batch_size, rows),
-            ("max_pages", "pages", num_pages, pages),
-        ):
-            if count > capacity:
-                raise PageTableError(
-                    f"seqs has {count} {what}, more than {field}={capacity} of the table; {remedy.format(field)}",
-                    field=field,
-                    value=count,
-                )
-        return self._table
-
-    def _check_out(self, out: PageTable) -> None:
+    def _check_out(self, out: PageTable, batch_size: int, num_pages: int) -> None:
         spec.check_table(out, "out")
         if out.page_offset is not None or out.total_len is not None or out.page_stride != 1:
             raise ValueError(
@@ -520,3 +568,14 @@ class PagedKVCache:
             raise TypeError(
                 f"out lives on {out.device} and the cache on {self._device}; make out with device={self._device!r}"
             )
+        for field, what, count, capacity in (
+            ("max_batch_size", "sequences", batch_size, out.batch_size),
+            ("max_pages", "pages", num_pages, out.indices.size),
+        ):
+            if count > capacity:
+                raise PageTableError(
+                    f"seqs has {count} {what}, more than {field}={capacity} of out; "
+                    f"make out with PageTable.empty and a larger {field}, or pass fewer sequences",
+                    field=field,
+                    value=count,
+                )

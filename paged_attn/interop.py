@@ -3,6 +3,7 @@
 Nothing here copies or moves data on the way in. NumPy and CuPy arrays pass through; everything else comes by DLPack.
 """
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -198,6 +199,11 @@ def _is_traced(x: Any) -> bool:
 def device_of(array: Any) -> str:
     """Where a NumPy or CuPy array lives: "cpu" or "cuda:<i>"."""
     return "cpu" if isinstance(array, np.ndarray) else f"cuda:{array.device.id}"
+
+
+def on_device_of(array: Any) -> Any:
+    """`with on_device_of(array)`: its GPU is the current one; nothing for an array on the CPU."""
+    return contextlib.nullcontext() if isinstance(array, np.ndarray) else array.device
 
 
 def namespace(array: Any) -> ModuleType:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from . import spec
-from .interop import device_of, is_jax, namespace, native
+from .interop import device_of, is_jax, namespace, native, on_device_of
+from .lifetimes import Loan, loan_of, reading
 
 
 class Layout(StrEnum):
@@ -46,6 +47,7 @@ class PagedKV:
         for a pool of no page.
     dtype: np.dtype.    layout: Layout.    device: "cpu" or "cuda:<i>".    writable: whether append may write.
     form: a tuple of all that checks and kernels read of the pool but its addresses; equal for layers that are alike.
+    loan: what keeps pages that came by DLPack until the kernels that read them are over, or None.
 
     Raises
     ------
@@ -61,6 +63,7 @@ class PagedKV:
         "k_pages",
         "k_strides",
         "layout",
+        "loan",
         "num_kv_heads",
         "num_pages",
         "page_size",
@@ -73,6 +76,7 @@ class PagedKV:
         self.layout = Layout(layout)
         self.k_pages, self.v_pages = native(k_pages, "k_pages"), native(v_pages, "v_pages")
         spec.check_pool(self.k_pages, self.v_pages, self.layout)
+        self.loan: Loan | None = loan_of((self.k_pages, k_pages), (self.v_pages, v_pages))
         self.writable = _is_writable(k_pages, self.k_pages) and _is_writable(v_pages, self.v_pages)
         self.dtype: np.dtype = self.k_pages.dtype
         self.device = device_of(self.k_pages)
@@ -97,12 +101,14 @@ class PagedKV:
         spec.check_combined(pages, layout)
         kv = cls(pages[:, 0], pages[:, 1], layout=layout)
         kv.writable = _is_writable(kv_pages, pages)
+        kv.loan = loan_of((pages, kv_pages))
         return kv
 
     def to_layout(self, layout: Layout | str) -> "PagedKV":
         """A contiguous copy of the pool in `layout`, on the same device."""
         layout = Layout(layout)
-        return PagedKV(self._copy(self.k_pages, layout), self._copy(self.v_pages, layout), layout=layout)
+        with reading(self.loan), on_device_of(self.k_pages):
+            return PagedKV(self._copy(self.k_pages, layout), self._copy(self.v_pages, layout), layout=layout)
 
     def _copy(self, pages: Any, layout: Layout) -> Any:
         bits = pages.view(f"u{self.dtype.itemsize}")  # CuPy copies integers of any size, but not every float

@@ -7,6 +7,7 @@ import numpy as np
 
 from . import backends, spec
 from .interop import device_of, native, resolve_device
+from .lifetimes import Loan, loan_of, reading
 
 _INT32 = np.dtype(np.int32)
 
@@ -40,6 +41,7 @@ class PageTable:
         "indices",
         "indptr",
         "last_page_len",
+        "loan",
         "page_offset",
         "page_size",
         "page_stride",
@@ -66,6 +68,14 @@ class PageTable:
             self.indptr, self.indices, self.last_page_len, page_size, self.page_offset, page_stride, self.total_len
         )
         self.page_size, self.page_stride = int(page_size), int(page_stride)
+        # Keeps arrays that came by DLPack until the kernels that read them are over.
+        self.loan: Loan | None = loan_of(
+            (self.indptr, indptr),
+            (self.indices, indices),
+            (self.last_page_len, last_page_len),
+            (self.page_offset, page_offset),
+            (self.total_len, total_len),
+        )
         self.batch_size: int = self.last_page_len.shape[0]
         self.device = device_of(self.indptr)
 
@@ -87,6 +97,7 @@ class PageTable:
         Row i begins with the page ids of request i; what stands past its last page is not read.
         """
         spec.as_int(page_size, "page_size", minimum=1)
+        given = block_table, seq_lens
         block_table, seq_lens = native(block_table, "block_table"), native(seq_lens, "seq_lens")
         spec.check_block_table(block_table, seq_lens, page_size)
         batch_size, max_pages_per_seq = block_table.shape
@@ -94,7 +105,8 @@ class PageTable:
         arrays = _zeros(device, batch_size + 1, batch_size * max_pages_per_seq, batch_size)
         table = cls(*arrays, page_size=page_size)
         if batch_size:
-            backends.of(device).from_block_table(block_table, seq_lens, table.page_size, table)
+            with reading(loan_of((block_table, given[0]), (seq_lens, given[1]))):
+                backends.of(device).from_block_table(block_table, seq_lens, table.page_size, table)
         return table
 
     def to_block_table(self, max_pages_per_seq: int) -> Any:
@@ -102,12 +114,14 @@ class PageTable:
         spec.as_int(max_pages_per_seq, "max_pages_per_seq", minimum=0)
         spec.check_table_values(self, None)
         spec.check_block_width(self, max_pages_per_seq)
-        return self._backend.to_block_table(self, max_pages_per_seq)
+        with reading(self.loan):
+            return self._backend.to_block_table(self, max_pages_per_seq)
 
     @property
     def seq_lens(self) -> Any:
         """Tokens that the pages of each request hold, int32 [batch_size], made anew on the table's device."""
-        return self._backend.seq_lens(self)
+        with reading(self.loan):
+            return self._backend.seq_lens(self)
 
     def split(self, num_chunks: int, out: "PageTable | None" = None) -> "PageTable":
         """Cut every sequence into num_chunks runs of pages: one table of num_chunks * batch_size rows.
@@ -136,7 +150,8 @@ class PageTable:
         else:
             spec.check_split_out(out, self, num_chunks)
         if rows:
-            self._backend.split_table(self, num_chunks, out)
+            with reading(self.loan, out.loan):
+                self._backend.split_table(self, num_chunks, out)
         return out
 
     def slots(self, batch_indices: Any, positions: Any) -> Any:
@@ -147,11 +162,13 @@ class PageTable:
         batch_indices: int32 [n]. The request of each token.
         positions: int32 [n]. Its position in the whole sequence; slot -1 where this table does not hold its page.
         """
+        given = batch_indices, positions
         batch_indices, positions = native(batch_indices, "batch_indices"), native(positions, "positions")
         spec.check_table_values(self, None)
         spec.check_token_places(batch_indices, positions, self)
         upload = self._backend.to_backend
-        return self._backend.table_slots(self, upload(batch_indices, self.device), upload(positions, self.device))
+        with reading(self.loan, loan_of((batch_indices, given[0]), (positions, given[1]))):
+            return self._backend.table_slots(self, upload(batch_indices, self.device), upload(positions, self.device))
 
     def validate(self, num_pages: int) -> "Validation":
         """Check every value against a pool of num_pages pages: a host table at once, a device table by a kernel.
@@ -159,7 +176,8 @@ class PageTable:
         Nothing waits for the device, so that a CUDA graph can hold it; Validation.raise_if_bad does.
         """
         spec.as_int(num_pages, "num_pages", minimum=0)
-        return Validation(self._backend, self._backend.check_table(self, num_pages))
+        with reading(self.loan):
+            return Validation(self._backend, self._backend.check_table(self, num_pages))
 
     @property
     def _backend(self) -> ModuleType:

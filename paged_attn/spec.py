@@ -777,7 +777,21 @@ def check_append(kv: "PagedKV", slots: Any, k: Any, v: Any) -> None:
             "(GPU) arrays and let JAX read them through jax.dlpack.from_dlpack"
         )
     _check_vector(slots, "slots", _INT64, None, "one slot = page * page_size + offset for each token")
-    tokens = slots.shape[0]
+    check_new_tokens(kv, k, v, slots.shape[0])
+    _check_metadata_device(slots, "slots", kv.device)
+    limit = kv.num_pages * kv.page_size
+    if isinstance(slots, np.ndarray) and (bad := _first((slots < -1) | (slots >= limit))) is not None:
+        raise PageTableError(
+            f"slots[{bad}] = {slots[bad]} is no slot of a pool of {kv.num_pages} pages of {kv.page_size} tokens; "
+            f"pass slots in [0, {limit}), or -1 to skip a token",
+            field="slots",
+            index=bad,
+            value=int(slots[bad]),
+        )
+
+
+def check_new_tokens(kv: "PagedKV", k: Any, v: Any, tokens: int) -> None:
+    """k, v [tokens, num_kv_heads, head_dim], of the pool's dtype and on its device."""
     for array, name in ((k, "k"), (v, "v")):
         _check_dtype(array, name, kv.dtype, "as kv is")
         wrong_heads = array.ndim == 3 and array.shape[1] != kv.num_kv_heads and array.shape[2] == kv.head_dim
@@ -791,16 +805,6 @@ def check_append(kv: "PagedKV", slots: Any, k: Any, v: Any) -> None:
         _check_shape(array, name, (tokens, kv.num_kv_heads, kv.head_dim), "[tokens, num_kv_heads, head_dim]")
         _check_device(array, name, kv.device, "kv")
         _check_strides(array, name)
-    _check_metadata_device(slots, "slots", kv.device)
-    limit = kv.num_pages * kv.page_size
-    if isinstance(slots, np.ndarray) and (bad := _first((slots < -1) | (slots >= limit))) is not None:
-        raise PageTableError(
-            f"slots[{bad}] = {slots[bad]} is no slot of a pool of {kv.num_pages} pages of {kv.page_size} tokens; "
-            f"pass slots in [0, {limit}), or -1 to skip a token",
-            field="slots",
-            index=bad,
-            value=int(slots[bad]),
-        )
 
 
 def check_merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any, base: Any, out: Any, lse: Any) -> float:

@@ -1199,10 +1199,10 @@ bad(
 )
 bad("cache: no layers", lambda w: w.make_cache(num_layers=0), ValueError, "num_layers is 0", "[1, ", "at least 1")
 bad(
-    "cache: capacity",
-    lambda w: w.make_cache(max_batch_size=-1),
+    "cache: negative pages",
+    lambda w: w.make_cache(num_pages=-1),
     ValueError,
-    "max_batch_size is -1",
+    "num_pages is -1",
     "[1, ",
     "at least 1",
 )

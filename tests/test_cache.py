@@ -1,6 +1,8 @@
 """PagedKVCache, rule by rule. tests/test_cache_properties.py holds any sequence of its calls against a plain model."""
 
+import threading
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -102,8 +104,6 @@ def test_layers_are_views_of_one_pool_and_always_the_same_objects(device, layout
         ({"num_kv_heads": -1}, ValueError, "num_kv_heads is -1"),
         ({"head_dim": 0}, ValueError, "head_dim is 0"),
         ({"num_layers": 0}, ValueError, "num_layers is 0"),
-        ({"max_batch_size": 0}, ValueError, "max_batch_size is 0"),
-        ({"max_pages": 0}, ValueError, "max_pages is 0"),
         ({"layout": "NDH"}, ValueError, "layout must be 'NHD' .* got 'NDH'"),
         ({"dtype": "int8"}, TypeError, "int8"),
     ],
@@ -304,7 +304,18 @@ def test_who_writes_into_a_shared_page_copies_it_in_all_layers(device, layout, w
     assert read(cache, other) == [1, 2, 3, 4, 5, 7]
 
 
-def test_the_last_of_all_sharers_in_a_batch_keeps_the_original(device):
+def test_of_all_sharers_in_a_batch_the_longest_keeps_the_original(device):
+    """It writes behind the tokens of all others, which therefore stay whole if the call fails behind that write."""
+    cache = make(device)
+    a = new(cache, 1, 2, 3)
+    b, c = cache.fork(a, 1), cache.fork(a, 2)
+    original = page_ids(cache, a)
+    write(cache, cache.reserve([a, b, c], 1), 4, 5, 6)
+    assert page_ids(cache, a) == original
+    assert [read(cache, seq) for seq in (a, b, c)] == [[1, 2, 3, 4], [1, 5], [1, 2, 6]]
+
+
+def test_of_equally_long_sharers_in_a_batch_the_last_keeps_the_original(device):
     cache = make(device)
     a = new(cache, 1, 2)
     b, c = cache.fork(a), cache.fork(a)
@@ -503,29 +514,30 @@ def test_a_batch_that_was_right_is_looked_at_again(device):
 
 
 def test_the_page_table_of_a_batch(device):
-    cache = make(device, 16, 4, max_batch_size=5, max_pages=9)
+    cache = make(device, 16, 4)
     a, b, c = new(cache, *range(9)), cache.new_sequence(), new(cache, *range(8))
     table = cache.page_table([c, b, a])
     assert isinstance(table, pa.PageTable)
     assert (table.batch_size, table.page_size, table.device) == (3, 4, cache.device)
     assert to_host(table.indptr).tolist() == [0, 2, 2, 5]
-    assert to_host(table.indices)[:5].tolist() == [3, 4, 0, 1, 2]
+    assert to_host(table.indices).tolist() == [3, 4, 0, 1, 2]
     assert to_host(table.last_page_len).tolist() == [4, 0, 1]
     assert to_host(table.seq_lens).tolist() == [8, 0, 9]
-    assert table.indices.shape == (9,)
     table.validate(cache.num_pages).raise_if_bad()
-    assert to_host(cache.indptr).tolist() == [0, 2, 2, 5, 5, 5]
-    assert to_host(cache.last_page_len).tolist() == [4, 0, 1, 0, 0]
-    assert to_host(cache.indices)[:5].tolist() == [3, 4, 0, 1, 2]
 
 
-def test_rows_past_the_batch_are_empty_also_after_a_larger_batch(device):
-    cache = make(device, 16, 4, max_batch_size=4, max_pages=16)
-    seqs = [new(cache, *range(n)) for n in (5, 9, 1)]
-    cache.page_table(seqs)
-    cache.page_table(seqs[:1])
-    assert to_host(cache.indptr).tolist() == [0, 2, 2, 2, 2]
-    assert to_host(cache.last_page_len).tolist() == [1, 0, 0, 0]
+def test_two_tables_of_one_cache_share_nothing(device):
+    """A mixed step: some sequences are prefilled, others decoded, each by a table of its own."""
+    cache = make(device, 16, 4)
+    a, b = new(cache, *range(9)), new(cache, *range(20, 23))
+    first, second = cache.page_table([a]), cache.page_table([b])
+    longer = cache.page_table([b, a])
+    assert first is not second
+    assert [to_host(x).tolist() for x in (first.indptr, first.indices, first.last_page_len)] == [[0, 3], [0, 1, 2], [1]]
+    assert [to_host(x).tolist() for x in (second.indptr, second.indices, second.last_page_len)] == [[0, 1], [3], [3]]
+    assert to_host(longer.indices).tolist() == [3, 0, 1, 2]
+    kept = [pointer(x) for t in (first, second, longer) for x in (t.indptr, t.indices, t.last_page_len)]
+    assert len(set(kept)) == 9
 
 
 def test_reserved_tokens_count(device):
@@ -539,47 +551,35 @@ def test_an_empty_batch(device):
     cache = make(device)
     new(cache, 1)
     table = cache.page_table([])
-    assert table.batch_size == 0 and to_host(table.indptr).tolist() == [0]
+    assert table.batch_size == 0 and to_host(table.indptr).tolist() == [0] and table.indices.shape == (0,)
+    empty = cache.page_table([cache.new_sequence(), cache.new_sequence()])
+    assert to_host(empty.indptr).tolist() == [0, 0, 0] and to_host(empty.last_page_len).tolist() == [0, 0]
 
 
 def pointer(array):
     return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
 
 
-def test_with_a_capacity_the_arrays_never_move(device):
-    cache = make(device, 64, 1, max_batch_size=8, max_pages=64)
-    before = [pointer(x) for x in (cache.indptr, cache.indices, cache.last_page_len)]
+def test_a_table_that_is_given_is_written_in_place(device):
+    cache = make(device, 64, 1)
+    out = pa.PageTable.empty(9, 64, page_size=1, device=device)
+    arrays = [pointer(x) for x in (out.indptr, out.indices, out.last_page_len)]
     seqs = [cache.new_sequence() for _ in range(8)]
     for step in range(8):
         cache.reserve(seqs, 1)
-        table = cache.page_table(seqs[: step + 1])
-        assert [pointer(x) for x in (table.indptr, table.indices, table.last_page_len)] == before
-        assert [pointer(x) for x in (cache.indptr, cache.indices, cache.last_page_len)] == before
-        assert table.indices.shape == (64,)
+        table = cache.page_table(seqs[: step + 1], out)
+        assert [pointer(x) for x in (table.indptr, table.indices, table.last_page_len)] == arrays
+        assert table.batch_size == step + 1 and table.indices.shape == (64,)
+        assert to_host(table.seq_lens).tolist() == [step + 1] * (step + 1)
+        assert to_host(out.seq_lens).tolist() == [step + 1] * (step + 1) + [0] * (8 - step)
 
 
-def test_without_a_capacity_the_arrays_grow_by_doubling(device):
-    cache = make(device, 2048, 1)
-    seqs = [cache.new_sequence() for _ in range(100)]
-    sizes = set()
-    for _ in range(20):
-        cache.reserve(seqs, 1)
-        table = cache.page_table(seqs)
-        assert to_host(table.seq_lens).tolist() == [cache.seq_len(seqs[0])] * 100
-        sizes.add(table.indices.shape[0])
-    assert cache.last_page_len.shape == (100,)
-    assert len(sizes) == 4 and max(sizes) == 2048
-
-
-@pytest.mark.parametrize("given_out", [False, True])
-def test_over_capacity(device, given_out):
-    cache = make(device, 16, 4, max_batch_size=2, max_pages=4)
-    small = pa.PageTable.empty(2, 4, page_size=4, device=device)
+def test_over_capacity(device):
+    cache = make(device, 16, 4)
+    out = pa.PageTable.empty(2, 4, page_size=4, device=device)
     a, b, c = new(cache, *range(5)), new(cache, *range(8)), new(cache, 1)
-    out = small if given_out else None
     cache.page_table([a, b], out)
-    kept = small if given_out else cache
-    before = [to_host(x).tolist() for x in (kept.indptr, kept.indices, kept.last_page_len)]
+    before = [to_host(x).tolist() for x in (out.indptr, out.indices, out.last_page_len)]
     with pytest.raises(
         pa.PageTableError, match=r"3 sequences, more than max_batch_size=2 .* larger max_batch_size"
     ) as e:
@@ -589,23 +589,21 @@ def test_over_capacity(device, given_out):
     with pytest.raises(pa.PageTableError, match=r"5 pages, more than max_pages=4 .* larger max_pages") as e:
         cache.page_table([a, b], out)
     assert (e.value.field, e.value.value) == ("max_pages", 5)
-    assert [to_host(x).tolist() for x in (kept.indptr, kept.indices, kept.last_page_len)] == before
+    assert [to_host(x).tolist() for x in (out.indptr, out.indices, out.last_page_len)] == before
     assert page_ids(cache, a)[:2] == [0, 1]
 
 
-def test_out_is_written_instead_of_the_caches_own_arrays(device):
-    cache = make(device, 16, 4, max_batch_size=4, max_pages=16)
-    a, b = new(cache, *range(5)), new(cache, *range(3))
-    cache.page_table([a])
-    own = to_host(cache.indptr).tolist()
+def test_rows_of_out_past_the_batch_are_empty_also_after_a_larger_batch(device):
+    cache = make(device, 16, 4)
+    a, b, c = new(cache, *range(5)), new(cache, *range(3)), new(cache, 1)
     out = pa.PageTable.empty(3, 8, page_size=4, device=device)
+    cache.page_table([c, a, b], out)
     table = cache.page_table([b, a], out=out)
     assert pointer(table.indices) == pointer(out.indices) and table.batch_size == 2
     assert to_host(out.indptr).tolist() == [0, 1, 3, 3]
     assert to_host(out.last_page_len).tolist() == [3, 1, 0]
     assert to_host(out.indices)[:3].tolist() == [2, 0, 1]
-    assert to_host(cache.indptr).tolist() == own
-    # What went to the device with `out` is there for the cache's own arrays too.
+    # What went to the device with `out` is there for other tables too.
     assert page_ids(cache, b) == [2]
 
 
@@ -613,7 +611,7 @@ def test_out_must_fit_the_cache(device):
     cache = make(device, 16, 4)
     a = new(cache, 1)
     with pytest.raises(TypeError, match="out"):
-        cache.page_table([a], out=cache.indptr)
+        cache.page_table([a], out=cache.page_table([a]).indptr)
     with pytest.raises(
         ValueError, match="out has page_size=8, and the cache has page_size=4; make out with page_size=4"
     ):
@@ -627,6 +625,135 @@ def test_out_must_be_on_the_caches_device():
     cache = make("cuda")
     with pytest.raises(TypeError, match="out lives on cpu and the cache on cuda:0; make out with device='cuda:0'"):
         cache.page_table([new(cache, 1)], out=pa.PageTable.empty(1, 4, page_size=4, device="cpu"))
+
+
+# -- calls that fail -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fail_once(device, monkeypatch):
+    """`fail_once(name)`: the next call of that function of the backend raises MemoryError."""
+    backend = backends.of("cpu" if device == "cpu" else "cuda:0")
+
+    def fail_once(name):
+        function = getattr(backend, name)
+
+        def failing(*arguments):
+            monkeypatch.setattr(backend, name, function)
+            raise MemoryError(name)
+
+        monkeypatch.setattr(backend, name, failing)
+
+    return fail_once
+
+
+def test_a_table_that_finds_no_memory_for_its_lists_loses_none(device, fail_once):
+    """Found by a user: page 0 stood in every list afterwards, and 100 pages were gone."""
+    cache = make(device, 600, 4)
+    a, b = new(cache, *range(20)), cache.new_sequence()
+    assert page_ids(cache, a) == [0, 1, 2, 3, 4]
+    for _ in range(2):
+        fail_once("empty")
+        with pytest.raises(MemoryError):
+            cache.reserve([b], 400)  # a larger arena, of which the device needs a copy
+            cache.page_table([b])
+        cache.truncate(b, 0)
+    assert cache.num_free_pages == 595
+    cache.reserve([b], 7)
+    assert page_ids(cache, a) == [0, 1, 2, 3, 4] and page_ids(cache, b) == [5, 6]
+    assert read(cache, a) == list(range(20))
+
+
+def test_a_copy_on_write_that_fails_leaves_the_page_shared(device, fail_once):
+    cache = make(device)
+    a = new(cache, 1, 2)
+    b = cache.fork(a)
+    fail_once("copy_pages")
+    with pytest.raises(MemoryError):
+        cache.reserve([b], 1)
+    assert page_ids(cache, a) == page_ids(cache, b)
+    assert (cache.num_free_pages, cache.num_shared_pages, cache.seq_len(b)) == (7, 1, 2)
+    write(cache, cache.reserve([b], 1), 3)
+    assert [read(cache, a), read(cache, b)] == [[1, 2], [1, 2, 3]]
+
+
+def test_an_append_that_fails_reserves_nothing(device, fail_once):
+    cache = make(device)
+    a = new(cache, 1, 2, 3)
+    b = cache.fork(a, 2)
+    before = [page_ids(cache, seq) for seq in (a, b)]
+    fail_once("append")
+    with pytest.raises(MemoryError):
+        new_tokens = to_device(tokens(4, 5), cache.device)
+        cache.append([b, a], 1, new_tokens, new_tokens)
+    assert [page_ids(cache, seq) for seq in (a, b)] == before
+    assert [read(cache, a), read(cache, b)] == [[1, 2, 3], [1, 2]]
+    assert cache.num_free_pages == 7
+
+
+def test_append_refuses_wrong_tokens_before_it_allocates():
+    cache = make("cpu")
+    a = cache.new_sequence()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"k must have shape \[50000000, "):
+            cache.append([a], 50_000_000, tokens(1), tokens(1))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.gpu
+def test_a_card_without_memory_leaves_the_cache_as_it_was():
+    """The real error, of CuPy's pool."""
+    import cupy
+
+    cache = make("cuda", 1 << 20, 4)
+    a, b = new(cache, 1, 2, 3, 4, 5), cache.new_sequence()
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    pool.set_limit(size=pool.used_bytes() + (1 << 20))
+    try:
+        with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
+            cache.reserve([b], 4 << 19)
+        assert (cache.seq_len(b), cache.num_free_pages) == (0, (1 << 20) - 2)
+        cache.reserve([b], 9)
+        assert read(cache, a) == [1, 2, 3, 4, 5] and page_ids(cache, b) == [2, 3, 4]
+    finally:
+        pool.set_limit(size=0)
+
+
+# -- threads ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_serves_one_thread_at_a_time(monkeypatch):
+    """A call that finds another thread inside raises; when that one has left, it works."""
+    cache = make("cpu")
+    a = cache.new_sequence()
+    inside, leave = threading.Event(), threading.Event()
+    backend = backends.of("cpu")
+    uploader = backend.uploader
+
+    def slow(device):
+        inside.set()
+        assert leave.wait(10)
+        return uploader(device)
+
+    monkeypatch.setattr(backend, "uploader", slow)
+    other = threading.Thread(target=cache.reserve, args=([a], 1))
+    other.start()
+    assert inside.wait(10)
+    try:
+        for name, call in every_call(cache, a).items():
+            if name == "seq_len":
+                continue
+            with pytest.raises(RuntimeError, match=rf"{name}\(\) was called while .* one thread at a time"):
+                call()
+    finally:
+        leave.set()
+        other.join()
+    assert cache.seq_len(a) == 1
+    cache.free(a)
 
 
 # -- the device is updated incrementally -----------------------------------------------------------------------------
@@ -673,17 +800,32 @@ def test_lists_that_grow_page_by_page_are_sent_a_few_times_over(device, updates)
 
 
 def test_many_changes_between_two_page_tables_are_sent_once(device, updates):
-    cache = make(device, 64, 1)
+    cache = make(device, 64, 1)  # page size 1: slots are page ids
     a, b = cache.new_sequence(), cache.new_sequence()
-    cache.reserve([b], 3)
+    pages = {a: [], b: []}
+
+    def reserve(seq, count):
+        pages[seq] += to_host(cache.reserve([seq], count)).tolist()
+
+    def assert_sent(seqs):
+        table = cache.page_table(seqs)
+        assert to_host(table.indices).tolist() == [page for seq in seqs for page in pages[seq]]
+
+    reserve(b, 3)
+    assert_sent([b])
     for step in range(500):
-        cache.truncate(a, step % 7)
-        cache.reserve([a], 30)
-    table = cache.page_table([a, b])
-    assert len(updates) == 1 and updates[0] <= 256
-    slots = cache.reserve([a], 1)  # page size 1: slots are page ids
-    assert to_host(cache.page_table([a]).indices)[cache.seq_len(a) - 1] == to_host(slots)[0]
-    assert table.batch_size == 2
+        kept = step % 7
+        cache.truncate(a, min(kept, len(pages[a])))
+        del pages[a][kept:]
+        reserve(a, 30)
+    cache.truncate(b, 0)  # the entries of b change only when more have changed than there are
+    pages[b].clear()
+    reserve(b, 6)
+    assert_sent([a, b])
+    assert len(updates) == 2 and updates[1] <= 256
+    reserve(a, 1)
+    assert_sent([b, a])
+    assert updates[2] == 1, "what was sent is not sent again"
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16])
@@ -736,7 +878,7 @@ def test_host_time_of_a_decode_step(monkeypatch):
     Some 30 us on an idle core; the limit leaves room for a slow and busy one. The reference's own making of the table,
     which a kernel does on a GPU, is not counted.
     """
-    cache = make("cpu", 256 * 270, 16, max_batch_size=256, max_pages=256 * 270)
+    cache = make("cpu", 256 * 270, 16)
     seqs = [cache.new_sequence() for _ in range(256)]
     cache.reserve(seqs, np.arange(4000, 4256))
     cache.page_table(seqs)

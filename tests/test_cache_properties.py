@@ -1,4 +1,10 @@
-"""Any sequence of calls of PagedKVCache against a plain model, in which pages are objects and tokens are ints."""
+"""Any sequence of calls of PagedKVCache against a plain model, in which pages are objects and tokens are ints.
+
+Some calls fail: one of the calls that the cache makes of its backend raises, before or after it has done its work. Then
+everything must be as it was.
+"""
+
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -7,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 import paged_attn as pa
+from paged_attn import backends
 
 NUM_PAGES, KV_HEADS, HEAD_DIM = 12, 2, 16
 
@@ -20,6 +27,35 @@ def kv_of(token, layer, is_v):
     element = np.arange(KV_HEADS * HEAD_DIM).reshape(KV_HEADS, HEAD_DIM)
     seed = np.asarray(token, np.int64).reshape(-1, 1, 1) * 769 + layer * 101 + is_v * 57
     return ((seed + element) % 2039).astype(np.float16)
+
+
+class Injected(Exception):
+    """What a backend raises here, as it would an out-of-memory error."""
+
+
+class Fuse:
+    """Of the calls that a cache makes of its backend, the one with a given number raises."""
+
+    FUNCTIONS = ("empty", "zeros", "to_backend", "copy_pages", "update_table", "append")
+
+    def __init__(self, backend):
+        self.number = -1  # of that call, counted from the next one on; below 0: none
+        self.is_late = False  # whether the call does its work before it raises
+        functions = {name: self.wrapped(getattr(backend, name)) for name in self.FUNCTIONS}
+        uploader = self.wrapped(backend.uploader)
+        self.patch = mock.patch.multiple(backend, uploader=lambda device: self.wrapped(uploader(device)), **functions)
+        self.patch.start()
+
+    def wrapped(self, function):
+        def call(*arguments):
+            self.number -= 1
+            if self.number:
+                return function(*arguments)
+            if self.is_late:
+                function(*arguments)
+            raise Injected
+
+        return call
 
 
 class Page:
@@ -46,7 +82,18 @@ class CacheMachine(RuleBasedStateMachine):
             num_layers=num_layers,
             device=device,
         )
+        self.fuse = Fuse(backends.of(self.cache.device))
         self.page_size, self.model, self.next_token = page_size, {}, 0
+
+    @rule(number=st.integers(1, 6), is_late=st.booleans())
+    def one_of_the_next_calls_fails(self, number, is_late):
+        self.fuse.number, self.fuse.is_late = number, is_late
+
+    def has_failed(self):
+        """What is to be done where a call raised Injected: nothing, but to look whether all is there."""
+        self.fuse.number = -1
+        if self.model:
+            self.read_back(list(self.model), into_out=False)
 
     def pick(self, number):
         return list(self.model)[number % len(self.model)]
@@ -65,11 +112,12 @@ class CacheMachine(RuleBasedStateMachine):
         writers = [seq for seq, count in batch if count and len(self.model[seq].tokens) % self.page_size]
         last = {seq: self.model[seq].pages[-1] for seq in writers}
         copying = []
-        for i, seq in enumerate(writers):
+        for seq in writers:
             sharers = self.sharers(last[seq])
             all_write = all(last.get(other) is last[seq] for other in sharers)
-            is_last = all(last[later] is not last[seq] for later in writers[i + 1 :])
-            if len(sharers) > 1 and not (all_write and is_last):
+            longest = max(len(self.model[other].tokens) for other in sharers)
+            keeper = [w for w in writers if w in sharers and len(self.model[w].tokens) == longest][-1:]
+            if len(sharers) > 1 and not (all_write and [seq] == keeper):
                 copying.append(seq)
         return copying
 
@@ -84,7 +132,11 @@ class CacheMachine(RuleBasedStateMachine):
     def fork(self, number, part):
         source = self.model[seq := self.pick(number)]
         length = len(source.tokens) if part is None else round(part * len(source.tokens))
-        fork = self.cache.fork(seq) if part is None else self.cache.fork(seq, length)
+        try:
+            fork = self.cache.fork(seq) if part is None else self.cache.fork(seq, length)
+        except Injected:
+            self.has_failed()
+            return
         assert fork not in self.model
         self.model[fork] = Sequence(source.tokens[:length], source.pages[: self.pages_for(length)])
 
@@ -122,6 +174,9 @@ class CacheMachine(RuleBasedStateMachine):
         except pa.OutOfPagesError as error:
             assert (error.wanted, error.free) == (wanted, free) and wanted > free
             return
+        except Injected:
+            self.has_failed()
+            return
         assert wanted <= free
         self.next_token += len(tokens)
         for seq in copying:
@@ -138,6 +193,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.append(seqs, counts, *arrays[0])
             return
         slots = self.cache.reserve(seqs, counts)
+        self.fuse.number = -1  # from here on the tokens are reserved
         for layer in layers:
             self.cache.write(slots, *arrays[layer], layer=layer)
 
@@ -152,9 +208,15 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data(), into_out=st.booleans())
     def read(self, data, into_out):
         order = data.draw(st.permutations(list(self.model)))
-        self.read_back(order[: data.draw(st.integers(1, len(order)))], into_out)
+        seqs = order[: data.draw(st.integers(1, len(order)))]
+        try:
+            self.cache.page_table(seqs)
+        except Injected:
+            self.has_failed()
+        self.read_back(seqs, into_out)
 
     def read_back(self, seqs, into_out):
+        self.fuse.number = -1
         out = None
         if into_out:
             num_pages = sum(len(self.model[seq].pages) for seq in seqs)
@@ -189,6 +251,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     def teardown(self):
         """Everything is readable to the end; then every page comes back, and all of them can be had once more."""
+        self.fuse.number = -1
+        self.fuse.patch.stop()
         if self.model:
             self.read_back(list(self.model), into_out=False)
         for seq in self.model:

@@ -1,6 +1,7 @@
 """The contract of plan and run: what is copied, capacities, what must agree, and in which library results come back."""
 
 import itertools
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -544,3 +545,41 @@ def test_supports_answers_by_question() -> None:
 def test_merge_on_a_gpu_takes_float32_and_attention_does_not() -> None:
     assert "decode on a GPU takes float16, bfloat16, not float32" in pa.supports(device="cuda", dtype="float32").reason
     assert "not float32" not in pa.supports("merge", device="cuda", dtype="float32").reason
+
+
+# -- threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan_class", [pa.BatchDecodeWithPagedKVCache, pa.BatchPrefillWithPagedKVCache])
+def test_a_plan_serves_one_thread_at_a_time(plan_class: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that finds another thread inside raises; when that one has left, it works."""
+    case = Case("threads", (9, 3), num_qo_heads=4, num_kv_heads=2, head_dim=16, page_size=4, q_lens=(1, 1))
+    inputs = build(case)
+    kv, table, attention = inputs.kv(), inputs.table(), plan_class()
+    arguments = (kv, table, 4) if plan_class is pa.BatchDecodeWithPagedKVCache else (kv, table, inputs.qo_indptr, 4)
+    attention.plan(*arguments)
+    right = attention.run(inputs.q, kv)
+    inside, leave = threading.Event(), threading.Event()
+    run = reference.Plan.run
+
+    def slow(*arguments: Any) -> None:
+        inside.set()
+        assert leave.wait(10)
+        run(*arguments)
+
+    monkeypatch.setattr(reference.Plan, "run", slow)
+    results: list[Any] = []
+    other = threading.Thread(target=lambda: results.append(attention.run(inputs.q, kv)))
+    other.start()
+    assert inside.wait(10)
+    try:
+        with pytest.raises(RuntimeError, match=r"run\(\) was called while .* one thread at a time"):
+            attention.run(inputs.q, kv)
+        with pytest.raises(RuntimeError, match=r"plan\(\) was called while .* one thread at a time"):
+            attention.plan(*arguments)
+    finally:
+        leave.set()
+        other.join()
+    np.testing.assert_array_equal(results[0], right)
+    attention.plan(*arguments)
+    np.testing.assert_array_equal(attention.run(inputs.q, kv), right)

@@ -10,7 +10,9 @@ import functools
 import itertools
 import math
 import operator
+import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import cupy
 import numpy as np
 
-from .. import compile, planner, tensor_map
+from .. import compile, lifetimes, planner, tensor_map
 from ..errors import fault_error
 from ..interop import FLOAT_DTYPES
 from ..spec import check_capacities
@@ -42,9 +44,25 @@ INT_LARGEST = 2**31 - 1
 TILES_BYTES = 256 * 4 + SCAN_BYTES  # shared memory of plan_tiles
 SPLITS_BYTES = 258 * 4 + SCAN_BYTES + 4  # and of plan_splits
 SMALLEST_STAGING = 1 << 16  # bytes
+MOST_IDLE_BLOCKS = 16  # of pinned memory, that threads have left on a device
 NOWHERE = 2**32 - 1  # a place in units of 16 bytes that no array reaches (load_global.cuh)
 _BFLOAT16 = FLOAT_DTYPES["bfloat16"]
 _INT32 = np.dtype(np.int32)
+
+
+# -- what belongs to a thread ----------------------------------------------------------------------------------------
+
+
+class _Thread(threading.local):
+    """What a thread has prepared for itself, by device. It goes when the thread ends.
+
+    Parameters of a launch and pinned memory are written before they are used: another thread must not do so meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.staging: dict[str, _Staging] = {}
+        self.appends: dict[str, _Append] = {}
+        self.launches: dict[tuple[Any, ...], Any] = {}
 
 
 # -- memory and devices ----------------------------------------------------------------------------------------------
@@ -94,8 +112,7 @@ def _upload(device: str, stream: Any, array: np.ndarray[Any, Any]) -> Any:
     with _on(device):
         target = cupy.empty(array.shape, array.dtype)
         if array.size:
-            staging = _staging(threading.get_ident(), device)
-            staging.copy((array.ravel(),), array.dtype, target.data, array.nbytes, stream)
+            _staging(device).copy((array.ravel(),), array.dtype, target.data, array.nbytes, stream)
         return target
 
 
@@ -104,7 +121,7 @@ def _upload_together(arrays: Sequence[np.ndarray[Any, Any]], device: str) -> tup
     stream = _upload_stream()
     *begins, size = itertools.accumulate(map(len, arrays), initial=0)
     memory = cupy.cuda.alloc(4 * size)
-    _staging(threading.get_ident(), device).copy(arrays, _INT32, memory, 4 * size, stream)
+    _staging(device).copy(arrays, _INT32, memory, 4 * size, stream)
     return memory, [memory.ptr + 4 * begin for begin in begins]
 
 
@@ -151,10 +168,12 @@ class _PinnedBlock:
 class _Staging:
     """Pinned memory for the uploads of one thread: a block is filled piece by piece, for copies on one stream.
 
-    The block's event is recorded anew behind every copy; a full block is used again when the event is over.
+    The block's event is recorded anew behind every copy; a full block is used again when the event is over. What a
+    thread leaves behind, whose copies may be under way, is there for the others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._device = device
         self._block = _PinnedBlock(np.empty(0, np.uint8), 0, None)
         self._used = 0  # bytes of the block
         self._stream: Any = None  # that the block's copies are on, held so that no other gets its address
@@ -182,34 +201,90 @@ class _Staging:
             if block.view.size >= num_bytes and block.event.done:
                 self._block = self._full.pop(place)
                 return
+        if (left := _take_idle_block(self._device, num_bytes)) is not None:
+            self._block = left
+            return
         size = max(SMALLEST_STAGING, 1 << (num_bytes - 1).bit_length())
         memory = cupy.cuda.alloc_pinned_memory(size)
         view = np.frombuffer(memory, np.uint8, size)
         self._block = _PinnedBlock(view, memory.ptr, cupy.cuda.Event(disable_timing=True))
 
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            _leave_blocks(self._device, [block for block in (*self._full, self._block) if block.event])
 
-@functools.cache
-def _staging(thread: int, device: str) -> _Staging:
-    return _Staging()
+
+_idle_blocks: dict[str, deque[_PinnedBlock]] = {}  # by device
+
+
+def _take_idle_block(device: str, num_bytes: int) -> _PinnedBlock | None:
+    """A block of a thread that has ended, if there is one of that size with nothing under way."""
+    idle = _idle_blocks.get(device, ())
+    for _ in range(len(idle)):
+        try:
+            block = idle.popleft()  # type: ignore[union-attr]
+        except IndexError:  # another thread was faster
+            return None
+        if block.view.size >= num_bytes and block.event.done:
+            return block
+        idle.append(block)  # type: ignore[union-attr]
+    return None
+
+
+def _leave_blocks(device: str, blocks: list[_PinnedBlock]) -> None:
+    idle = _idle_blocks.setdefault(device, deque())
+    idle.extend(blocks)
+    while len(idle) > MOST_IDLE_BLOCKS and idle[0].event.done:
+        idle.popleft()
+
+
+def _staging(device: str) -> _Staging:
+    staging = _thread.staging.get(device)
+    if staging is None:
+        staging = _thread.staging[device] = _Staging(device)
+    return staging
 
 
 # -- status words ----------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+_device_words: dict[str, Any] = {}
+_making_word = threading.Lock()
+
+
 def _device_status(device: str) -> Any:
     """The status word of calls that have no plan; it keeps its first fault until raise_device_status."""
-    return zeros((STATUS_BYTES,), np.uint8, device)
+    word = _device_words.get(device)
+    if word is None:
+        with _making_word, _on(device):
+            word = _device_words.get(device)
+            if word is None:
+                word = _device_words[device] = _new_device_word(device)
+    return word
+
+
+def _new_device_word(device: str) -> Any:
+    """A word of zeros for kernels on any stream: it is made, and waited for, on a stream that has nothing else to do.
+
+    The current stream would be the wrong one: others would not wait for it, and a graph that it captures would clear
+    the word at every replay.
+    """
+    with lifetimes.capture_of_others(), cupy.cuda.Stream(non_blocking=True) as stream:
+        word = zeros((STATUS_BYTES,), np.uint8, device)
+        stream.synchronize()
+    return word
 
 
 def raise_word(word: Any, *, clear: bool = False) -> None:
-    """PageTableError if the status word holds a fault. Waits for the device."""
+    """PageTableError if the status word holds a fault. Waits for all streams of the device, and for a clear word."""
     with _on(f"cuda:{word.device.id}"):
+        cupy.cuda.runtime.deviceSynchronize()
         field, index = word[:8].view(np.int32).get().tolist()
         if field:
             (value,) = word[8:].view(np.int64).get().tolist()
             if clear:
                 word.data.memset_async(0, STATUS_BYTES)
+                cupy.cuda.get_current_stream().synchronize()
             raise fault_error(field, index, value)
 
 
@@ -231,9 +306,14 @@ def _launch(
     **constants: Any,
 ) -> None:
     """Launch kernel `name` with the fields of its struct; an array gives its address, None is a null pointer."""
-    launch, write, in_order = _prepared(
-        threading.get_ident(), name, device, block, shared_bytes, tuple(constants.items())
-    )
+    key = name, device, block, shared_bytes, *constants.items()
+    prepared = _thread.launches.get(key)
+    if prepared is None:
+        kernel = compile.kernel(name, device, shared_bytes=shared_bytes, **constants)
+        launch = compile.Launch(kernel, block, kernel.params())
+        in_order = operator.itemgetter(*launch.params.dtype.names or ())
+        prepared = _thread.launches[key] = launch, launch.writer(), in_order
+    launch, write, in_order = prepared
     values: list[Any] = []
     for value in in_order(fields):
         kind = type(value)
@@ -249,16 +329,6 @@ def _launch(
         launch(stream, grid)
     else:
         launch(stream, *grid)
-
-
-@functools.cache
-def _prepared(
-    thread: int, name: str, device: str, block: int | tuple[int, ...], shared_bytes: int, constants: tuple[Any, ...]
-) -> tuple[compile.Launch, Callable[..., None], Callable[[dict[str, Any]], tuple[Any, ...]]]:
-    """A launch of the thread's own: its parameters are written before it, and another thread could do so meanwhile."""
-    kernel = compile.kernel(name, device, shared_bytes=shared_bytes, **dict(constants))
-    launch = compile.Launch(kernel, block, kernel.params())
-    return launch, launch.writer(), operator.itemgetter(*launch.params.dtype.names or ())
 
 
 def _start(launch: compile.Launch, grid: int) -> None:
@@ -382,6 +452,9 @@ def check_table(table: PageTable, num_pages: int) -> Any:
         "num_pages": num_pages,
     }
     with _on(table.device):
+        stream = cupy.cuda.get_current_stream()
+        if _is_capturing(stream):
+            lifetimes.keep_with_graph(stream.ptr, word)
         blocks = _row_blocks(table.batch_size, table.indices.size) if table.batch_size else 1
         _launch("check_table", table.device, blocks, THREADS, fields)
     return word
@@ -447,14 +520,17 @@ def copy_pages(storage: Any, source: np.ndarray[Any, Any], target: np.ndarray[An
 
 def append(kv: PagedKV, slots: Any, k: Any, v: Any, form: Any) -> None:
     """Write new tokens. form: the same object while nothing but addresses differs from the append before."""
-    _append_of(threading.get_ident(), kv.device).run(kv, slots, k, v, form)
+    last = _thread.appends.get(kv.device)
+    if last is None:
+        last = _thread.appends[kv.device] = _Append(kv.device)
+    last.run(kv, slots, k, v, form)
 
 
 class _Append:
     """The append of one thread on one device: all but addresses stays written while the form is the same."""
 
-    def __init__(self, thread: int, device: str) -> None:
-        self._thread, self._device = thread, device
+    def __init__(self, device: str) -> None:
+        self._device = device
         self._form: Any = None
         self._launch: compile.Launch
         self._write: Callable[..., None]
@@ -473,9 +549,7 @@ class _Append:
         pieces = kv.num_kv_heads * kv.head_dim // 8
         across = min(APPEND_THREADS, -(-pieces // 32) * 32)
         tokens_a_block = max(1, APPEND_THREADS // across)
-        self._launch, self._write, write_rest = _append_launch(
-            self._thread, self._device, (across, tokens_a_block), kv.head_dim
-        )
+        self._launch, self._write, write_rest = self._prepared((across, tokens_a_block), kv.head_dim)
         self._grid = min(-(-tokens // tokens_a_block), MOST_APPEND_BLOCKS)
         write_rest(
             *_units(kv.k_strides),
@@ -487,18 +561,21 @@ class _Append:
             kv.num_pages,
         )
 
+    def _prepared(
+        self, block: tuple[int, int], head_dim: int
+    ) -> tuple[compile.Launch, Callable[..., None], Callable[..., None]]:
+        """The launch, and what writes its addresses and all else."""
+        key = "append", self._device, block, head_dim
+        prepared = _thread.launches.get(key)
+        if prepared is None:
+            kernel = compile.kernel("append", self._device, HEAD_DIM=head_dim)
+            launch = compile.Launch(kernel, block, kernel.params({"status": _device_status(self._device)}))
+            prepared = launch, launch.writer("k", "slots"), launch.writer("k_pool_strides")
+            _thread.launches[key] = prepared
+        return prepared
 
-_append_of = functools.cache(_Append)
 
-
-@functools.cache
-def _append_launch(
-    thread: int, device: str, block: tuple[int, int], head_dim: int
-) -> tuple[compile.Launch, Callable[..., None], Callable[..., None]]:
-    """The launch, and what writes its addresses and all else."""
-    kernel = compile.kernel("append", device, HEAD_DIM=head_dim)
-    launch = compile.Launch(kernel, block, kernel.params({"status": _device_status(device)}))
-    return launch, launch.writer("k", "slots"), launch.writer("k_pool_strides")
+_thread = _Thread()
 
 
 @functools.cache
@@ -586,7 +663,7 @@ class Plan:
     """One step's metadata in buffers of its own, and the launches that read them.
 
     With capacities the buffers are made once (by the first update) and never move, unless a later step has more heads
-    or larger ones; without, they grow by doubling.
+    or larger ones; without, they grow by doubling. A graph that captures the launches keeps the buffers that they have.
     """
 
     def __init__(
@@ -606,7 +683,7 @@ class Plan:
         self._status = _device_status(device) if one_shot else zeros((STATUS_BYTES,), np.uint8, device)
         self._capturable = max_batch_size is not None and max_pages is not None
         self._buffers: dict[str, Any] = {}
-        self._outgrown: list[Any] = []
+        self._last_capture = -1  # whose graph keeps the buffers
         self._shape: Any = None  # what the launches were prepared for
         self._batch_size, self._parts = -1, 0  # of the last step; the blocks that copy its pages
         self._form: Any = None  # of the last run: all but addresses stays written while it is the same
@@ -634,11 +711,9 @@ class Plan:
         """The update, with the plan's device as the current one."""
         device, batch_size = self._device, table.batch_size
         stream = cupy.cuda.get_current_stream(self._index)
-        if not self._capturable and _is_capturing(stream):
-            raise ValueError(
-                "plan() was called while the stream is capturing a CUDA graph, but the plan has no capacity, so "
-                "its buffers may move; make it with max_batch_size= and max_pages="
-            )
+        is_capturing = _is_capturing(stream)
+        if is_capturing:
+            self._check_capturable("plan")
         arrays = table.indptr, table.indices, table.last_page_len, table.page_offset, table.total_len, qo_indptr
         if table.device == "cpu" or isinstance(qo_indptr, np.ndarray):
             _memory, addresses = _addresses_of(arrays, device)
@@ -660,6 +735,8 @@ class Plan:
         if not self._one_shot:
             self._status.data.memset_async(0, STATUS_BYTES, stream)
         launches, stream_address = self._launches, stream.ptr
+        if is_capturing:
+            self._keep_with_graph(stream_address)
         if batch_size != self._batch_size:
             self._parts = _row_blocks(batch_size, max_pages) if batch_size else 0
             if launches.plan_splits and launches.splits:
@@ -799,6 +876,10 @@ class Plan:
 
     def run(self, spec: AttentionSpec, q: Any, kv: PagedKV, out: Any, lse: Any, form: Any) -> None:
         """Attend. form: the same object while nothing but addresses differs from the run before."""
+        stream = cupy.cuda.get_current_stream(self._index)
+        if cupy.cuda.runtime.streamIsCapturing(stream.ptr):
+            self._check_capturable("run")
+            self._keep_with_graph(stream.ptr)
         if form is not self._form:
             self._bind(q, kv, out)
             self._form = form
@@ -827,6 +908,26 @@ class Plan:
             *extents,
         )
 
+    def _check_capturable(self, call: str) -> None:
+        if self._one_shot:
+            raise ValueError(
+                "a one-shot call was made while the stream is capturing a CUDA graph, and what it plans lasts for one "
+                "call only; make a BatchDecodeWithPagedKVCache or BatchPrefillWithPagedKVCache with max_batch_size= "
+                "and max_pages=, plan and run it once, then capture its plan() and run()"
+            )
+        if not self._capturable:
+            raise ValueError(
+                f"{call}() was called while the stream is capturing a CUDA graph, but the plan has no capacity, so "
+                f"its buffers may move; make it with max_batch_size= and max_pages="
+            )
+
+    def _keep_with_graph(self, stream: int) -> None:
+        """The graph that is captured reads the buffers at every replay, also when this plan has others, or is gone."""
+        capture = lifetimes.capture_id(stream)
+        if capture != self._last_capture:
+            lifetimes.keep_with_graph(stream, (self._status, *self._buffers.values()))
+            self._last_capture = capture
+
     def raise_status(self) -> None:
         """PageTableError for the first fault that the last update met. Waits for the device."""
         raise_word(self._status)
@@ -840,8 +941,6 @@ class Plan:
                     f"plan() needs {num_bytes} bytes for its {name} while the stream is capturing a CUDA graph; "
                     f"call plan() once with these shapes before the capture, which makes the buffers"
                 )
-            if buffer is not None and self._capturable:
-                self._outgrown.append(buffer)  # a graph that was captured with it may still be replayed
             size = num_bytes if buffer is None else max(num_bytes, 2 * buffer.nbytes)
             buffer = self._buffers[name] = zeros((max(size, 16),), np.uint8, self._device)
         return buffer

@@ -25,15 +25,12 @@ class Server:
         self.random = np.random.default_rng(7)
         self.cache = pa.PagedKVCache(
             NUM_PAGES, PAGE, KV_HEADS, DIM,
-            layout=layout, dtype="float16", device="cuda", max_batch_size=MAX_BATCH, max_pages=NUM_PAGES,
+            layout=layout, dtype="float16", device="cuda",
         )  # fmt: skip
         self.kv = self.cache.layers[0]
         self.history: dict[int, list[np.ndarray]] = {}
         # Rows past the batch have no page, so the table of all rows serves every step.
-        self.cache.page_table([])
-        self.table = pa.PageTable(
-            self.cache.indptr, self.cache.indices, self.cache.last_page_len, page_size=PAGE
-        )  # fmt: skip
+        self.table = pa.PageTable.empty(MAX_BATCH, NUM_PAGES, page_size=PAGE, device="cuda")
         self.q = cupy.zeros((MAX_BATCH, HEADS, DIM), np.float16)
         self.k, self.v = (cupy.zeros((MAX_BATCH, KV_HEADS, DIM), np.float16) for _ in range(2))
         self.slots = cupy.full(MAX_BATCH, -1, np.int64)
@@ -60,7 +57,7 @@ class Server:
         k, v, q = (self.normal(MAX_BATCH, heads, DIM) for heads in (KV_HEADS, KV_HEADS, HEADS))
         self.slots.fill(-1)
         self.slots[:batch] = self.cache.reserve(list(self.history), 1)
-        self.cache.page_table(list(self.history))
+        self.cache.page_table(list(self.history), out=self.table)
         for row, sequence in enumerate(self.history):
             old_k, old_v = self.history[sequence]
             self.history[sequence] = [

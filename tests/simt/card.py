@@ -1,14 +1,16 @@
-"""A stand-in for CuPy whose card is the SIMT shim: the CUDA backend, host code and kernels, on a CPU.
+"""A stand-in for CuPy whose cards are the SIMT shim: the CUDA backend, host code and kernels, on a CPU.
 
 `install()` makes it the module `cupy` of this process (one that does nothing else: a child process). It has what
 paged_attn/backends/cuda.py and the tests of corrupted inputs use. Every array stands in guarded memory of its own:
 whoever leaves it ends the process (behind it) or is found by `check` (before it). New arrays are full of 0xFF bytes:
--1 as page ids, NaN as floats. Launches are done when they return, so streams and events have nothing to do.
+-1 as page ids, NaN as floats. Launches are done when they return, so streams and events have nothing to do; `launched`
+says where each went, and `current` which card and streams are the current ones, as CuPy has it for each thread.
 """
 
 import ctypes
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from paged_attn import compile as kernels
+from paged_attn import lifetimes
 
 from . import driver
 from .guarded import Guarded
@@ -31,9 +34,9 @@ class ndarray:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, host: np.ndarray) -> None:
+    def __init__(self, host: np.ndarray, device: int | None = None) -> None:
         self.host = host
-        self.device = SimpleNamespace(id=0)
+        self.device = _Device(current.device if device is None else device)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("shape", "dtype", "strides", "ndim", "size", "nbytes", "flags", "itemsize"):
@@ -44,23 +47,23 @@ class ndarray:
         return len(self.host)
 
     def __getitem__(self, key: Any) -> "ndarray":
-        return ndarray(self.host[key])
+        return ndarray(self.host[key], self.device.id)
 
     def view(self, dtype: Any) -> "ndarray":
-        return ndarray(self.host.view(dtype))
+        return ndarray(self.host.view(dtype), self.device.id)
 
     def reshape(self, *shape: Any) -> "ndarray":
-        return ndarray(self.host.reshape(*shape))
+        return ndarray(self.host.reshape(*shape), self.device.id)
 
     def swapaxes(self, a: int, b: int) -> "ndarray":
-        return ndarray(self.host.swapaxes(a, b))
+        return ndarray(self.host.swapaxes(a, b), self.device.id)
 
     def get(self) -> np.ndarray:
         return self.host.copy()
 
     @property
     def data(self) -> "_Pointer":
-        return _Pointer(self.host.ctypes.data)
+        return _Pointer(self.host.ctypes.data, self.device.id)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -68,10 +71,8 @@ class ndarray:
 
 
 class _Pointer:
-    device_id = 0
-
-    def __init__(self, ptr: int) -> None:
-        self.ptr = ptr
+    def __init__(self, ptr: int, device: int = 0) -> None:
+        self.ptr, self.device_id = ptr, device
 
     def memset_async(self, value: int, num_bytes: int, stream: Any = None) -> None:
         ctypes.memset(self.ptr, value, num_bytes)
@@ -111,6 +112,7 @@ def _launch(config_address: int, function: int, arguments_address: int, extra: N
     """cuLaunchKernelEx."""
     text, name, defines = _functions[function]
     config = kernels._LaunchConfig.from_address(config_address)
+    launched.append((name, current.device, config.stream or 0))
     dtype = kernels.params_dtype(text, kernels.params_name(text, name))
     params = ctypes.c_void_p.from_address(arguments_address).value
     assert params is not None
@@ -126,16 +128,50 @@ def _launch(config_address: int, function: int, arguments_address: int, extra: N
     return 0
 
 
-class _Device:
-    id, compute_capability = 0, "80"
-    attributes = MappingProxyType({"MultiProcessorCount": 132, "MaxSharedMemoryPerMultiprocessor": 228 * 1024})
+NUM_DEVICES = 2
 
-    def __init__(self, index: int = 0) -> None: ...
 
-    def __enter__(self) -> "_Device":
+class _Current(threading.local):
+    device = 0
+
+    def __init__(self) -> None:
+        self.streams = [Stream(0), Stream(0)]  # by device: the default one
+
+
+class Stream:
+    """What the backend uses of cupy.cuda.Stream. Its address says which one it is; 0 is the default stream."""
+
+    def __init__(self, address: int | None = None, *, non_blocking: bool = False) -> None:
+        self.ptr = id(self) if address is None else address
+
+    def __enter__(self) -> "Stream":
+        self._before = current.streams[current.device]
+        current.streams[current.device] = self
         return self
 
-    def __exit__(self, *error: object) -> None: ...
+    def __exit__(self, *error: object) -> None:
+        current.streams[current.device] = self._before
+
+    def synchronize(self) -> None: ...
+
+
+class _Device:
+    compute_capability = "80"
+    attributes = MappingProxyType({"MultiProcessorCount": 132, "MaxSharedMemoryPerMultiprocessor": 228 * 1024})
+
+    def __init__(self, index: int = 0) -> None:
+        self.id = index
+
+    def __enter__(self) -> "_Device":
+        self._before, current.device = current.device, self.id
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        current.device = self._before
+
+
+current = _Current()
+launched: list[tuple[str, int, int]] = []  # kernel, the current device, the stream's address
 
 
 class _PinnedMemory(bytearray):
@@ -167,18 +203,24 @@ class GuardPages:
 
 
 def install() -> None:
-    stream = SimpleNamespace(ptr=0, synchronize=lambda: None)
     event = SimpleNamespace(record=lambda stream: None, done=True)
     cuda = SimpleNamespace(
         Device=_Device,
         Event=lambda **options: event,
+        Stream=Stream,
         alloc=alloc,
         alloc_pinned_memory=_PinnedMemory,
-        get_current_stream=lambda device=0: stream,
+        get_current_stream=lambda device=-1: current.streams[current.device if device < 0 else device],
         is_available=lambda: True,
         nvrtc=SimpleNamespace(getVersion=lambda: (12, 9)),
         driver=SimpleNamespace(),
-        runtime=SimpleNamespace(getDevice=lambda: 0, getDeviceCount=lambda: 1, streamIsCapturing=lambda stream: False),
+        runtime=SimpleNamespace(
+            getDevice=lambda: current.device,
+            setDevice=lambda device: setattr(current, "device", device),
+            getDeviceCount=lambda: NUM_DEVICES,
+            deviceSynchronize=lambda: None,
+            streamIsCapturing=lambda stream: False,
+        ),
     )
     module = ModuleType("cupy")
     vars(module).update(ndarray=ndarray, empty=empty, asarray=asarray, RawModule=_RawModule, cuda=cuda)
@@ -186,3 +228,4 @@ def install() -> None:
     vars(cuda_module).update(vars(cuda))
     sys.modules |= {"cupy": module, "cupy.cuda": cuda_module}
     kernels._launch_function = lambda: _launch
+    lifetimes._cuda = lambda: SimpleNamespace(cuThreadExchangeStreamCaptureMode=lambda mode: 0)

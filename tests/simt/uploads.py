@@ -55,7 +55,7 @@ def send(seed: int, *, prompt: bool) -> dict[str, int]:
     rng = np.random.default_rng(seed)
     streams = Stream(0), Stream(64)
     blocks: list[Any] = []
-    cuda._staging.cache_clear()
+    cuda._thread.staging.clear()
 
     def alloc_pinned_memory(size: int) -> Any:
         blocks.append(card._PinnedMemory(size))

@@ -1,0 +1,187 @@
+"""Who keeps what alive: memory that a kernel reads or writes stays until the kernel is over, and nobody waits for it.
+
+Launches are asynchronous, so an argument may lose its last reference while a kernel still reads it. Memory of CuPy's
+pool is safe: the pool gives a block to later work of the same stream only. Two kinds are not, and are kept here:
+
+- What another library lent us by DLPack (`Loan`). JAX gives a temporary's memory to its next operation, on a stream of
+  its own that does not wait for ours.
+- What a CUDA graph holds the addresses of (`keep_with_graph`). Its kernels run again at every replay, for as long as
+  the graph exists.
+
+CuPy and the driver are looked up inside functions only; nothing here runs for arrays on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+# --- 1. memory that is lent -------------------------------------------------------------------------------------------
+
+
+class Loan:
+    """Views of GPU memory that belongs to another library, all on one device.
+
+    Each launch that reads them is followed by `used`. When the loan itself is dropped, the views stay until the last
+    such launch is over; a later call of ours that takes a loan finds out, without waiting.
+    """
+
+    __slots__ = ("_events", "_views")
+
+    def __init__(self, views: list[Any]) -> None:
+        self._views = views
+        self._events: dict[int, Any] = {}  # by stream, behind the last work there that reads the views
+
+    def used(self) -> None:
+        """Work that reads the views is on the current stream of their device."""
+        cuda = sys.modules["cupy"].cuda
+        release_finished()
+        with cuda.Device(self._views[0].device.id) as device:
+            stream = cuda.get_current_stream(device.id)
+            if cuda.runtime.streamIsCapturing(stream.ptr):
+                keep_with_graph(stream.ptr, self._views)
+                return
+            if stream.ptr not in self._events:
+                self._events[stream.ptr] = cuda.Event(disable_timing=True)
+            self._events[stream.ptr].record(stream)
+
+    def __del__(self) -> None:
+        if self._events and not sys.is_finalizing():
+            _waiting.append((list(self._events.values()), self._views))
+            release_finished()
+
+
+_waiting: deque[tuple[list[Any], list[Any]]] = deque()  # events, and what is dropped when all of them are over
+
+
+def loan_of(*arrays: tuple[Any, Any]) -> Loan | None:
+    """The loan of those arrays on a GPU that came by DLPack, or None where none did.
+
+    arrays: pairs of what `interop.native` made, and what it was given. Where it made a view, the two differ.
+    """
+    views = [view for view, given in arrays if view is not given and not isinstance(view, np.ndarray)]
+    return Loan(views) if views else None
+
+
+@contextmanager
+def reading(*loans: Loan | None) -> Iterator[None]:
+    """`with reading(...)`: what is launched inside reads these loans, also where something raises behind a launch."""
+    try:
+        yield
+    finally:
+        for loan in loans:
+            if loan is not None:
+                loan.used()
+
+
+def release_finished() -> None:
+    """Drop what no kernel and no graph needs any more. It only asks; it does not wait."""
+    if _waiting:
+        with capture_of_others():
+            for _ in range(len(_waiting)):
+                try:
+                    events, views = _waiting.popleft()
+                except IndexError:  # another thread is at it, too
+                    break
+                if not all(event.done for event in events):
+                    _waiting.append((events, views))
+    for _ in range(len(_kept)):
+        try:
+            semaphore, kept = _kept.popleft()
+        except IndexError:
+            break
+        if _libc().sem_trywait(semaphore):  # nobody has posted it: the graph exists
+            _kept.append((semaphore, kept))
+        else:
+            _idle_semaphores.append(semaphore)
+
+
+# --- 2. memory that a graph knows -------------------------------------------------------------------------------------
+
+# CUDA calls a function when the last graph that holds a "user object" is gone, on a thread of its own, where neither
+# Python nor CUDA may be called. sem_post of the C library is such a function: it leaves a mark that we find later.
+_kept: deque[tuple[int, Any]] = deque()  # the address of a semaphore, and what stays until it is posted
+_idle_semaphores: list[int] = []
+
+_GRAPH_OWNS_REFERENCE = 1  # CU_GRAPH_USER_OBJECT_MOVE
+_NO_DESTRUCTOR_SYNC = 1  # CU_USER_OBJECT_NO_DESTRUCTOR_SYNC, which has to be given
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+_SEMAPHORE_BYTES = 64  # sem_t has 32 at most
+
+
+def capture_id(stream: int) -> int:
+    """A number for the capture that the stream is in, other than that of any other capture."""
+    return _capture(stream)[0]
+
+
+def keep_with_graph(stream: int, kept: Any) -> None:
+    """`kept` stays until the graph that the stream is capturing is destroyed, and all that was instantiated of it."""
+    release_finished()
+    _, graph = _capture(stream)
+    semaphore = _idle_semaphores.pop() if _idle_semaphores else _new_semaphore()
+    user_object = ctypes.c_void_p()
+    destroy = ctypes.cast(_libc().sem_post, ctypes.c_void_p)
+    _check(_cuda().cuUserObjectCreate(ctypes.byref(user_object), semaphore, destroy, 1, _NO_DESTRUCTOR_SYNC))
+    _kept.append((semaphore, kept))
+    _check(_cuda().cuGraphRetainUserObject(graph, user_object, 1, _GRAPH_OWNS_REFERENCE))
+
+
+def _capture(stream: int) -> tuple[int, int]:
+    """The id and the graph of the capture that the stream is in."""
+    status, number, graph = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p()
+    _check(
+        _cuda().cuStreamGetCaptureInfo_v2(
+            stream, ctypes.byref(status), ctypes.byref(number), ctypes.byref(graph), None, None
+        )
+    )
+    return number.value, graph.value or 0
+
+
+@contextmanager
+def capture_of_others() -> Iterator[None]:
+    """Inside, what has nothing to do with a captured stream does no harm to the capture, however strict its mode is."""
+    mode = ctypes.c_int(_RELAXED)
+    _check(_cuda().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
+    try:
+        yield
+    finally:
+        _check(_cuda().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
+
+
+def _new_semaphore() -> int:
+    semaphore = _libc().malloc(_SEMAPHORE_BYTES)  # never freed, as a graph may outlive this interpreter; used again
+    _libc().sem_init(semaphore, 0, 0)
+    return int(semaphore)
+
+
+def _check(error: int) -> None:
+    if error:
+        raise sys.modules["cupy"].cuda.driver.CUDADriverError(error)
+
+
+@functools.cache
+def _libc() -> Any:
+    library = ctypes.CDLL(None)
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    library.sem_init.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
+    library.sem_trywait.argtypes = (ctypes.c_void_p,)
+    return library
+
+
+@functools.cache
+def _cuda() -> Any:
+    """The driver. A stream is its address, 0 the default one."""
+    library = ctypes.CDLL("libcuda.so.1")
+    pointer = ctypes.c_void_p
+    library.cuStreamGetCaptureInfo_v2.argtypes = (pointer,) * 6
+    library.cuUserObjectCreate.argtypes = pointer, pointer, pointer, ctypes.c_uint, ctypes.c_uint
+    library.cuGraphRetainUserObject.argtypes = pointer, pointer, ctypes.c_uint, ctypes.c_uint
+    library.cuThreadExchangeStreamCaptureMode.argtypes = (pointer,)
+    return library
