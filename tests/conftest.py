@@ -1,7 +1,8 @@
 """The rule of the gpu marker, and the evidence of a GPU run (tests/gpu/results.json, results_cuda12.json).
 
 Tests in tests/gpu are marked gpu. A gpu test is skipped where CuPy sees no card; with PA_REQUIRE_GPU=1 a skipped one is
-a failure. A run that executed gpu tests writes its evidence; any other run says when the evidence is of another tree.
+a failure, but for those marked two_gpus, which need a second card. A run that executed gpu tests writes its evidence;
+any other run says when the evidence is of another tree.
 """
 
 import datetime
@@ -54,6 +55,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not cuda_available():
             item.add_marker(pytest.mark.skip(reason="CuPy is not installed or sees no CUDA device"))
+        elif needs_another_card(item):
+            item.add_marker(pytest.mark.skip(reason="needs two CUDA devices, and CuPy sees one"))
+
+
+def needs_another_card(item: pytest.Item) -> bool:
+    """Whether the test is one of two cards on a machine that has one."""
+    if item.get_closest_marker("two_gpus") is None or not cuda_available():
+        return False
+    import cupy
+
+    return bool(cupy.cuda.runtime.getDeviceCount() < 2)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -61,7 +73,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     report.needs_gpu = item.get_closest_marker("gpu") is not None
     if report.needs_gpu:
-        if report.skipped and gpu_is_required() and not hasattr(report, "wasxfail"):
+        if report.skipped and gpu_is_required() and not hasattr(report, "wasxfail") and not needs_another_card(item):
             report.outcome = "failed"
             report.longrepr = f"a gpu test was skipped, and PA_REQUIRE_GPU=1: {report.longrepr}"
     return report
