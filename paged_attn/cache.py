@@ -66,9 +66,9 @@ class _PageLists:
         self.start = np.zeros(0, np.int64)
         self.capacity = np.zeros(0, np.int64)
         self.count = np.zeros(0, np.int64)
-        self.page_ids = np.zeros(0, np.int32)
+        self.page_ids = np.zeros(1, np.int32)
         self._used = 0
-        self._changed = np.zeros(0, np.int32)  # [arena size]; the first _num_changed: entries the device has not seen
+        self._changed = np.zeros(1, np.int32)  # [arena size]; the first _num_changed: entries the device has not seen
         self._num_changed = 0  # above the arena's size: every entry may be one
         self._device_page_ids = backend.empty((0,), np.dtype(np.int32), device)  # as large as the arena, or outgrown
 
@@ -81,9 +81,9 @@ class _PageLists:
         start = self.start[row]
         return self.page_ids[start + first : start + (self.count[row] if last is None else last)]
 
-    def last_entries(self, rows: np.ndarray) -> np.ndarray:
-        """Where the last page of each row stands in page_ids."""
-        return self.start[rows] + self.count[rows] - 1
+    def last_pages(self, rows: np.ndarray) -> np.ndarray:
+        """The last page of each row, a copy; of a row without pages, anything."""
+        return self.page_ids.take(self.start[rows] + self.count[rows] - 1, mode="clip")
 
     def stage(self, rows: np.ndarray, counts: np.ndarray, pages: np.ndarray) -> np.ndarray:
         """Writes counts[i] pages behind the end of the list of rows[i], which does not hold them before `commit`.
@@ -101,7 +101,8 @@ class _PageLists:
         self.count[rows] += counts
         self._mark_changed(entries)
 
-    def replace(self, entries: np.ndarray, pages: np.ndarray) -> None:
+    def replace_last_pages(self, rows: np.ndarray, pages: np.ndarray) -> None:
+        entries = self.start[rows] + self.count[rows] - 1
         self.page_ids[entries] = pages
         self._mark_changed(entries)
 
@@ -163,7 +164,8 @@ class _Reservation:
     rows_growing: np.ndarray
     added: np.ndarray  # pages that each of rows_growing grows by
     staged: np.ndarray  # where those stand in the lists
-    copied: np.ndarray  # where the pages stand that `copies` take the place of
+    rows_copying: np.ndarray  # whose last page gives way to a copy
+    copied: np.ndarray  # that page of each
     copies: np.ndarray
 
 
@@ -418,33 +420,37 @@ class PagedKVCache:
     def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> _Reservation:
         """All of a reservation that may raise. Pages that it takes are free, and entries that it writes nobody's."""
         lists, page_size = self._lists, self._page_size
-        length = self._length[rows]
+        length, held = self._length[rows], lists.count[rows]
         longer = length + counts
-        added = self._pages_for(longer) - lists.count[rows]
+        added = self._pages_for(longer) - held
         (growing,) = added.nonzero()
-        rows_growing, added = rows[growing], added[growing]
-        num_added = int(added.sum())
+        num_added = int(added[growing].sum()) if growing.size else 0
         copying = self._copying(rows, length, counts)
         wanted = num_added + copying.size
         if wanted > self._num_free:
             raise OutOfPagesError(wanted, self._num_free)
         upload = self._backend.uploader(self._device)  # raises in a graph's capture
         pages = self._free_pages[self._num_free - wanted : self._num_free][::-1].copy()
-        staged = lists.stage(rows_growing, added, pages[:num_added])
-        copied, copies = lists.last_entries(copying), pages[num_added:]
+        copied, copies = lists.last_pages(rows[copying]), pages[num_added:]
 
-        # In the arena's own token count, token t of row r is number start[r] * page_size + t.
-        token = _ranges(lists.start[rows] * page_size + length, counts)
-        entry = token // page_size
-        page = lists.page_ids[entry]
-        if copying.size:  # the first tokens of these rows go into the copies
-            order = copied.argsort()
-            found = np.searchsorted(copied, entry, sorter=order)
-            found = order[np.minimum(found, copied.size - 1)]
-            page = np.where(copied[found] == entry, copies[found], page)
-            self._backend.copy_pages(self._storage, lists.page_ids[copied], copies)
-        slots = upload((page - entry) * page_size + token)
-        return _Reservation(slots, rows, longer, pages, rows_growing, added, staged, copied, copies)
+        # A new token goes into the last page that its sequence has, into the copy of it, or into one of the new pages.
+        last_page = lists.last_pages(rows)
+        last_page[copying] = copies
+        row: Any = (
+            slice(None) if np.count_nonzero(counts == 1) == counts.size else np.repeat(np.arange(rows.size), counts)
+        )
+        number, offset = np.divmod(_ranges(length, counts), page_size)
+        page = last_page[row]
+        if num_added:
+            new = number - held[row]  # of those that its sequence gets, below 0: none
+            first = added.cumsum() - added
+            page = np.where(new < 0, page, pages[np.maximum(first[row] + new, 0)])
+        slots = upload(page.astype(np.int64) * page_size + offset)
+        if copying.size:
+            self._backend.copy_pages(self._storage, copied, copies)
+        rows_growing, added = rows[growing], added[growing]
+        staged = lists.stage(rows_growing, added, pages[:num_added])  # last: it may enlarge the arena
+        return _Reservation(slots, rows, longer, pages, rows_growing, added, staged, rows[copying], copied, copies)
 
     def _commit(self, reserved: _Reservation) -> None:
         """The sequences have what was prepared for them. Nothing here raises."""
@@ -453,25 +459,28 @@ class PagedKVCache:
         self._references[reserved.pages] = 1
         self._num_references += reserved.pages.size - num_copies
         if num_copies:
-            np.subtract.at(self._references, self._lists.page_ids[reserved.copied], 1)
-            self._lists.replace(reserved.copied, reserved.copies)
+            np.subtract.at(self._references, reserved.copied, 1)
+            self._lists.replace_last_pages(reserved.rows_copying, reserved.copies)
         if reserved.staged.size:
             self._lists.commit(reserved.rows_growing, reserved.added, reserved.staged)
         self._length[reserved.rows] = reserved.longer
 
     def _copying(self, rows: np.ndarray, length: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Which of the rows, `length` tokens long and about to get `counts` more, must first copy their last page."""
+        """Which of the rows, `length` tokens long and about to get `counts` more, must first copy their last page.
+
+        Returns their places in `rows`.
+        """
         if self._num_references == self._num_pages - self._num_free:  # no page is shared
-            return rows[:0]
-        writers = rows[(counts > 0) & (length % self._page_size > 0)]
-        pages = self._lists.page_ids[self._lists.last_entries(writers)]
+            return np.zeros(0, np.int64)
+        (writers,) = ((counts > 0) & (length % self._page_size > 0)).nonzero()
+        pages = self._lists.last_pages(rows[writers])
         is_shared = self._references[pages] > 1
         if not is_shared.any():
             return writers[:0]
         writers, pages = writers[is_shared], pages[is_shared]
         shared, group, num_writers = np.unique(pages, return_inverse=True, return_counts=True)
         # The longest writes behind the tokens of all others, so that even a call that fails later has hurt nobody.
-        by_length = np.argsort(self._length[writers], kind="stable")
+        by_length = np.argsort(length[writers], kind="stable")
         keeper = np.zeros(shared.size, np.int64)
         keeper[group[by_length]] = by_length  # of several values for one element NumPy keeps the last
         keeps_original = (num_writers == self._references[shared])[group]

@@ -154,6 +154,12 @@ def _from_dlpack(x: Any, name: str, writable: bool) -> Any:
         elif device_type in _CUDA_DEVICES:
             cupy = cupy_for(f"{name} lives on a GPU")
             with cupy.cuda.Device(device_id):
+                if cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr):
+                    raise TypeError(
+                        f"{name} ({type(x).__module__}.{type(x).__qualname__}) is to be taken by DLPack while the "
+                        f"stream is capturing a CUDA graph, and its library would have the stream wait for its own, "
+                        f"which ends the capture; take it before, {name} = cupy.from_dlpack({name}), and keep that"
+                    )
                 array = cupy.from_dlpack(bits)
         else:
             raise TypeError(

@@ -664,6 +664,29 @@ def test_a_table_that_finds_no_memory_for_its_lists_loses_none(device, fail_once
     assert read(cache, a) == list(range(20))
 
 
+def test_a_call_that_fails_needs_no_memory_afterwards(device, monkeypatch):
+    """What it would have taken, the next table does not ask for."""
+    cache = make(device, 1 << 16, 4)
+    a = new(cache, 1)
+    backend = backends.of("cpu" if device == "cpu" else "cuda:0")
+    sizes, empty = [], backend.empty
+
+    def failing(array):
+        raise MemoryError
+
+    def counted(shape, *rest):
+        sizes.append(int(np.prod(shape)))
+        return empty(shape, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backend, "uploader", lambda device: failing)
+        with pytest.raises(MemoryError):
+            cache.reserve([a], 4 << 15)
+    monkeypatch.setattr(backend, "empty", counted)
+    assert page_ids(cache, a) == [0]
+    assert max(sizes, default=0) < 100
+
+
 def test_a_copy_on_write_that_fails_leaves_the_page_shared(device, fail_once):
     cache = make(device)
     a = new(cache, 1, 2)

@@ -314,24 +314,29 @@ def give_back_everything(before: int) -> None:
 
 def test_a_graph_keeps_what_jax_lent_and_the_word_of_a_validation(to_jax: Callable, gpu: Any) -> None:
     inputs = cases.build(CASE)
-    kv, table = inputs.kv(on_gpu), inputs.table(on_gpu)
+    table, q = inputs.table(on_gpu), on_gpu(inputs.q)
+    pages = [to_jax(inputs.k_pages), to_jax(inputs.v_pages)]
+    addresses = [array.unsafe_buffer_pointer() for array in pages]
+    kv = pa.PagedKV(*pages, layout="NHD")
     plan = pa.BatchDecodeWithPagedKVCache(max_batch_size=4, max_pages=64)
     plan.plan(kv, table, 8)
     out, before = cupy.empty(inputs.q.shape, np.float16), len(lifetimes._kept)
-    q = to_jax(inputs.q)
     plan.run(q, kv, out=out)
     right = bits(out)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         table.validate(1)
         stream.begin_capture(mode=cupy.cuda.runtime.streamCaptureModeRelaxed)
-        plan.run(q, kv, out=out)
-        table.validate(1)  # finds page ids that are none, and writes so at every replay
-        graph = stream.end_capture()
-    address = q.unsafe_buffer_pointer()
-    del q
+        try:
+            plan.run(q, kv, out=out)
+            table.validate(1)  # finds page ids that are none, and writes so at every replay
+        finally:
+            graph = stream.end_capture()
+    del kv, pages
     gc.collect()
-    assert not temporaries_used_again([inputs.q], [address], gpu)
+    cupy.cuda.Device().synchronize()
+    lifetimes.release_finished()
+    assert not temporaries_used_again([inputs.k_pages, inputs.v_pages], addresses, gpu)
     poison = fill_free_memory()
     out.fill(np.nan)
     cupy.cuda.Device().synchronize()
@@ -340,6 +345,27 @@ def test_a_graph_keeps_what_jax_lent_and_the_word_of_a_validation(to_jax: Callab
     assert all(bool((block == 0x7F).all()) for block in poison)
     del graph
     give_back_everything(before)
+
+
+def test_an_array_of_jax_is_refused_during_a_capture_which_survives(to_jax: Callable) -> None:
+    inputs = cases.build(CASE)
+    kv, q, out = inputs.kv(on_gpu), on_gpu(inputs.q), cupy.empty(inputs.q.shape, np.float16)
+    plan = pa.BatchDecodeWithPagedKVCache(max_batch_size=4, max_pages=64)
+    plan.plan(kv, inputs.table(on_gpu), 8)
+    plan.run(q, kv, out=out)
+    right, given = bits(out), to_jax(inputs.q)
+
+    def work() -> None:
+        with pytest.raises(
+            TypeError, match=r"q .*ArrayImpl\) is to be taken by DLPack while .*q = cupy\.from_dlpack\(q\)"
+        ):
+            plan.run(given, kv, out=out)
+        plan.run(q, kv, out=out)
+
+    graph = captured(work)
+    out.fill(0)
+    graph.launch()
+    assert bits(out) == right
 
 
 def test_what_cannot_be_kept_is_not_captured() -> None:
