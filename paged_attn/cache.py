@@ -14,9 +14,8 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -153,20 +152,22 @@ class _PageLists:
         self._num_changed = end
 
 
-@dataclass(frozen=True)
-class _Reservation:
+_NONE = np.zeros(0, np.int64)
+
+
+class _Reservation(NamedTuple):
     """What `reserve` gives to a batch, prepared and not yet theirs."""
 
     slots: Any  # int64 [tokens] on the device
     rows: np.ndarray  # [batch]
     longer: np.ndarray  # [batch] their new lengths
-    pages: np.ndarray  # all that are taken: those that lists grow by, then `copies`
-    rows_growing: np.ndarray
-    added: np.ndarray  # pages that each of rows_growing grows by
-    staged: np.ndarray  # where those stand in the lists
-    rows_copying: np.ndarray  # whose last page gives way to a copy
-    copied: np.ndarray  # that page of each
-    copies: np.ndarray
+    pages: np.ndarray = _NONE  # all that are taken: those that lists grow by, then `copies`
+    rows_growing: np.ndarray = _NONE
+    added: np.ndarray = _NONE  # pages that each of rows_growing grows by
+    staged: np.ndarray = _NONE  # where those stand in the lists
+    rows_copying: np.ndarray = _NONE  # whose last page gives way to a copy
+    copied: np.ndarray = _NONE  # that page of each
+    copies: np.ndarray = _NONE
 
 
 def _one_thread_at_a_time(method: _Method) -> _Method:
@@ -431,39 +432,44 @@ class PagedKVCache:
             raise OutOfPagesError(wanted, self._num_free)
         upload = self._backend.uploader(self._device)  # raises in a graph's capture
         pages = self._free_pages[self._num_free - wanted : self._num_free][::-1].copy()
-        copied, copies = lists.last_pages(rows[copying]), pages[num_added:]
+        new_pages, copies = pages[:num_added], pages[num_added:]
 
         # A new token goes into the last page that its sequence has, into the copy of it, or into one of the new pages.
-        last_page = lists.last_pages(rows)
-        last_page[copying] = copies
-        row: Any = (
-            slice(None) if np.count_nonzero(counts == 1) == counts.size else np.repeat(np.arange(rows.size), counts)
-        )
-        number, offset = np.divmod(_ranges(length, counts), page_size)
-        page = last_page[row]
-        if num_added:
-            new = number - held[row]  # of those that its sequence gets, below 0: none
+        page = lists.last_pages(rows)
+        copied = page[copying]
+        page[copying] = copies
+        position = _ranges(length, counts)
+        number = position // page_size  # of the token's page in its sequence
+        if np.count_nonzero(counts == 1) == counts.size:  # a decode step: the quick way to the same
+            page[growing] = new_pages
+        else:
+            row = np.repeat(np.arange(rows.size), counts)
+            new = number - held[row]  # of those that the sequence gets, below 0: none
             first = added.cumsum() - added
-            page = np.where(new < 0, page, pages[np.maximum(first[row] + new, 0)])
-        slots = upload(page.astype(np.int64) * page_size + offset)
+            page = page[row]
+            page[new >= 0] = new_pages[(first[row] + new)[new >= 0]]
+        slots = upload((page - number) * page_size + position)
+        if not wanted:
+            return _Reservation(slots, rows, longer)
         if copying.size:
             self._backend.copy_pages(self._storage, copied, copies)
-        rows_growing, added = rows[growing], added[growing]
-        staged = lists.stage(rows_growing, added, pages[:num_added])  # last: it may enlarge the arena
-        return _Reservation(slots, rows, longer, pages, rows_growing, added, staged, rows[copying], copied, copies)
+        growth = rows[growing], added[growing]
+        staged = lists.stage(*growth, new_pages)  # last: it may enlarge the arena
+        return _Reservation(slots, rows, longer, pages, *growth, staged, rows[copying], copied, copies)
 
     def _commit(self, reserved: _Reservation) -> None:
         """The sequences have what was prepared for them. Nothing here raises."""
-        num_copies = reserved.copies.size
+        self._length[reserved.rows] = reserved.longer
+        if not reserved.pages.size:
+            return
         self._num_free -= reserved.pages.size
         self._references[reserved.pages] = 1
-        self._num_references += reserved.pages.size - num_copies
-        if num_copies:
+        self._num_references += reserved.pages.size - reserved.copies.size
+        if reserved.copies.size:
             np.subtract.at(self._references, reserved.copied, 1)
             self._lists.replace_last_pages(reserved.rows_copying, reserved.copies)
         if reserved.staged.size:
             self._lists.commit(reserved.rows_growing, reserved.added, reserved.staged)
-        self._length[reserved.rows] = reserved.longer
 
     def _copying(self, rows: np.ndarray, length: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Which of the rows, `length` tokens long and about to get `counts` more, must first copy their last page.
@@ -471,7 +477,7 @@ class PagedKVCache:
         Returns their places in `rows`.
         """
         if self._num_references == self._num_pages - self._num_free:  # no page is shared
-            return np.zeros(0, np.int64)
+            return _NONE
         (writers,) = ((counts > 0) & (length % self._page_size > 0)).nonzero()
         pages = self._lists.last_pages(rows[writers])
         is_shared = self._references[pages] > 1
