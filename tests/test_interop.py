@@ -135,9 +135,13 @@ def test_what_is_no_array_is_refused(thing: object) -> None:
         interop.native(thing, "q")
 
 
-def test_dtypes_that_numpy_does_not_know_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"q cannot be taken by DLPack .*pass a NumPy or CuPy array"):
-        interop.native(jnp.zeros(3, jnp.float8_e4m3fn), "q")
+def test_a_producer_that_fails_is_refused() -> None:
+    class Broken(Producer):
+        def __dlpack__(self, **wishes):
+            raise BufferError("no more buffers")
+
+    with pytest.raises(TypeError, match=r"q cannot be taken by DLPack .no more buffers.; pass a NumPy or CuPy array"):
+        interop.native(Broken(np.zeros(3)), "q")
 
 
 class Elsewhere(Producer):

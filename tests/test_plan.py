@@ -535,8 +535,9 @@ def test_supports_answers_by_question() -> None:
         assert "up to 256, not 272" in pa.supports(op, device="cuda", head_dim=272).reason
     assert "multiple of num_kv_heads" in pa.supports(device="cpu", num_qo_heads=30, num_kv_heads=8).reason
     assert pa.supports(device="cpu", num_qo_heads=40, num_kv_heads=8)
-    assert "dtype must be one of" in pa.supports(device="cpu", dtype="int8").reason
-    assert "layout must be" in pa.supports(device="cpu", layout="NDH").reason
+    for dtype in ("int8", "float8_e4m3fn", np.int32):
+        assert "dtype must be one of" in pa.supports(device="cpu", dtype=dtype).reason
+    assert not pa.supports(device="cuda:99")
     with pytest.raises(ValueError, match="op is 'encode'"):
         pa.supports("encode")
 
