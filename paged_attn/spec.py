@@ -622,7 +622,9 @@ def check_apart_of_table(out: "PageTable", *sources: "PageTable") -> None:
     """The arrays of a table that is written overlap neither each other nor those of tables it is written from."""
     names = ("indptr", "indices", "last_page_len", "page_offset", "total_len")
     read = [(getattr(source, name), f"the table's {name}") for source in sources for name in names]
-    _check_apart([(getattr(out, name), f"out.{name}") for name in names], read, "an out whose arrays are its own")
+    _check_apart(
+        [(getattr(out, name), f"out.{name}") for name in names], read, "an out whose arrays have memory of their own"
+    )
 
 
 def check_block_table(block_table: Any, seq_lens: Any, page_size: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import paged_attn as pa
-from paged_attn import attention, backends, interop
+from paged_attn import attention, backends, interop, spec
 
 NUM_PAGES, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, NUM_QO_HEADS = 6, 4, 2, 16, 4
 SLOTS = NUM_PAGES * PAGE_SIZE
@@ -1557,6 +1557,164 @@ bad(
 )
 
 
+# -- memory that is written while it is read -------------------------------------------------------------------------
+
+
+def reshaped(array: Any, shape: tuple[int, ...], dtype: Any = np.float16, shift: int = 0) -> Any:
+    """An array of `shape` over the memory of another one, from its byte `shift` on."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return array.reshape(-1).view(np.uint8)[shift : shift + size].view(dtype).reshape(shape)
+
+
+def overlapping(name: str, call: Callable[[World], Any], first: str, second: str, remedy: str = "memory of ") -> None:
+    bad(f"overlap: {name}", call, ValueError, f"{first} overlaps {second} in memory", "in use", remedy)
+
+
+Q, LSE, TOKENS = (2, NUM_QO_HEADS, HEAD_DIM), (2, NUM_QO_HEADS), (3, NUM_KV_HEADS, HEAD_DIM)
+overlapping("decode, out = q", attend(out=lambda w: w.q), "out", "q")
+overlapping(
+    "decode, out behind the beginning of q",
+    lambda w: pa.decode(w.q_prefill[:2], w.kv, w.table, out=w.q_prefill[1:3]),
+    "out",
+    "q",
+)
+overlapping("decode, out over K", attend(out=lambda w: reshaped(w.k_pages, Q, shift=512)), "out", "kv.k_pages")
+overlapping("decode, out over V", attend(out=lambda w: reshaped(w.v_pages, Q)), "out", "kv.v_pages")
+overlapping("decode, lse over q", attend(lse=lambda w: reshaped(w.q, LSE, np.float32, 32)), "lse", "q")
+overlapping("decode, lse over K", attend(lse=lambda w: reshaped(w.k_pages, LSE, np.float32)), "lse", "kv.k_pages")
+overlapping("decode, lse over V", attend(lse=lambda w: reshaped(w.v_pages, LSE, np.float32)), "lse", "kv.v_pages")
+overlapping(
+    "decode, lse over out",
+    attend(out=lambda w: w.out, lse=lambda w: reshaped(w.out, LSE, np.float32, 64)),
+    "out",
+    "lse",
+)
+overlapping(
+    "prefill, out = q", lambda w: pa.prefill(w.q_prefill, w.qo_indptr, w.kv, w.table, out=w.q_prefill), "out", "q"
+)
+overlapping("run, out = q", lambda w: w.decode.run(w.q, w.kv, out=w.q), "out", "q")
+overlapping(
+    "run of prefill, lse over V",
+    lambda w: w.prefill.run(w.q_prefill, w.kv, lse=reshaped(w.v_pages, (5, NUM_QO_HEADS), np.float32)),
+    "lse",
+    "kv.v_pages",
+)
+overlapping(
+    "single_decode, out = q",
+    lambda w: pa.single_decode(w.q[0], w.k_one, w.v_one, layout="NHD", out=w.q[0]),
+    "out",
+    "q",
+)
+overlapping(
+    "single_prefill, out over v",
+    lambda w: pa.single_prefill(w.q, w.k_one, w.v_one, layout="NHD", out=reshaped(w.v_one, Q)),
+    "out",
+    "kv.v_pages",
+)
+overlapping(
+    "append, k of the pool", lambda w: pa.append(w.kv, w.slots, w.k_pages[0, 1:], w.v), "k", "kv.k_pages", "k.copy()"
+)
+overlapping(
+    "append, v of the pool's K",
+    lambda w: pa.append(w.kv, w.slots, w.k, reshaped(w.k_pages, TOKENS, shift=32)),
+    "v",
+    "kv.k_pages",
+    "v.copy()",
+)
+
+
+def append_slots_of_the_pool(w: World) -> None:
+    pool = w.xp.zeros_like(w.k_pages)
+    pa.append(pa.PagedKV(w.k_pages.copy(), pool, layout="NHD"), reshaped(pool, (3,), np.int64), w.k, w.v)
+
+
+overlapping("append, slots in the pool", append_slots_of_the_pool, "slots", "kv.v_pages", "slots.copy()")
+overlapping(
+    "cache, append of its own pages",
+    lambda w: w.cache.append([w.a], [3], w.cache.layers[0].k_pages[0, :3], w.v),
+    "k",
+    "kv.k_pages",
+    "k.copy()",
+)
+
+
+def whole_states(w: World) -> dict[str, Any]:
+    """Contiguous states, which out and lse may be."""
+    return {name: array.copy() for name, array in two_states(w).items()}
+
+
+def merge_over(written: str, over: str, shape: tuple[int, ...], dtype: Any, shift: int = 0) -> Callable[[World], Any]:
+    def call(w: World) -> Any:
+        states = whole_states(w)
+        return pa.merge_state(**states, **{written: reshaped(states[over], shape, dtype, shift)})
+
+    return call
+
+
+def merge_into_a_part(w: World, out: int) -> Any:
+    memory = w.normal(4, NUM_QO_HEADS, HEAD_DIM)
+    return pa.merge_state(**(whole_states(w) | {"v_a": memory[:3]}), out=memory[out : out + 3])
+
+
+overlapping("merge_state, out over v_b", merge_over("out", "v_b", (3, 4, 16), np.float16), "out", "v_b")
+overlapping("merge_state, lse over s_b", merge_over("lse", "s_b", (3, 4), np.float32), "lse", "s_b")
+overlapping("merge_state, lse over v_a", merge_over("lse", "v_a", (3, 4), np.float32, 32), "lse", "v_a")
+overlapping("merge_state, out behind the beginning of v_a", lambda w: merge_into_a_part(w, 1), "out", "v_a")
+overlapping(
+    "merge_state, out over lse",
+    lambda w: pa.merge_state(**whole_states(w), out=w.states[0, :3], lse=reshaped(w.states[0], (3, 4), np.float32)),
+    "out",
+    "lse",
+)
+
+
+def merge_into_wider(w: World) -> Any:
+    out = w.normal(3, 4, 16, dtype=np.float32)
+    return pa.merge_state(**(whole_states(w) | {"v_a": reshaped(out, (3, 4, 16))}), out=out)
+
+
+overlapping("merge_state, a float32 out over v_a", merge_into_wider, "out", "v_a")
+overlapping("merge_states, out over v", merge_many(out=lambda w: w.states.reshape(12, 4, 16)[1:4]), "out", "v")
+overlapping("merge_states, lse over s", merge_many(lse=lambda w: w.logs.reshape(12, 4)[:3]), "lse", "s")
+overlapping(
+    "merge_states, lse over out",
+    merge_many(
+        out=lambda w: reshaped(w.q_prefill, (3, 4, 16)), lse=lambda w: reshaped(w.q_prefill, (3, 4), np.float32)
+    ),
+    "out",
+    "lse",
+)
+
+
+def split_over(w: World, **changed: Any) -> Any:
+    """split of a table on the world's device into an `out` that takes some arrays from elsewhere."""
+    table = pa.PageTable(*map(w.xp.asarray, (w.indptr, w.indices, w.last_page_len)), page_size=PAGE_SIZE)
+    out = {"indptr": w.xp.zeros(5, np.int32), "indices": w.xp.zeros(3, np.int32)}
+    out |= {name: w.xp.zeros(4, np.int32) for name in ("last_page_len", "page_offset", "total_len")}
+    out |= {name: f(table, out) for name, f in changed.items()}
+    return table.split(2, out=pa.PageTable(**out, page_size=PAGE_SIZE))
+
+
+overlapping(
+    "split, indices of the table",
+    lambda w: split_over(w, indices=lambda table, out: table.indices),
+    "out.indices",
+    "the table's indices",
+)
+overlapping(
+    "split, two arrays of out",
+    lambda w: split_over(w, total_len=lambda table, out: out["page_offset"]),
+    "out.page_offset",
+    "out.total_len",
+)
+overlapping(
+    "split, indptr over last_page_len",
+    lambda w: split_over(w, last_page_len=lambda table, out: out["indptr"][1:]),
+    "out.indptr",
+    "out.last_page_len",
+)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bad_input(xp, case: Bad) -> None:
     w = World(xp)
@@ -1572,6 +1730,79 @@ def test_bad_input(xp, case: Bad) -> None:
         wanted = re.sub(r"\{(\w+)\}", lambda name: str(getattr(w, name[1])), part)
         assert wanted in str(raised.value), str(raised.value)
     assert w.state() == before
+
+
+def test_memory_that_is_not_shared_is_not_refused(xp) -> None:
+    """Slices of one array, interleaved K and V, heads by turns; and a merge into its first state."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return xp.asarray(rng.standard_normal(shape).astype(np.float16))
+
+    def host(array: Any) -> np.ndarray:
+        return array if xp is np else array.get()
+
+    qkv, memory = normal(9, 8, 16), normal(4, 4, 16)  # heads 0-3 are q, 4-5 k, 6-7 v
+    q, k, v = qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]
+    whole = pa.single_prefill(q, k, v, layout="NHD")
+    out, lse = xp.empty((9, 4, 16), np.float16), xp.empty((9, 4), np.float32)
+    pa.single_prefill(q, k, v, layout="NHD", out=out, lse=lse)
+    np.testing.assert_array_equal(host(out), host(whole))
+    # out and lse behind q, in one array with it; then in the gap that q leaves between its rows.
+    memory[:1] = qkv[:1, :4]
+    pa.single_decode(memory[0], k, v, layout="NHD", out=memory[1], lse=reshaped(memory[2], (4,), np.float32))
+    one = pa.single_decode(q[0], k, v, layout="NHD")
+    np.testing.assert_array_equal(host(memory[1]), host(one))
+    kv = pa.PagedKV(k[None], v[None], layout="NHD")
+    table = pa.PageTable(int32(0, 1), int32(0), int32(9), page_size=9)
+    wide = normal(4, 80)
+    wide[:, :16] = qkv[0, :4]
+    pa.decode(wide[None, :, :16], kv, table, out=reshaped(wide[1, 16:80], (1, 4, 16)))
+    np.testing.assert_array_equal(host(wide[1, 16:80]).reshape(4, 16), host(one))
+    # K and V interleaved, new tokens between a token's K and V of another layer: [page, slot, layer and K or V, ...]
+    pool = normal(3, 4, 6, 2, 16)
+    before = host(pool).copy()
+    layer = pa.PagedKV(pool[:, :, 0], pool[:, :, 1], layout="NHD")
+    pa.append(layer, xp.asarray(np.array([11, 0])), pool[0, :2, 4], pool[1, :2, 5])
+    np.testing.assert_array_equal(host(pool)[[2, 0], [3, 0], 0], before[0, :2, 4])
+    np.testing.assert_array_equal(host(pool)[[2, 0], [3, 0], 1], before[1, :2, 5])
+    pa.PagedKV.combined(normal(3, 2, 4, 2, 16), layout="NHD")
+    v_a, v_b = normal(2, 3, 4, 16)
+    s_a, s_b = xp.asarray(rng.standard_normal((2, 3, 4)).astype(np.float32))
+    merged, log = pa.merge_state(v_a, s_a, v_b, s_b)
+    pa.merge_state(v_a, s_a, v_b, s_b, out=v_a, lse=s_a)
+    np.testing.assert_array_equal(host(v_a), host(merged))
+    np.testing.assert_array_equal(host(s_a), host(log))
+
+
+def test_overlap_is_exact_on_the_host_and_by_addresses() -> None:
+    """Random views of one buffer, as NumPy arrays and as arrays that look like a GPU's, against sets of bytes."""
+    rng = np.random.default_rng(0)
+    memory = np.zeros(1000, np.uint8)
+    found = []
+    for _ in range(2000):
+        views = []
+        for _ in "ab":
+            dtype = np.dtype(rng.choice(["u1", "f2", "f4"]))
+            shape = tuple(int(n) for n in rng.integers(0 if rng.random() < 0.1 else 1, 4, 3))
+            strides = tuple(int(n) * dtype.itemsize for n in rng.integers(-2, 12, 3))
+            low = sum(max(n - 1, 0) * min(stride, 0) for n, stride in zip(shape, strides, strict=True))
+            offset = int(rng.integers(0, 60)) - low
+            views.append(np.ndarray(shape, dtype, memory, offset, strides))
+        bytes_of = [
+            {
+                view.ctypes.data + sum(i * s for i, s in zip(index, view.strides, strict=True)) + byte
+                for index in np.ndindex(view.shape)
+                for byte in range(view.itemsize)
+            }
+            for view in views
+        ]
+        shared = bool(bytes_of[0] & bytes_of[1])
+        on_gpu = [FakeGpuArray(view, view.ctypes.data) for view in views]
+        assert spec.overlap(*views) == spec.overlap(*on_gpu) == shared
+        assert not spec.overlap(views[0], on_gpu[1])
+        found.append(shared)
+    assert 0.1 < np.mean(found) < 0.9
 
 
 # -- two devices -----------------------------------------------------------------------------------------------------
