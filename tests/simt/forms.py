@@ -228,7 +228,41 @@ def failed_plans(rng: np.random.Generator) -> Iterator[bool]:
         yield is_right(large)
 
 
+def first_pages(rng: np.random.Generator) -> Iterator[bool]:
+    """Tables whose indptr does not begin at 0, in plans with room for just their pages, or for one less."""
+    for q_lens in (None, (2, 3)):
+        case = cases.Case(
+            "first_pages", (9, 14), num_qo_heads=4, num_kv_heads=2, head_dim=16, page_size=4, q_lens=q_lens
+        )
+        inputs = cases.build(case)
+        used = int(inputs.indptr[-1])
+        arrays = (
+            inputs.indptr + np.int32(100),
+            np.append(np.full(100, -7, np.int32), inputs.indices),
+            inputs.last_page_len,
+        )
+        kind = pa.BatchDecodeWithPagedKVCache if q_lens is None else pa.BatchPrefillWithPagedKVCache
+        for place in (np.asarray, cupy.asarray):
+            table = pa.PageTable(*map(place, arrays), page_size=4)
+            kv, more = inputs.kv(cupy.asarray), () if q_lens is None else (cupy.asarray(inputs.qo_indptr),)
+            plan: Any = kind(max_batch_size=2, max_pages=used)
+            plan.plan(kv, table, *more, 4)
+            plan.status()
+            out = plan.run(cupy.asarray(inputs.q), kv).host
+            if q_lens is None:
+                right = pa.decode(inputs.q, inputs.kv(), inputs.table())
+            else:
+                right = pa.prefill(inputs.q, inputs.qo_indptr, inputs.kv(), inputs.table())
+            yield np.allclose(out.astype(np.float32), right.astype(np.float32), rtol=0.01, atol=0.01)
+            plan = kind(max_batch_size=2, max_pages=used - 1)
+            if place is np.asarray:
+                yield is_refused(plan.plan, kv, table, *more, 4, says=f"needs max_pages={used}")
+            else:
+                plan.plan(kv, table, *more, 4)
+                yield is_refused(plan.status, says=f"max_pages of the call is {used}")
+
+
 if __name__ == "__main__":
     rng = np.random.default_rng(0)
-    works = (attentions, growing_steps, appends, refusals, failed_plans)
+    works = (attentions, growing_steps, appends, refusals, failed_plans, first_pages)
     print(json.dumps({work.__name__: list(work(rng)) for work in works}))
