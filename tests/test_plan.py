@@ -171,8 +171,8 @@ def test_an_array_for_a_number_is_refused_after_a_good_plan_too() -> None:
     plan = planned(inputs)
     heads, scale = np.array(8), np.array(0.5)
     for value in (np.array([8, 8]), np.array([8])):
-        for _ in range(2):
-            plan.plan(inputs.kv(), inputs.table(), heads, sm_scale=scale)
+        for good in (8, np.int64(8), heads):
+            plan.plan(inputs.kv(), inputs.table(), good, sm_scale=scale if good is heads else 0.5)
             with pytest.raises(TypeError, match=r"num_qo_heads must be an int, got an array of shape .*pass one int"):
                 plan.plan(inputs.kv(), inputs.table(), value)
             with pytest.raises(TypeError, match=r"sm_scale must be a float, got an array of shape .*pass one float"):
