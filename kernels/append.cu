@@ -3,7 +3,7 @@
 //   k_pool[slots[t]][head] = k[t, head]      v_pool[slots[t]][head] = v[t, head]      slot = page * page_size + offset
 //
 // in    k, v    [tokens, heads, HEAD_DIM] u16    any (token, head) strides, last axis contiguous, 16-byte aligned
-//       slots   [tokens] i64                     -1 skips the token
+//       slots   [tokens] i64 or int              -1 skips the token
 // out   k_pool, v_pool                           pages of a pool; NHD and HND differ in their strides only
 //       status  Status                           a slot outside the pool is skipped and recorded
 //
@@ -20,7 +20,7 @@ struct AppendParams {
     const uint4* v;    // [tokens, heads, CHUNKS]
     uint4* k_pool;     // [num_pages, page_size, heads, CHUNKS] in the order of its strides
     uint4* v_pool;     // [num_pages, page_size, heads, CHUNKS] in the order of its strides
-    const i64* slots;  // [tokens]
+    const i64* slots;  // [tokens]; of int where slots_are_int
     Status* status;    // [1]
     PoolStrides k_pool_strides;
     PoolStrides v_pool_strides;
@@ -32,6 +32,7 @@ struct AppendParams {
     int tokens;
     int heads;
     int num_pages;
+    int slots_are_int;
 };
 
 __device__ __forceinline__ i64 pool_offset(i64 page, i64 slot, i64 head, const PoolStrides& strides) {
@@ -43,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(256) append(const __grid_constant__
     const i64 step = i64(gridDim.x) * blockDim.y;
     for (i64 token = i64(blockIdx.x) * blockDim.y + threadIdx.y; token < p.tokens; token += step) {
         // 1. Where the token goes.
-        const i64 slot = p.slots[token];
+        const i64 slot = p.slots_are_int ? reinterpret_cast<const int*>(p.slots)[token] : p.slots[token];
         if (slot < 0 || slot >= num_slots) {
             if (slot != -1 && threadIdx.x == 0) record_fault(p.status, FAULT_SLOTS, int(token), slot);
             continue;

@@ -12,7 +12,8 @@
 //       qo_indptr     [batch + 1] int or null   query rows of request i; null: q_len rows each
 // out   requests      [max_batch_size + 1] Request    the last one holds the totals: first_query = query rows in all,
 //                                                     first_tile = query tiles in all
-//       page_ids      [max_pages] int                 every id that a request refers to is inside the pool
+//       page_ids      [max_pages] int                 indices from indptr[0] on; every id that a request refers to is
+//                                                     inside the pool
 //       status        Status                          the first fault met
 //
 // Whatever the arrays hold, the attention kernels can trust requests and page_ids: a wrong row becomes empty, a wrong
@@ -21,8 +22,8 @@
 //
 // Who owns what
 //   block 0             all requests, in chunks of blockDim.x rows with running sums from chunk to chunk
-//   blocks 1 and above  the page ids: (gridDim.x - 1) / batch blocks a request. A request's pages keep their place, so
-//                       these blocks wait for nothing.
+//   blocks 1 and above  the page ids: (gridDim.x - 1) / batch blocks a request. A request's pages keep their place behind
+//                       indptr[0], so these blocks wait for nothing.
 //   shared memory       SCAN_BYTES
 #include "page_table.cuh"
 #include "table_rows.cuh"
@@ -53,12 +54,19 @@ struct ScheduleParams {
     int group_size;
 };
 
-// The request's entries of indices, and alike of page_ids.
-__device__ __forceinline__ Range pages_of(const ScheduleParams& p, int row) {
+// The entry of indices that is the first one of page_ids: capacity counts from there. 0 where the first row is wrong.
+__device__ __forceinline__ int first_entry_of_all(const ScheduleParams& p) {
+    const int begin = p.indptr[0], end = p.indptr[1];
+    return begin >= 0 && begin <= end && end <= p.num_indices ? begin : 0;
+}
+
+// The request's entries of page_ids, which stand `first` further on in indices.
+__device__ __forceinline__ Range pages_of(const ScheduleParams& p, int first, int row) {
     const Range pages = checked_range(p.indptr, row, p.num_indices, FAULT_INDPTR, p.status);
-    if (pages.end <= p.max_pages) return pages;
-    record_fault(p.status, FAULT_MAX_PAGES, row, pages.end);
-    return {0, 0};
+    const int begin = pages.begin - first, end = pages.end - first;
+    if (begin >= 0 && end <= p.max_pages) return {begin, end};
+    if (end > p.max_pages) record_fault(p.status, FAULT_MAX_PAGES, row, end);
+    return {0, 0};  // before the first: nothing, or behind a row where indptr decreases, which has the fault
 }
 
 // Everything about a request but its queries.
@@ -69,7 +77,7 @@ __device__ __forceinline__ Request keys_of(const ScheduleParams& p, int row) {
         record_fault(p.status, FAULT_PAGE_OFFSET, row, request.page_offset);
         request.page_offset = 0;
     }
-    const Range pages = pages_of(p, row);
+    const Range pages = pages_of(p, first_entry_of_all(p), row);
     const int num_pages = p.num_pages > 0 ? pages.end - pages.begin : 0;
     if (num_pages > 0) {
         int last_page_len = p.last_page_len[row];
@@ -101,11 +109,12 @@ extern "C" __global__ void __launch_bounds__(1024) plan_requests(const __grid_co
     if (blockIdx.x > 0) {
         const RowPart of = row_part(blockIdx.x - 1, gridDim.x - 1, p.batch);
         if (of.row >= batch) return;
-        const Range pages = pages_of(p, of.row);
+        const int first = first_entry_of_all(p);
+        const Range pages = pages_of(p, first, of.row);
         for (i64 entry = first_entry(pages, of); entry < pages.end; entry += entry_step(of)) {
-            int page = p.indices[entry];
+            int page = p.indices[first + entry];
             if (page < 0 || page >= p.num_pages) {
-                record_fault(p.status, FAULT_INDICES, int(entry), page);
+                record_fault(p.status, FAULT_INDICES, int(first + entry), page);
                 page = 0;
             }
             p.page_ids[entry] = page;

@@ -28,13 +28,26 @@ from typing import Any
 import numpy as np
 
 from . import backends, spec
-from .interop import FLOAT_DTYPES, as_dtype, cupy_for, device_of, native, resolve_device, to_caller
+from .interop import (
+    FLOAT_DTYPES,
+    any_dtype,
+    as_dtype,
+    cupy_for,
+    device_of,
+    native,
+    parse_device,
+    resolve_device,
+    to_caller,
+)
 from .layout import Layout, PagedKV
 from .lifetimes import Loan, loan_of, reading
 from .page_table import PageTable
 from .spec import AttentionSpec
 
 _FLOAT32 = FLOAT_DTYPES["float32"]
+# The arguments in their order, for messages.
+_DECODE, _PREFILL, _APPEND = "decode(q, kv, table)", "prefill(q, qo_indptr, kv, table)", "append(kv, slots, k, v)"
+_PLAN_DECODE, _PLAN_PREFILL = "plan(kv, table, num_qo_heads)", "plan(kv, table, qo_indptr, num_qo_heads)"
 _DECODE_AXES = ("[batch, num_qo_heads, head_dim]", "[batch, q_len, num_qo_heads, head_dim]")
 _PREFILL_AXES = ("[rows, num_qo_heads, head_dim]",)
 
@@ -86,27 +99,25 @@ def supports(
 
     op: "append", "decode", "prefill" or "merge". device: "cpu", "cuda", "cuda:1", ...; None: as everywhere, the current
     CUDA device where there is one, else the CPU. What is not named is not asked about. Nothing limits page sizes,
-    layouts, group sizes, q_len, windows, soft caps and positions.
+    layouts, group sizes, q_len, windows, soft caps and positions. ValueError, TypeError: what is no question, as a
+    head_dim of 0 or a dtype that NumPy does not know.
     """
     if op not in _OPS:
         raise ValueError(f"op is {op!r}, which is none of {', '.join(_OPS)}; pass one of them")
+    named = {"head_dim": head_dim, "page_size": page_size, "num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads}
+    for name, value in named.items():
+        if value is not None:
+            spec.as_int(value, name, minimum=1)
+    if layout is not None:
+        spec.as_layout(layout)
+    kind, _ = parse_device(device)
+    dtype_name = None if dtype is None else any_dtype(dtype).name
     try:
-        dtype_name = None if dtype is None else as_dtype(dtype).name
-        named = {
-            "head_dim": head_dim,
-            "page_size": page_size,
-            "num_qo_heads": num_qo_heads,
-            "num_kv_heads": num_kv_heads,
-        }
-        for name, value in named.items():
-            if value is not None:
-                spec.as_int(value, name, minimum=1)
-        if layout is not None:
-            spec.as_layout(layout)
+        if dtype is not None:
+            as_dtype(dtype)
         if num_qo_heads is not None and num_kv_heads is not None and num_qo_heads % num_kv_heads:
             raise ValueError(f"num_qo_heads={num_qo_heads} is not a multiple of num_kv_heads={num_kv_heads}")
-        kind = "cuda" if str(device).startswith("cuda") else _kind(resolve_device(device))
-        _check_limits(op, kind, dtype_name, head_dim)
+        _check_limits(op, kind or _kind(resolve_device(None)), dtype_name, head_dim)
         _check_compute_capability(resolve_device(device))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         return Support(False, str(error))
@@ -182,10 +193,9 @@ class _Specs:
         window_left: int,
         logits_soft_cap: float,
     ) -> AttentionSpec:
-        spec.check_kv(kv)
-        spec.check_table(table)
         numbers = (num_qo_heads, q_len, causal, sm_scale, window_left, logits_soft_cap)
-        made_from = (kv.form, table.page_size, table.device, numbers, *map(type, numbers))  # 8.0 == 8, but is no count
+        # Types first: 8.0 == 8, but is no count, and an array is not to be compared.
+        made_from = (kv.form, table.page_size, table.device, *map(type, numbers), numbers)
         if made_from != self._made_from:
             call = spec.attention_spec(
                 kv,
@@ -198,7 +208,8 @@ class _Specs:
                 logits_soft_cap=logits_soft_cap,
             )
             _check_supported("prefill" if q_len is None else "decode", call.device, call.dtype, call.head_dim)
-            self._made_from, self._spec = made_from, call
+            is_constant = not any(hasattr(number, "__dlpack__") for number in numbers)
+            self._made_from, self._spec = made_from if is_constant else None, call
         spec.check_table_values(table, self._spec.num_pages)
         return self._spec
 
@@ -214,33 +225,38 @@ class _Forms:
     """The forms of the pool and the arrays that were last found to be right.
 
     While calls have the same they get the same tuple, by which a backend knows that only addresses may have changed.
+    remedy: what else a caller with a q of another shape can do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, remedy: str = "plan anew for it") -> None:
         self._right: tuple[Any, ...] | None = None
+        self._extents: tuple[int, ...] = ()  # of the arrays of that form
+        self._remedy = remedy
 
     def check_run(self, call: AttentionSpec, kv: PagedKV, q: Any, out: Any, lse: Any, rows: _Rows) -> tuple[Any, ...]:
         """Check a run, unless one like it has just been found right."""
         found = (getattr(kv, "form", None), spec.form_of(q), spec.form_of(out), spec.form_of(lse), call, rows)
         right = self._right
-        if found == right:
-            return right
-        spec.check_layer(call, kv)
-        spec.check_arrays(call, q, out, lse, rows)
-        self._right = found
-        return found
+        if found != right:
+            spec.check_layer(call, kv)
+            spec.check_arrays(call, q, out, lse, rows, self._remedy)
+            self._extents = spec.extents_of(q, kv.k_pages, kv.v_pages, out, lse)
+            self._right = right = found
+        if out is not None or lse is not None:
+            spec.check_apart_of_run(q, kv, out, lse, self._extents)
+        return right
 
     def check_append(self, kv: PagedKV, slots: Any, k: Any, v: Any) -> tuple[Any, ...]:
         """Check an append, alike."""
-        spec.check_kv(kv)
         found = (kv.form, spec.form_of(slots), spec.form_of(k), spec.form_of(v), kv.writable)
         right = self._right
         if found == right:
+            spec.check_apart_of_append(kv, slots, k, v, self._extents)
             return right
         spec.check_append(kv, slots, k, v)
         _check_supported("append", kv.device, kv.dtype, kv.head_dim)
         if not isinstance(slots, np.ndarray):  # whose values count, too
-            self._right = found
+            self._right, self._extents = found, spec.extents_of(k, v, slots, kv.k_pages, kv.v_pages)
         return found
 
 
@@ -337,7 +353,8 @@ def _run_once(step: _Step, q: Any, kv: PagedKV, out: Any, lse: Any, return_lse: 
             plan.update(call, table, qo_indptr)
         plan.run(call, q_rows, *arguments)
 
-    return _run(call, rows, _Forms(), attend, q, kv, out, lse, return_lse)
+    forms = _Forms("pass a table of that batch" if qo_indptr is None else "pass a qo_indptr that ends there")
+    return _run(call, rows, forms, attend, q, kv, out, lse, return_lse)
 
 
 class _BatchAttention:
@@ -426,6 +443,7 @@ class BatchDecodeWithPagedKVCache(_BatchAttention):
         logits_soft_cap: float = 0.0,
     ) -> None:
         """Copy a step's table. kv: any layer; it gives layout, heads, dims, dtype. q_len: causal queries a request."""
+        spec.check_operands(kv, table, _PLAN_DECODE)
         self._enter("plan")
         try:
             self._take(
@@ -476,6 +494,7 @@ class BatchPrefillWithPagedKVCache(_BatchAttention):
         logits_soft_cap: float = 0.0,
     ) -> None:
         """Copy a step's table. qo_indptr int32 [batch + 1]: request i has rows qo_indptr[i] to qo_indptr[i+1] of q."""
+        spec.check_operands(kv, table, _PLAN_PREFILL)
         self._enter("plan")
         try:
             self._take(
@@ -513,8 +532,9 @@ def decode(
 
     Arguments, results and errors are those at the top of this module.
     """
+    spec.check_operands(kv, table, _DECODE)
     native_q = native(q, "q")
-    spec.check_q(kv, native_q, _DECODE_AXES)
+    spec.check_q(kv, native_q, _DECODE_AXES, _DECODE)
     q_len = native_q.shape[1] if native_q.ndim == 4 else 1
     options = sm_scale, window_left, logits_soft_cap
     step = _decode_step(_Specs(), kv, table, native_q.shape[-2], q_len, None, *options)
@@ -540,8 +560,9 @@ def prefill(
     qo_indptr int32 [batch + 1]: request i has rows qo_indptr[i] to qo_indptr[i+1] of q. causal: its query i of n sees
     the positions up to total_len - n + i. Other arguments, results and errors are those at the top of this module.
     """
+    spec.check_operands(kv, table, _PREFILL)
     native_q = native(q, "q")
-    spec.check_q(kv, native_q, _PREFILL_AXES)
+    spec.check_q(kv, native_q, _PREFILL_AXES, _PREFILL)
     options = sm_scale, window_left, logits_soft_cap
     step = _prefill_step(_Specs(), kv, table, qo_indptr, native_q.shape[1], causal, native_q.shape[0], None, *options)
     return _run_once(step, q, kv, out, lse, return_lse)
@@ -571,7 +592,7 @@ def single_decode(
     """
     kv, table, loan = _one_request(k, v, layout)
     native_q = native(q, "q")
-    spec.check_q(kv, native_q, ("[num_qo_heads, head_dim]",))
+    spec.check_q(kv, native_q, ("[num_qo_heads, head_dim]",), "single_decode(q, k, v)")
     native_out = None if out is None else native(out, "out", writable=True)
     native_lse = None if lse is None else native(lse, "lse", writable=True)
     with reading(loan, loan_of((native_q, q), (native_out, out), (native_lse, lse))):
@@ -612,7 +633,7 @@ def single_prefill(
     """
     kv, table, loan = _one_request(k, v, layout)
     native_q = native(q, "q")
-    spec.check_q(kv, native_q, _PREFILL_AXES)
+    spec.check_q(kv, native_q, _PREFILL_AXES, "single_prefill(q, k, v)")
     qo_indptr = np.array([0, native_q.shape[0]], np.int32)
     options = sm_scale, window_left, logits_soft_cap
     step = _prefill_step(_Specs(), kv, table, qo_indptr, native_q.shape[1], causal, None, None, *options)
@@ -647,7 +668,7 @@ def append(kv: PagedKV, slots: Any, k: Any, v: Any) -> None:
     Parameters
     ----------
     kv: the pool.
-    slots: int64 [tokens], slot = page * page_size + offset; -1 skips the token. NumPy or beside the pool.
+    slots: int64 or int32 [tokens], slot = page * page_size + offset; -1 skips the token. NumPy or beside the pool.
     k, v: [tokens, num_kv_heads, head_dim], whatever the layout of the pool, of its dtype and on its device.
 
     Raises
@@ -655,6 +676,7 @@ def append(kv: PagedKV, slots: Any, k: Any, v: Any) -> None:
     ValueError: shapes, a pool that cannot be written; TypeError: dtypes, devices; NotImplementedError: see `supports`.
     PageTableError: a NumPy slot outside the pool. One in a device array is skipped and recorded: `status` raises it.
     """
+    spec.check_kv(kv, _APPEND)
     native_slots, native_k, native_v = native(slots, "slots"), native(k, "k"), native(v, "v")
     form = _appended.check_append(kv, native_slots, native_k, native_v)
     if not native_slots.size:

@@ -5,7 +5,6 @@ Nothing here copies or moves data on the way in. NumPy and CuPy arrays pass thro
 
 import contextlib
 import ctypes
-import functools
 import sys
 from types import ModuleType
 from typing import Any
@@ -20,6 +19,13 @@ FLOAT_DTYPES = {
     "float64": np.dtype(np.float64),
 }
 _BFLOAT16 = FLOAT_DTYPES["bfloat16"]
+_METADATA = {
+    **dict.fromkeys(("indptr", "indices", "last_page_len", "page_offset", "total_len", "qo_indptr"), "int32"),
+    **dict.fromkeys(("block_table", "seq_lens", "batch_indices", "positions"), "int32"),
+    **dict.fromkeys(("lse", "s", "s_a", "s_b"), "float32"),
+    "slots": "int64",
+}
+"""The dtypes of arguments that always have the same one; others are of FLOAT_DTYPES."""
 
 _HOST_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost
 _CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged
@@ -108,8 +114,9 @@ def native(x: Any, name: str, *, writable: bool = False) -> Any:
 
     Raises
     ------
-    TypeError: `x` is no array (a list, say), is traced by jax.jit, or has a dtype that NumPy does not know.
-    ValueError: `writable`, and the array may not be written.
+    TypeError: `x` is no array (a list, say), is traced by jax.jit, is sharded over devices, or has a dtype that NumPy
+        does not know.
+    ValueError: the array was deleted; or `writable`, and it may not be written.
     ImportError: a GPU array, and CuPy is not installed.
     """
     if type(x) is getattr(sys.modules.get("cupy"), "ndarray", None):  # the usual one, and a launch waits for this
@@ -130,28 +137,33 @@ def is_native(x: Any) -> bool:
 
 
 def _from_dlpack(x: Any, name: str, writable: bool) -> Any:
+    wanted = _METADATA.get(name, "float16")
     if not hasattr(x, "__dlpack__"):
-        raise TypeError(
-            f"{name} must be an array (NumPy, CuPy, JAX or another with __dlpack__), got {type(x).__name__}; "
-            f"pass np.asarray({name}, dtype=...) or its like"
+        kind = type(x).__name__
+        remedy = f"pass np.asarray({name}, dtype=np.{wanted}) or its like"
+        if type(x).__module__.startswith("paged_attn."):
+            remedy = (
+                "pass the arguments in their order: decode(q, kv, table), prefill(q, qo_indptr, kv, table), "
+                "run(q, kv), append(kv, slots, k, v)"
+            )
+        raise TypeError(f"{name} must be an array (NumPy, CuPy, JAX or another with __dlpack__), got {kind}; {remedy}")
+    check_readable(x, name)
+    if writable and is_jax(x):
+        raise ValueError(
+            f"{name} is a JAX array, which is immutable, and paged_attn writes into {name}; pass a NumPy array "
+            f"(on the CPU) or a CuPy array (on a GPU) and read it from JAX through jax.dlpack.from_dlpack"
         )
-    if is_jax(x):
-        if _is_traced(x):
-            raise TypeError(
-                f"{name} is a JAX array that is being traced (jax.jit, vmap or grad): it has no memory to read; "
-                f"call paged_attn outside the transformation"
-            )
-        if writable:
-            raise ValueError(
-                f"{name} is a JAX array, which is immutable, and paged_attn writes into {name}; pass a NumPy array "
-                f"(on the CPU) or a CuPy array (on a GPU) and read it from JAX through jax.dlpack.from_dlpack"
-            )
     device_type, device_id = x.__dlpack_device__()
+    if device_type not in _HOST_DEVICES + _CUDA_DEVICES:
+        raise TypeError(
+            f"{name} lives on a device of DLPack type {device_type}, and paged_attn knows the CPU and CUDA; "
+            f"move {name} to one of them"
+        )
     bits = _Bits(x)
     try:
         if device_type in _HOST_DEVICES:
             array = np.from_dlpack(bits)
-        elif device_type in _CUDA_DEVICES:
+        else:
             cupy = cupy_for(f"{name} lives on a GPU")
             with cupy.cuda.Device(device_id):
                 if cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr):
@@ -161,12 +173,11 @@ def _from_dlpack(x: Any, name: str, writable: bool) -> Any:
                         f"which ends the capture; take it before, {name} = cupy.from_dlpack({name}), and keep that"
                     )
                 array = cupy.from_dlpack(bits)
-        else:
-            raise TypeError(
-                f"{name} lives on a device of DLPack type {device_type}, and paged_attn knows the CPU and CUDA; "
-                f"move {name} to one of them"
-            )
-    except (BufferError, RuntimeError) as error:
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        dtype = str(getattr(x, "dtype", "")).rpartition(".")[2]
+        if dtype and dtype not in (*FLOAT_DTYPES, wanted):
+            rule = wanted if name in _METADATA else f"one of {', '.join(FLOAT_DTYPES)}"
+            raise TypeError(f"{name} must be {rule}, got {dtype}; pass {name}.astype(np.{wanted})") from error
         raise TypeError(f"{name} cannot be taken by DLPack ({error}); pass a NumPy or CuPy array") from error
     if writable and (bits.read_only or (isinstance(array, np.ndarray) and not array.flags.writeable)):
         raise ValueError(
@@ -194,8 +205,26 @@ def is_jax(x: Any) -> bool:
     return jax is not None and isinstance(x, jax.Array)
 
 
-def _is_traced(x: Any) -> bool:
-    return isinstance(x, sys.modules["jax"].core.Tracer)
+def check_readable(x: Any, name: str) -> None:
+    """A jax.Array has memory to read, all of it on one device; anything else passes."""
+    if not is_jax(x):
+        return
+    if isinstance(x, sys.modules["jax"].core.Tracer):
+        raise TypeError(
+            f"{name} is a JAX array that is being traced (jax.jit, vmap or grad): it has no memory to read; "
+            f"call paged_attn outside the transformation"
+        )
+    if x.is_deleted():
+        raise ValueError(
+            f"{name} is a JAX array that was deleted, as donate_argnums of jax.jit does ({name}.shape={x.shape}, "
+            f"{x.dtype}); pass the array that the jitted function returned, or do not donate {name}"
+        )
+    if len(devices := x.sharding.device_set) > 1:
+        raise TypeError(
+            f"{name} is a JAX array on {len(devices)} devices, sharded or replicated ({name}.shape={x.shape}), and "
+            f"paged_attn takes arrays on one device; pass a shard, {name}.addressable_shards[i].data, or all of it on "
+            f"one device, jax.device_put({name}, jax.devices()[0])"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -218,37 +247,46 @@ def namespace(array: Any) -> ModuleType:
 
 
 def cupy_for(reason: str) -> ModuleType:
-    """The module cupy, or an ImportError that gives the reason and names the extras."""
+    """The module cupy, or an ImportError that gives the reason, why it cannot be imported, and what to do."""
     try:
         import cupy
-    except ImportError as error:
-        raise ImportError(
-            f"{reason}, and CuPy cannot be imported ({error}); install it with "
-            f"pip install 'paged_attn[cuda12]' (or 'paged_attn[cuda13]' for a CUDA 13 driver)"
-        ) from error
+    except Exception as error:  # of any type: a cache folder that cannot be made raises OSError
+        remedy = "see to it that `import cupy` works (CUPY_CACHE_DIR names the folder of its kernel cache)"
+        if isinstance(error, ImportError):
+            extras = "pip install 'paged_attn[cuda12]' (or 'paged_attn[cuda13]' for a CUDA 13 driver)"
+            remedy = f"install it with {extras}"
+        raise ImportError(f"{reason}, and CuPy cannot be imported ({_described(error)}); {remedy}") from error
     return cupy
 
 
-@functools.cache
+def _described(error: Exception) -> str:
+    return str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+
+
 def cuda_available() -> bool:
-    """Whether CuPy is installed and sees a CUDA device."""
+    """Whether CuPy can be imported and sees a CUDA device."""
+    return not _why_no_cuda()
+
+
+_has_cuda = False  # once seen, a device stays; what is missing may be put right, so that is asked again
+
+
+def _why_no_cuda() -> str:
+    """Why there is no CUDA device for CuPy; nothing where there is one."""
+    global _has_cuda
+    if _has_cuda:
+        return ""
     try:
-        import cupy
-    except ImportError:
-        return False
-    return bool(cupy.cuda.is_available())
+        _has_cuda = bool(cupy_for("CuPy is needed").cuda.is_available())
+    except Exception as error:  # a driver that does not answer, say
+        return _described(error)
+    return "" if _has_cuda else "there is none"
 
 
-def resolve_device(device: Any) -> str:
-    """ "cpu" or "cuda:<i>" for what a caller may say.
-
-    None is the current CUDA device where CuPy sees one, else the CPU; besides "cpu", "cuda" (the current one),
-    "cuda:1", 1 and a cupy.cuda.Device are understood.
-    """
-    if device is None:
-        return f"cuda:{_current_device()}" if cuda_available() else "cpu"
-    if device == "cpu":
-        return "cpu"
+def parse_device(device: Any) -> tuple[str | None, int | None]:
+    """What a caller says, whether it is there or not: "cpu" or "cuda" (None: whichever there is), and the index."""
+    if device is None or device == "cpu":
+        return device, None
     index: int | None = None
     if isinstance(device, str):
         kind, _, number = device.partition(":")
@@ -266,11 +304,27 @@ def resolve_device(device: Any) -> str:
             f"device must be 'cpu', 'cuda', 'cuda:<i>', an index or a cupy.cuda.Device, got {device!r}; "
             f"pass None for the current CUDA device where there is one"
         )
+    return "cuda", index
+
+
+def resolve_device(device: Any) -> str:
+    """ "cpu" or "cuda:<i>" for what a caller may say.
+
+    None is the current CUDA device where CuPy sees one, else the CPU; besides "cpu", "cuda" (the current one),
+    "cuda:1", 1 and a cupy.cuda.Device are understood.
+    """
+    kind, index = parse_device(device)
+    if kind is None:
+        return f"cuda:{_current_device()}" if cuda_available() else "cpu"
+    if kind == "cpu":
+        return "cpu"
     cupy = cupy_for(f"device={device!r} needs CuPy")
-    count = cupy.cuda.runtime.getDeviceCount() if cuda_available() else 0
-    if index is None and count:
-        index = _current_device()
-    if index is None or index >= count:
+    if why := _why_no_cuda():
+        raise ValueError(f"device={device!r}, but CuPy sees no CUDA device ({why}); pass 'cpu'")
+    if index is None:
+        return f"cuda:{_current_device()}"
+    count = cupy.cuda.runtime.getDeviceCount()
+    if index >= count:
         raise ValueError(f"device={device!r}, but CuPy sees {count} CUDA devices; pass 'cpu' or an index below {count}")
     return f"cuda:{index}"
 
@@ -281,10 +335,23 @@ def _current_device() -> int:
 
 def as_dtype(dtype: Any) -> np.dtype:
     """The np.dtype of "float16", "bfloat16", "float32", "float64" or of any spelling of them (np, ml_dtypes, jnp)."""
-    try:
-        found = FLOAT_DTYPES.get(dtype) if isinstance(dtype, str) else np.dtype(dtype)
-    except TypeError:
-        found = None
-    if dtype is None or found is None or found not in FLOAT_DTYPES.values():  # (np.dtype(float) == None is True)
-        raise TypeError(f"dtype must be one of {', '.join(FLOAT_DTYPES)} (a name or a NumPy dtype), got {dtype!r}")
+    if isinstance(dtype, str) and dtype not in FLOAT_DTYPES:
+        raise _no_dtype(dtype)
+    found = any_dtype(dtype)
+    if found not in FLOAT_DTYPES.values():
+        raise _no_dtype(dtype)
     return found
+
+
+def any_dtype(dtype: Any) -> np.dtype:
+    """The np.dtype of a name or a NumPy dtype, those of ml_dtypes included: whatever paged_attn computes in."""
+    try:
+        if dtype is not None:  # np.dtype(None) is float64
+            return np.dtype(dtype)
+    except TypeError:
+        pass
+    raise _no_dtype(dtype)
+
+
+def _no_dtype(dtype: Any) -> TypeError:
+    return TypeError(f"dtype must be one of {', '.join(FLOAT_DTYPES)} (a name or a NumPy dtype), got {dtype!r}")

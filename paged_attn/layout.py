@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from . import spec
+from .frozen import Frozen, set_once
 from .interop import device_of, is_jax, namespace, native, on_device_of
 from .lifetimes import Loan, loan_of, reading
 
@@ -26,7 +27,7 @@ class Layout(StrEnum):
         raise AssertionError("as_layout accepts what Layout does not")
 
 
-class PagedKV:
+class PagedKV(Frozen):
     """The K and V pages of one layer, tagged with their layout: the only door through which a raw pool enters.
 
     Parameters
@@ -39,13 +40,14 @@ class PagedKV:
 
     A raw pool given a wrong tag cannot be told from a right one where page_size == num_kv_heads.
 
-    Attributes
+    Attributes (read-only)
     ----------
     k_pages, v_pages: the pages as NumPy or CuPy arrays.
     num_pages, page_size, num_kv_heads, head_dim: ints.
     k_strides, v_strides: (page, slot, head) strides in elements, whatever the layout; 0 for an axis of extent 1, and
         for a pool of no page.
-    dtype: np.dtype.    layout: Layout.    device: "cpu" or "cuda:<i>".    writable: whether append may write.
+    dtype: np.dtype.    layout: Layout.    device: "cpu" or "cuda:<i>".    writable: whether append may write
+        (not into JAX arrays, read-only arrays, or K and V in the same memory).
     form: a tuple of all that checks and kernels read of the pool but its addresses; equal for layers that are alike.
     loan: what keeps pages that came by DLPack until the kernels that read them are over, or None.
 
@@ -55,6 +57,20 @@ class PagedKV:
     TypeError: dtypes, and K and V on different devices.
     """
 
+    k_pages: Any
+    v_pages: Any
+    layout: Layout
+    writable: bool
+    dtype: np.dtype
+    device: str
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    k_strides: tuple[int, int, int]
+    v_strides: tuple[int, int, int]
+    form: tuple[Any, ...]
+    loan: Loan | None
     __slots__ = (
         "device",
         "dtype",
@@ -73,25 +89,11 @@ class PagedKV:
     )
 
     def __init__(self, k_pages: Any, v_pages: Any, *, layout: Layout | str) -> None:
-        self.layout = Layout(layout)
-        self.k_pages, self.v_pages = native(k_pages, "k_pages"), native(v_pages, "v_pages")
-        spec.check_pool(self.k_pages, self.v_pages, self.layout)
-        self.loan: Loan | None = loan_of((self.k_pages, k_pages), (self.v_pages, v_pages))
-        self.writable = _is_writable(k_pages, self.k_pages) and _is_writable(v_pages, self.v_pages)
-        self.dtype: np.dtype = self.k_pages.dtype
-        self.device = device_of(self.k_pages)
-        slot, head = (1, 2) if self.layout is Layout.NHD else (2, 1)
-        shape = self.k_pages.shape
-        self.num_pages, self.page_size, self.num_kv_heads, self.head_dim = shape[0], shape[slot], shape[head], shape[3]
-        self.k_strides, self.v_strides = (
-            tuple(
-                pages.strides[axis] // pages.dtype.itemsize if shape[axis] > 1 and shape[0] else 0  # nothing is there
-                for axis in (0, slot, head)
-            )
-            for pages in (self.k_pages, self.v_pages)
-        )
-        extents = self.num_pages, self.page_size, self.num_kv_heads, self.head_dim
-        self.form = (self.layout, self.dtype, self.device, extents, self.k_strides, self.v_strides)
+        layout = Layout(layout)
+        k, v = native(k_pages, "k_pages"), native(v_pages, "v_pages")
+        spec.check_pool(k, v, layout)
+        writable = _is_writable(k_pages, k) and _is_writable(v_pages, v) and not spec.overlap(k, v)
+        self._set(k, v, layout, writable, loan_of((k, k_pages), (v, v_pages)))
 
     @classmethod
     def combined(cls, kv_pages: Any, *, layout: Layout | str) -> "PagedKV":
@@ -99,10 +101,38 @@ class PagedKV:
         layout = Layout(layout)
         pages = native(kv_pages, "kv_pages")
         spec.check_combined(pages, layout)
-        kv = cls(pages[:, 0], pages[:, 1], layout=layout)
-        kv.writable = _is_writable(kv_pages, pages)
-        kv.loan = loan_of((pages, kv_pages))
+        k, v = pages[:, 0], pages[:, 1]
+        spec.check_pool(k, v, layout)
+        kv = cls.__new__(cls)
+        kv._set(k, v, layout, _is_writable(kv_pages, pages), loan_of((pages, kv_pages)))
         return kv
+
+    def _set(self, k_pages: Any, v_pages: Any, layout: Layout, writable: bool, loan: Loan | None) -> None:
+        """All attributes, of native arrays that have been checked."""
+        slot, head = (1, 2) if layout is Layout.NHD else (2, 1)
+        shape, dtype, device = k_pages.shape, k_pages.dtype, device_of(k_pages)
+        extents = num_pages, page_size, num_kv_heads, head_dim = shape[0], shape[slot], shape[head], shape[3]
+        k_strides, v_strides = (
+            tuple(
+                pages.strides[axis] // dtype.itemsize if shape[axis] > 1 and num_pages else 0  # nothing is there
+                for axis in (0, slot, head)
+            )
+            for pages in (k_pages, v_pages)
+        )
+        set_once(self, "k_pages", k_pages)
+        set_once(self, "v_pages", v_pages)
+        set_once(self, "layout", layout)
+        set_once(self, "writable", writable)
+        set_once(self, "loan", loan)
+        set_once(self, "dtype", dtype)
+        set_once(self, "device", device)
+        set_once(self, "num_pages", num_pages)
+        set_once(self, "page_size", page_size)
+        set_once(self, "num_kv_heads", num_kv_heads)
+        set_once(self, "head_dim", head_dim)
+        set_once(self, "k_strides", k_strides)
+        set_once(self, "v_strides", v_strides)
+        set_once(self, "form", (layout, dtype, device, extents, k_strides, v_strides))
 
     def to_layout(self, layout: Layout | str) -> "PagedKV":
         """A contiguous copy of the pool in `layout`, on the same device."""

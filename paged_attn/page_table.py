@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 
 from . import backends, spec
+from .frozen import Frozen, set_once
 from .interop import device_of, native, resolve_device
 from .lifetimes import Loan, loan_of, reading
 
 _INT32 = np.dtype(np.int32)
 
 
-class PageTable:
-    """The pages of a batch of requests. It holds the arrays that it is given, without a copy.
+class PageTable(Frozen):
+    """The pages of a batch of requests. It holds the arrays that it is given, without a copy; attributes are read-only.
 
     Parameters
     ----------
@@ -35,6 +36,16 @@ class PageTable:
     TypeError: dtypes other than int32, and arrays on different devices.
     """
 
+    indptr: Any
+    indices: Any
+    last_page_len: Any
+    page_size: int
+    page_offset: Any
+    page_stride: int
+    total_len: Any
+    batch_size: int
+    device: str
+    loan: Loan | None
     __slots__ = (
         "batch_size",
         "device",
@@ -59,25 +70,24 @@ class PageTable:
         page_stride: int = 1,
         total_len: Any = None,
     ) -> None:
-        self.indptr = native(indptr, "indptr")
-        self.indices = native(indices, "indices")
-        self.last_page_len = native(last_page_len, "last_page_len")
-        self.page_offset = None if page_offset is None else native(page_offset, "page_offset")
-        self.total_len = None if total_len is None else native(total_len, "total_len")
-        spec.check_table_arrays(
-            self.indptr, self.indices, self.last_page_len, page_size, self.page_offset, page_stride, self.total_len
-        )
-        self.page_size, self.page_stride = int(page_size), int(page_stride)
-        # Keeps arrays that came by DLPack until the kernels that read them are over.
-        self.loan: Loan | None = loan_of(
-            (self.indptr, indptr),
-            (self.indices, indices),
-            (self.last_page_len, last_page_len),
-            (self.page_offset, page_offset),
-            (self.total_len, total_len),
-        )
-        self.batch_size: int = self.last_page_len.shape[0]
-        self.device = device_of(self.indptr)
+        given = indptr, indices, last_page_len, page_offset, total_len
+        indptr, indices = native(indptr, "indptr"), native(indices, "indices")
+        last_page_len = native(last_page_len, "last_page_len")
+        page_offset = None if page_offset is None else native(page_offset, "page_offset")
+        total_len = None if total_len is None else native(total_len, "total_len")
+        spec.check_table_arrays(indptr, indices, last_page_len, page_size, page_offset, page_stride, total_len)
+        # What keeps arrays that came by DLPack until the kernels that read them are over.
+        loan = loan_of(*zip((indptr, indices, last_page_len, page_offset, total_len), given, strict=True))
+        set_once(self, "indptr", indptr)
+        set_once(self, "indices", indices)
+        set_once(self, "last_page_len", last_page_len)
+        set_once(self, "page_size", int(page_size))
+        set_once(self, "page_offset", page_offset)
+        set_once(self, "page_stride", int(page_stride))
+        set_once(self, "total_len", total_len)
+        set_once(self, "batch_size", last_page_len.shape[0])
+        set_once(self, "device", device_of(indptr))
+        set_once(self, "loan", loan)
 
     @classmethod
     def empty(cls, max_batch_size: int, max_pages: int, *, page_size: int, device: Any = None) -> "PageTable":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import LayoutMismatchError, PageTableError
-from .interop import FLOAT_DTYPES, device_of
+from .interop import FLOAT_DTYPES, check_readable, device_of
 
 if TYPE_CHECKING:
     from .layout import PagedKV
@@ -61,12 +61,14 @@ class AttentionSpec:
 
 def as_int(value: Any, name: str, *, minimum: int, maximum: int = _INT_MAX) -> int:
     """`value` as an int of [minimum, maximum]; TypeError for floats, bools and arrays."""
+    if type(value) is int and minimum <= value <= maximum:  # the usual one, and a table waits for this
+        return value
     try:
         number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
         number = None
     if number is None:
-        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__}); pass int({name})")
+        raise TypeError(f"{name} must be an int, got {_shown(value)}; pass {_one_of(value, name, 'int')}")
     if not minimum <= number <= maximum:
         raise ValueError(
             f"{name} is {number}, which is not in [{minimum}, {maximum}]; pass {name} of at least {minimum}"
@@ -78,18 +80,31 @@ def as_int(value: Any, name: str, *, minimum: int, maximum: int = _INT_MAX) -> i
 
 def as_float(value: Any, name: str, *, rule: str = "", minimum: float = -math.inf) -> float:
     """`value` as a finite float of at least `minimum`; TypeError for strings, bools and arrays."""
-    if isinstance(value, (bool, str)) or getattr(value, "ndim", 0) > 0:
-        raise TypeError(f"{name} must be a float, got {value!r} ({type(value).__name__}); pass float({name})")
     try:
-        number = float(value)
-    except TypeError as error:
-        raise TypeError(
-            f"{name} must be a float, got {value!r} ({type(value).__name__}); pass float({name})"
-        ) from error
+        number = None if isinstance(value, (bool, str)) or getattr(value, "ndim", 0) > 0 else float(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be a float, got {_shown(value)}; pass {_one_of(value, name, 'float')}")
     if not math.isfinite(number) or number < minimum:
         bound = f" and at least {minimum:g}" if minimum > -math.inf else ""
         raise ValueError(f"{name} is {number}, and it must be finite{bound}; {rule or f'pass another {name}'}")
     return number
+
+
+def _shown(value: Any) -> str:
+    """What came instead of a number; of an array its shape, as its values may be many."""
+    kind = type(value).__name__
+    return f"an array of shape {tuple(value.shape)} ({kind})" if _is_array(value) else f"{value!r} ({kind})"
+
+
+def _one_of(value: Any, name: str, kind: str) -> str:
+    """How to make the number that was wanted."""
+    return f"one {kind}" if _is_array(value) else f"{kind}({name})"
+
+
+def _is_array(value: Any) -> bool:
+    return getattr(value, "ndim", 0) > 0
 
 
 def as_layout(layout: Any) -> str:
@@ -172,8 +187,7 @@ def _moved(name: str, device: str) -> str:
 def _check_vector(array: Any, name: str, dtype: np.dtype, length: int | None, meaning: str) -> None:
     """A contiguous 1-D array of metadata: `length` entries, if that is known."""
     if array.dtype != dtype:
-        cast = f"{name}.astype(np.{dtype})"
-        raise TypeError(f"{name} must be {dtype}, got {array.dtype}; pass {cast}")
+        raise TypeError(f"{name} must be {dtype}, got {array.dtype}; pass {name}.astype(np.{dtype})")
     if array.ndim != 1:
         raise ValueError(f"{name} must be 1-D, {meaning}, got {name}.shape={array.shape}; pass {name}.reshape(-1)")
     if length is not None and array.shape[0] != length:
@@ -240,15 +254,165 @@ def _check_contiguous(array: Any, name: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Memory that is written while other memory is still read. Two arrays overlap where the ranges from their first to their
+# last byte do and they are not provably disjoint: K and V interleaved in one pool, or heads of one array by turns, are.
+# Shapes and strides of a call may be known to be right; addresses are new each time, so this is asked on every call.
+
+_MOST_WORK = 10_000  # steps of np.shares_memory: far more than strides that divide each other take
+
+
+def overlap(a: Any, b: Any) -> bool:
+    """Whether two arrays overlap."""
+    on_host = isinstance(a, np.ndarray)
+    if isinstance(b, np.ndarray) is not on_host:
+        return False
+    if on_host:
+        if not np.may_share_memory(a, b):
+            return False
+    else:
+        if a.data.device_id != b.data.device_id:
+            return False
+        (a_begin, a_end), (b_begin, b_end) = _bounds(a), _bounds(b)
+        if a_end <= b_begin or b_end <= a_begin:
+            return False
+        a, b = np.asarray(_OnHost(a)), np.asarray(_OnHost(b))
+    try:
+        return np.shares_memory(a, b, max_work=_MOST_WORK)  # type: ignore[arg-type]  # any int is one
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _bounds(array: Any) -> tuple[int, int]:
+    """The addresses of a GPU array's first byte and of the byte behind its last one."""
+    begin = array.data.ptr
+    if array.size == 0:
+        return begin, begin
+    end = begin + array.dtype.itemsize
+    for extent, stride in zip(array.shape, array.strides, strict=True):
+        if stride > 0:
+            end += (extent - 1) * stride
+        else:
+            begin += (extent - 1) * stride
+    return begin, end
+
+
+class _OnHost:
+    """A GPU array's addresses, shape and strides for NumPy, which compares but never reads what is there."""
+
+    def __init__(self, array: Any) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (array.data.ptr, True),
+            "shape": array.shape,
+            "strides": array.strides,
+            "typestr": f"|V{array.dtype.itemsize}",
+        }
+
+
+def _check_apart(
+    written: Sequence[tuple[Any, str]],
+    read: Sequence[tuple[Any, str]],
+    remedy: str = "a {name} with memory of its own, or None",
+) -> None:
+    """No array that is written (None: there is none) overlaps one that is read, or another that is written."""
+    given = [
+        (array, name, None if isinstance(array, np.ndarray) else _bounds(array))
+        for array, name in (*written, *read)
+        if array is not None
+    ]
+    num_written = sum(array is not None for array, _ in written)
+    for place, (array, name, bounds) in enumerate(given[:num_written]):
+        for other, other_name, other_bounds in given[place + 1 :]:
+            if bounds and other_bounds and (bounds[1] <= other_bounds[0] or other_bounds[1] <= bounds[0]):
+                continue
+            if overlap(array, other):
+                raise ValueError(
+                    f"{name} overlaps {other_name} in memory, and one of them is written while the other is in use; "
+                    f"pass {remedy.format(name=name)}"
+                )
+
+
+def extents_of(*arrays: Any) -> tuple[int, ...]:
+    """For check_apart_of_run and ..._of_append: the bytes from the first to the last one of arrays whose strides have
+    been checked; 0 for None and on the host, where NumPy itself compares."""
+    if isinstance(arrays[0], np.ndarray):
+        return ()
+    return tuple(
+        0 if array is None or isinstance(array, np.ndarray) or not array.size else _bounds(array)[1] - array.data.ptr
+        for array in arrays
+    )
+
+
+def check_apart_of_run(q: Any, kv: "PagedKV", out: Any, lse: Any, extents: tuple[int, ...]) -> None:
+    """out and lse, one of which was given, overlap neither each other nor q nor the pool.
+
+    extents: extents_of(q, k_pages, v_pages, out, lse), made once for all calls with arrays of one form.
+    """
+    if extents:
+        q_size, k_size, v_size, out_size, lse_size = extents
+        q_at, k_at, v_at = q.data.ptr, kv.k_pages.data.ptr, kv.v_pages.data.ptr
+        apart, out_at, out_end = True, 0, 0
+        if out is not None:
+            out_at = out.data.ptr
+            out_end = out_at + out_size
+            apart = (
+                (out_end <= q_at or q_at + q_size <= out_at)
+                and (out_end <= k_at or k_at + k_size <= out_at)
+                and (out_end <= v_at or v_at + v_size <= out_at)
+            )
+        if lse is not None:
+            at = lse.data.ptr
+            end = at + lse_size
+            apart = (
+                apart
+                and (end <= q_at or q_at + q_size <= at)
+                and (end <= k_at or k_at + k_size <= at)
+                and (end <= v_at or v_at + v_size <= at)
+                and (end <= out_at or out_end <= at)
+            )
+        if apart:
+            return
+    _check_apart(((out, "out"), (lse, "lse")), ((q, "q"), (kv.k_pages, "kv.k_pages"), (kv.v_pages, "kv.v_pages")))
+
+
+def check_apart_of_append(kv: "PagedKV", slots: Any, k: Any, v: Any, extents: tuple[int, ...] = ()) -> None:
+    """The pool overlaps neither k, v nor slots. extents: extents_of(k, v, slots, k_pages, v_pages), as above."""
+    if extents:
+        k_size, v_size, slots_size, k_pool_size, v_pool_size = extents
+        k_at, v_at, k_pool, v_pool = k.data.ptr, v.data.ptr, kv.k_pages.data.ptr, kv.v_pages.data.ptr
+        slots_at = slots.data.ptr if slots_size else 0
+        k_end, v_end, slots_end = k_at + k_size, v_at + v_size, slots_at + slots_size
+        k_pool_end, v_pool_end = k_pool + k_pool_size, v_pool + v_pool_size
+        if (
+            (k_end <= k_pool or k_pool_end <= k_at)
+            and (k_end <= v_pool or v_pool_end <= k_at)
+            and (v_end <= k_pool or k_pool_end <= v_at)
+            and (v_end <= v_pool or v_pool_end <= v_at)
+            and (slots_end <= k_pool or k_pool_end <= slots_at)
+            and (slots_end <= v_pool or v_pool_end <= slots_at)
+        ):
+            return
+    for array, name in ((k, "k"), (v, "v"), (slots, "slots")):
+        _check_apart(((array, name),), ((kv.k_pages, "kv.k_pages"), (kv.v_pages, "kv.v_pages")), "{name}.copy()")
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Pools
 
 
-def check_kv(kv: Any) -> None:
-    """`kv` is a PagedKV: a raw pool has no layout tag."""
+def check_kv(kv: Any, call: str) -> None:
+    """`kv` is a PagedKV: a raw pool has no layout tag. `call` shows the arguments in their order."""
     if not hasattr(kv, "k_strides"):
         raise TypeError(
-            f"kv must be a PagedKV, got {type(kv).__name__}; tag the pool first: PagedKV(k_pages, v_pages, layout=...)"
+            f"kv must be a PagedKV, got {type(kv).__name__}; tag the pool, PagedKV(k_pages, v_pages, layout=...), and "
+            f"pass {call}"
         )
+
+
+def check_operands(kv: Any, table: Any, call: str) -> None:
+    """`kv` is a PagedKV and `table` a PageTable."""
+    check_kv(kv, call)
+    check_table(table, call=call)
 
 
 def check_pool(k_pages: Any, v_pages: Any, layout: str) -> None:
@@ -257,7 +421,7 @@ def check_pool(k_pages: Any, v_pages: Any, layout: str) -> None:
         _check_float(array, name)
         if array.ndim != 4:
             raise ValueError(
-                f"{name} must have 4 axes, {AXES[layout]} for layout={layout!r}, got {name}.shape={array.shape}; "
+                f"{name} must have 4 axes, {AXES[layout]} for layout={str(layout)!r}, got {name}.shape={array.shape}; "
                 f"pass one layer's pages (a pool of K and V together goes through PagedKV.combined)"
             )
         if 0 in array.shape[1:]:
@@ -287,7 +451,7 @@ def check_combined(kv_pages: Any, layout: str) -> None:
     if kv_pages.ndim != 5 or kv_pages.shape[1] != 2:
         inner = AXES[layout].removeprefix("[num_pages, ")
         raise ValueError(
-            f"kv_pages must be [num_pages, 2, {inner} for layout={layout!r}, got kv_pages.shape={kv_pages.shape}; "
+            f"kv_pages must be [num_pages, 2, {inner} for layout={str(layout)!r}, got kv_pages.shape={kv_pages.shape}; "
             f"pass K and V on axis 1, or two arrays to PagedKV(k_pages, v_pages, layout=...)"
         )
 
@@ -303,14 +467,13 @@ def _check_page_size(kv: "PagedKV", page_size: int) -> None:
         f"kv is tagged {kv.layout}, under which k_pages.shape={kv.k_pages.shape} has page_size={kv.page_size} and "
         f"num_kv_heads={kv.num_kv_heads}, but the table has page_size={page_size}"
     )
-    if kv.num_kv_heads == page_size:
-        other = _other_layout(kv.layout)
-        raise LayoutMismatchError(
-            f"{said}; the shape fits layout {other} (page_size={page_size}, num_kv_heads={kv.page_size}): "
-            f"tag the pool layout='{other}'"
-        )
+    right_table = f"pass a table that was made with page_size={kv.page_size}"
+    if kv.num_kv_heads != page_size:
+        raise LayoutMismatchError(f"{said}; neither layout fits, so {right_table}")
+    other = _other_layout(kv.layout)
     raise LayoutMismatchError(
-        f"{said}; neither layout fits, so pass the table that was made for this pool (page_size={kv.page_size})"
+        f"{said}; the shape fits layout {other} (page_size={page_size}, num_kv_heads={kv.page_size}): if the pool was "
+        f"written so, tag the pool layout='{other}'; if it was written as {kv.layout}, {right_table}"
     )
 
 
@@ -318,12 +481,12 @@ def _check_page_size(kv: "PagedKV", page_size: int) -> None:
 # Tables
 
 
-def check_table(table: Any, name: str = "table") -> None:
-    """`table` is a PageTable."""
+def check_table(table: Any, name: str = "table", call: str = "") -> None:
+    """`table` is a PageTable. `call` shows the arguments in their order."""
     if not hasattr(table, "page_stride"):
         raise TypeError(
             f"{name} must be a PageTable, got {type(table).__name__}; "
-            f"pass PageTable(indptr, indices, last_page_len, page_size=...)"
+            f"pass PageTable(indptr, indices, last_page_len, page_size=...){f' in {call}' if call else ''}"
         )
 
 
@@ -452,6 +615,16 @@ def check_split_out(out: Any, table: "PageTable", num_chunks: int) -> None:
         raise TypeError(
             f"out lives on {out.device} and the table on {table.device}; pass an out made by a table on {table.device}"
         )
+    check_apart_of_table(out, table)
+
+
+def check_apart_of_table(out: "PageTable", *sources: "PageTable") -> None:
+    """The arrays of a table that is written overlap neither each other nor those of tables it is written from."""
+    names = ("indptr", "indices", "last_page_len", "page_offset", "total_len")
+    read = [(getattr(source, name), f"the table's {name}") for source in sources for name in names]
+    _check_apart(
+        [(getattr(out, name), f"out.{name}") for name in names], read, "an out whose arrays have memory of their own"
+    )
 
 
 def check_block_table(block_table: Any, seq_lens: Any, page_size: int) -> None:
@@ -534,7 +707,7 @@ def attention_spec(
     window_left: Any,
     logits_soft_cap: Any,
 ) -> AttentionSpec:
-    """The checked spec of one attention call over `kv` by `table`.
+    """The checked spec of one attention call over `kv` by `table` (check_operands has seen both).
 
     Parameters
     ----------
@@ -546,8 +719,6 @@ def attention_spec(
     LayoutMismatchError: the pool's shape under its tag has another page_size than the table.
     ValueError, TypeError: as the module says. Values of a host table are for check_table_values.
     """
-    check_kv(kv)
-    check_table(table)
     _check_page_size(kv, table.page_size)
     if table.device not in ("cpu", kv.device):
         raise TypeError(
@@ -586,23 +757,21 @@ def check_heads(kv: "PagedKV", num_qo_heads: int, shown: str) -> None:
     """The query heads are a multiple of the KV heads; `shown` is where the number comes from, for the message."""
     heads = kv.num_kv_heads
     if num_qo_heads % heads:
+        other = _other_layout(kv.layout)
+        retag = (
+            f"; or, if k_pages.shape={kv.k_pages.shape} was written as {other} and not as {kv.layout}, tag the pool "
+            f"layout='{other}' (page_size={heads}, num_kv_heads={kv.page_size}) and pass a table of that page_size"
+        )
         raise ValueError(
             f"q has {num_qo_heads} heads, which is not a multiple of num_kv_heads={heads} ({shown}); "
-            f"pass a q with {heads}, {2 * heads}, {3 * heads}, ... heads{_fitting_tag(kv, num_qo_heads)}"
+            f"pass a q with {heads}, {2 * heads}, {3 * heads}, ... heads{'' if num_qo_heads % kv.page_size else retag}"
         )
 
 
-def _fitting_tag(kv: "PagedKV", num_qo_heads: int) -> str:
-    if num_qo_heads % kv.page_size:
-        return ""
-    return f" (or is k_pages.shape={kv.k_pages.shape} a pool of layout {_other_layout(kv.layout)}, tagged {kv.layout}?)"
-
-
-def check_q(kv: "PagedKV", q: Any, axes: Sequence[str]) -> None:
+def check_q(kv: "PagedKV", q: Any, axes: Sequence[str], call: str) -> None:
     """A q from which a one-shot call takes its heads and batch: rank (one of those that `axes` describe) and heads."""
-    check_kv(kv)
     if q.ndim not in {form.count(",") + 1 for form in axes}:
-        raise ValueError(f"q must be {' or '.join(axes)}, got q.shape={q.shape}; reshape q")
+        raise ValueError(f"q must be {' or '.join(axes)}, got q.shape={q.shape}; reshape q, and pass {call}")
     if q.shape[-2] == 0:
         raise ValueError(f"q has no heads (q.shape={q.shape}); pass a q with {kv.num_kv_heads} heads or a multiple")
     check_heads(kv, q.shape[-2], f"q.shape={q.shape}")
@@ -649,24 +818,22 @@ def check_qo_indptr(qo_indptr: Any, batch_size: int, total_rows: int | None, dev
 
 def check_layer(spec: AttentionSpec, kv: "PagedKV") -> None:
     """One run of a plan: the layer against the spec."""
-    check_kv(kv)
-    if kv.layout != spec.layout:
-        raise LayoutMismatchError(
-            f"kv has layout {kv.layout} and the plan was made for {spec.layout} (k_pages.shape={kv.k_pages.shape}); "
-            f"plan with this kv, or pass kv.to_layout('{spec.layout}')"
-        )
+    check_kv(kv, "run(q, kv)")
     if (
-        kv.page_size != spec.page_size
+        kv.layout != spec.layout
+        or kv.page_size != spec.page_size
         or kv.num_kv_heads != spec.num_kv_heads
         or kv.head_dim != spec.head_dim
         or kv.num_pages < spec.num_pages
         or kv.dtype != spec.dtype
         or kv.device != spec.device
     ):
-        _check_same_pool(spec, kv)
+        _refuse_layer(spec, kv)
 
 
-def check_arrays(spec: AttentionSpec, q: Any, out: Any, lse: Any, rows: tuple[int, ...] | range) -> None:
+def check_arrays(
+    spec: AttentionSpec, q: Any, out: Any, lse: Any, rows: tuple[int, ...] | range, remedy: str = "plan anew for it"
+) -> None:
     """One run of a plan: q, out and lse against the spec.
 
     Parameters
@@ -676,12 +843,13 @@ def check_arrays(spec: AttentionSpec, q: Any, out: Any, lse: Any, rows: tuple[in
     out: None, or C-contiguous, of q's shape, of q's dtype or float32, on a GPU at a multiple of 16 bytes.
     lse: None, or C-contiguous float32 of q's shape without head_dim.
     rows: the extents that axis 0 of q may have.
+    remedy: what else could be done about the shape of q.
     """
     shape = q.shape
     q_len, leading = spec.q_len, shape[:-2]
     good = q_len in (None, 1) if len(leading) == 1 else len(leading) == 2 and leading[1] == q_len
     if not good or leading[0] not in rows or shape[-2] != spec.num_qo_heads or shape[-1] != spec.head_dim:
-        _refuse_q_shape(spec, q, rows)
+        _refuse_q_shape(spec, q, rows, remedy)
     _check_dtype(q, "q", spec.dtype, "q and kv share one dtype, and kv has it")
     _check_device(q, "q", spec.device, "kv")
     _check_strides(q, "q")
@@ -700,20 +868,31 @@ def form_of(array: Any) -> tuple[Any, ...] | None:
     return array.shape, array.strides, array.dtype, pointer.device_id, pointer.ptr % ALIGNMENT
 
 
-def _check_same_pool(spec: AttentionSpec, kv: "PagedKV") -> None:
-    if kv.page_size == spec.num_kv_heads and kv.num_kv_heads == spec.page_size and kv.page_size != kv.num_kv_heads:
-        other = _other_layout(kv.layout)
+def _refuse_layer(spec: AttentionSpec, kv: "PagedKV") -> None:
+    other, wanted = _other_layout(kv.layout), (spec.page_size, spec.num_kv_heads)
+    fits, fits_other = (kv.page_size, kv.num_kv_heads) == wanted, (kv.num_kv_heads, kv.page_size) == wanted
+    retag = f"the shape fits layout {other}: if the pool was written so, tag the pool layout='{other}'"
+    if kv.layout != spec.layout:
+        replan = (
+            f"if it was written as {kv.layout}, {f'pass kv.to_layout({spec.layout!r}) or ' * fits}plan with this kv"
+        )
+        raise LayoutMismatchError(
+            f"kv has layout {kv.layout} and the plan was made for {spec.layout} (k_pages.shape={kv.k_pages.shape}); "
+            f"{f'{retag}; ' if fits_other else ''}{replan}"
+        )
+    if fits_other and not fits:
         raise LayoutMismatchError(
             f"kv is tagged {kv.layout}, under which k_pages.shape={kv.k_pages.shape} has page_size={kv.page_size} and "
-            f"num_kv_heads={kv.num_kv_heads}, but the plan was made for {spec.page_size} and {spec.num_kv_heads}; the "
-            f"shape fits layout {other}: tag the pool layout='{other}'"
+            f"num_kv_heads={kv.num_kv_heads}, but the plan was made for {spec.page_size} and {spec.num_kv_heads}; "
+            f"{retag} and pass kv.to_layout({spec.layout!r}); if it was written as {kv.layout}, plan with this kv and "
+            f"a table of page_size={kv.page_size}"
         )
     for name in ("page_size", "num_kv_heads"):
-        found, wanted = getattr(kv, name), getattr(spec, name)
-        if found != wanted:
+        found, expected = getattr(kv, name), getattr(spec, name)
+        if found != expected:
             raise LayoutMismatchError(
                 f"kv has {name}={found} (k_pages.shape={kv.k_pages.shape}, layout {kv.layout}) and the plan is for "
-                f"{name}={wanted}; pass a layer like the one that was planned with, or plan with this kv"
+                f"{name}={expected}; pass a layer like the one that was planned with, or plan with this kv"
             )
     if kv.dtype != spec.dtype:
         raise TypeError(f"kv is {kv.dtype} and the plan was made for {spec.dtype}; plan with this kv")
@@ -726,7 +905,7 @@ def _check_same_pool(spec: AttentionSpec, kv: "PagedKV") -> None:
     )
 
 
-def _refuse_q_shape(spec: AttentionSpec, q: Any, rows: tuple[int, ...] | range) -> None:
+def _refuse_q_shape(spec: AttentionSpec, q: Any, rows: tuple[int, ...] | range, remedy: str) -> None:
     shape = q.shape
     leading = f"0..{rows.stop - 1}" if isinstance(rows, range) else " or ".join(map(str, dict.fromkeys(rows)))
     forms = []
@@ -735,9 +914,8 @@ def _refuse_q_shape(spec: AttentionSpec, q: Any, rows: tuple[int, ...] | range) 
     if spec.q_len is not None:
         forms.append(f"[{leading}, {spec.q_len}, {spec.num_qo_heads}, {spec.head_dim}]")
     axes = "[rows, num_qo_heads, head_dim]" if spec.q_len is None else "[batch, (q_len,) num_qo_heads, head_dim]"
-    raise ValueError(
-        f"q must have shape {' or '.join(forms)}, {axes}, got q.shape={shape}; reshape q, or plan anew for it"
-    )
+    also = f", or {remedy}" if shape[-1] == spec.head_dim else ""
+    raise ValueError(f"q must have shape {' or '.join(forms)}, {axes}, got q.shape={shape}; reshape q{also}")
 
 
 def _check_results(
@@ -766,18 +944,20 @@ def _check_results(
 
 
 def check_append(kv: "PagedKV", slots: Any, k: Any, v: Any) -> None:
-    """New tokens: k, v [tokens, num_kv_heads, head_dim] whatever the layout, slots int64 [tokens].
+    """New tokens: k, v [tokens, num_kv_heads, head_dim] whatever the layout, slots int64 or int32 [tokens].
 
     Host slots are checked by value: -1 skips the token, others lie in [0, num_pages * page_size).
     """
-    check_kv(kv)
     if not kv.writable:
         raise ValueError(
-            "kv cannot be written: its pages are JAX arrays or read-only arrays; keep the pool as NumPy (CPU) or CuPy "
-            "(GPU) arrays and let JAX read them through jax.dlpack.from_dlpack"
+            "kv cannot be written: its pages are JAX arrays or read-only arrays, or its K and V overlap in memory; "
+            "keep the pool as NumPy (CPU) or CuPy (GPU) arrays, K and V apart, and let JAX read them through "
+            "jax.dlpack.from_dlpack"
         )
-    _check_vector(slots, "slots", _INT64, None, "one slot = page * page_size + offset for each token")
-    check_new_tokens(kv, k, v, slots.shape[0])
+    if slots.dtype not in (_INT64, _INT32):
+        raise TypeError(f"slots must be int64 or int32, got {slots.dtype}; pass slots.astype(np.int64)")
+    _check_vector(slots, "slots", slots.dtype, None, "one slot = page * page_size + offset for each token")
+    check_new_tokens(kv, k, v, slots.shape[0], slots)
     _check_metadata_device(slots, "slots", kv.device)
     limit = kv.num_pages * kv.page_size
     if isinstance(slots, np.ndarray) and (bad := _first((slots < -1) | (slots >= limit))) is not None:
@@ -790,8 +970,8 @@ def check_append(kv: "PagedKV", slots: Any, k: Any, v: Any) -> None:
         )
 
 
-def check_new_tokens(kv: "PagedKV", k: Any, v: Any, tokens: int) -> None:
-    """k, v [tokens, num_kv_heads, head_dim], of the pool's dtype and on its device."""
+def check_new_tokens(kv: "PagedKV", k: Any, v: Any, tokens: int, slots: Any = None) -> None:
+    """k, v [tokens, num_kv_heads, head_dim], of the pool's dtype and on its device; like slots, not in its memory."""
     for array, name in ((k, "k"), (v, "v")):
         _check_dtype(array, name, kv.dtype, "as kv is")
         wrong_heads = array.ndim == 3 and array.shape[1] != kv.num_kv_heads and array.shape[2] == kv.head_dim
@@ -799,12 +979,15 @@ def check_new_tokens(kv: "PagedKV", k: Any, v: Any, tokens: int) -> None:
             other = _other_layout(kv.layout)
             raise LayoutMismatchError(
                 f"{name} has {array.shape[1]} heads ({name}.shape={array.shape}), and kv, tagged {kv.layout}, has "
-                f"num_kv_heads={kv.num_kv_heads} (k_pages.shape={kv.k_pages.shape}); the shapes fit layout {other}: "
-                f"tag the pool layout='{other}'"
+                f"num_kv_heads={kv.num_kv_heads} (k_pages.shape={kv.k_pages.shape}); the shapes fit layout {other} "
+                f"(page_size={kv.num_kv_heads}, num_kv_heads={kv.page_size}): if the pool was written so, tag the "
+                f"pool layout='{other}'; if it was written as {kv.layout}, pass a {name} of shape "
+                f"[{tokens}, {kv.num_kv_heads}, {kv.head_dim}]"
             )
         _check_shape(array, name, (tokens, kv.num_kv_heads, kv.head_dim), "[tokens, num_kv_heads, head_dim]")
         _check_device(array, name, kv.device, "kv")
         _check_strides(array, name)
+    check_apart_of_append(kv, slots, k, v)
 
 
 def check_merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any, base: Any, out: Any, lse: Any) -> float:
@@ -824,7 +1007,23 @@ def check_merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any, base: Any, out: An
         _check_device(array, name, device, "v_a")
         _check_base(array, name, _FLOAT32.itemsize)
     _check_results(out, lse, v_a.shape, (v_a.dtype, *FLOAT_DTYPES.values()), "v_a", device)
+    if out is not None or lse is not None:
+        read = [(v_b, "v_b"), (s_b, "s_b")]
+        if lse is not None:
+            _check_apart([(lse, "lse")], [*read, (v_a, "v_a"), *([] if _is_same(lse, s_a) else [(s_a, "s_a")])])
+        if out is not None:
+            read += [(s_a, "s_a"), (lse, "lse")]
+            _check_apart([(out, "out")], [*read, *([] if _is_same(out, v_a) else [(v_a, "v_a")])])
     return number
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether an array and another of its shape have their elements at the same places."""
+    if a.dtype != b.dtype or any(
+        own != other and extent > 1 for own, other, extent in zip(a.strides, b.strides, a.shape, strict=True)
+    ):
+        return False
+    return a.ctypes.data == b.ctypes.data if isinstance(a, np.ndarray) else a.data.ptr == b.data.ptr
 
 
 def check_merge_states(v: Any, s: Any, base: Any, out: Any, lse: Any) -> float:
@@ -840,6 +1039,7 @@ def check_merge_states(v: Any, s: Any, base: Any, out: Any, lse: Any) -> float:
     _check_base(s, "s", _FLOAT32.itemsize)
     rows, _, heads, dim = v.shape
     _check_results(out, lse, (rows, heads, dim), (v.dtype, *FLOAT_DTYPES.values()), "v without num_states", device)
+    _check_apart([(out, "out"), (lse, "lse")], [(v, "v"), (s, "s")])
     return number
 
 
@@ -874,6 +1074,7 @@ def check_counts(counts: Any, num_sequences: int, name: str = "counts") -> np.nd
 
 
 def _int_vector(values: Any, name: str) -> np.ndarray:
+    check_readable(values, name)
     array = np.asarray(values)
     if array.ndim != 1:
         raise ValueError(f"{name} must be 1-D, got shape {array.shape}; pass a list of ints, [{values!r}] for one")
@@ -893,11 +1094,14 @@ def check_capacities(
     max_pages: int | None,
     max_tokens: int | None,
 ) -> None:
-    """PageTableError where a step does not fit into a plan, as far as the host can see it; device arrays are cut."""
+    """PageTableError where a step does not fit into a plan, as far as the host can see it; device arrays are cut.
+
+    max_pages counts the pages of all requests together, from indptr[0] to indptr[-1].
+    """
     if max_batch_size is not None:
         _check_capacity("max_batch_size", table.batch_size, max_batch_size)
     if max_pages is not None and table.device == "cpu":
-        _check_capacity("max_pages", int(table.indptr[-1]), max_pages)
+        _check_capacity("max_pages", int(table.indptr[-1]) - int(table.indptr[0]), max_pages)
     if max_tokens is not None and q_len is not None:
         _check_capacity("max_tokens", table.batch_size * q_len, max_tokens)
     elif max_tokens is not None and isinstance(qo_indptr, np.ndarray):

@@ -1,6 +1,7 @@
 """Bad input: one table over the whole public API. For each case the message names argument, offending value and remedy,
 nothing was launched, and nothing changed."""
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import paged_attn as pa
-from paged_attn import attention, backends, interop
+from paged_attn import attention, backends, interop, spec
 
 NUM_PAGES, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, NUM_QO_HEADS = 6, 4, 2, 16, 4
 SLOTS = NUM_PAGES * PAGE_SIZE
@@ -491,11 +492,11 @@ bad(
     "PagedKV(k_pages, v_pages, layout=...)",
 )
 bad(
-    "append: int32 slots",
-    lambda w: pa.append(w.kv, w.slots.astype(np.int32), w.k, w.v),
+    "append: int16 slots",
+    lambda w: pa.append(w.kv, w.slots.astype(np.int16), w.k, w.v),
     TypeError,
-    "slots must be int64",
-    "got int32",
+    "slots must be int64 or int32",
+    "got int16",
     "slots.astype(np.int64)",
 )
 bad(
@@ -560,7 +561,7 @@ bad(
     pa.LayoutMismatchError,
     "k has 2 heads",
     "tagged NHD, has num_kv_heads=4",
-    "tag the pool layout='HND'",
+    "tag the pool layout='HND'; if it was written as NHD, pass a k of shape [3, 4, 16]",
 )
 
 
@@ -619,6 +620,14 @@ bad(
     "pass a q with 2, 4, 6, ... heads",
 )
 bad(
+    "decode: heads, of a pool with the wrong tag",
+    lambda w: pa.decode(w.normal(2, 6, HEAD_DIM), w.kv_mistagged, w.make_table(page_size=2)),
+    ValueError,
+    "q has 6 heads, which is not a multiple of num_kv_heads=4",
+    "pass a q with 4, 8, 12, ... heads",
+    "tag the pool layout='HND' (page_size=4, num_kv_heads=2) and pass a table of that page_size",
+)
+bad(
     "decode: head_dim",
     attend(q=lambda w: w.normal(2, NUM_QO_HEADS, 32)),
     ValueError,
@@ -632,7 +641,7 @@ bad(
     ValueError,
     "q must have shape [2, 4, 16]",
     "q.shape=(5, 4, 16)",
-    "reshape q",
+    "reshape q, or pass a table of that batch",
 )
 bad(
     "decode: dtype of q",
@@ -665,7 +674,8 @@ bad(
     pa.LayoutMismatchError,
     "kv is tagged NHD",
     "page_size=2 and num_kv_heads=4, but the table has page_size=4",
-    "tag the pool layout='HND'",
+    "if the pool was written so, tag the pool layout='HND'; if it was written as NHD, pass a table that was made with "
+    "page_size=2",
 )
 bad(
     "decode: page_size",
@@ -845,6 +855,149 @@ bad(
     "but the table has page_size=4",
     "tag the pool layout='HND'",
 )
+
+# Arguments in another library's order: the message shows ours.
+PREFILL_ORDER = "prefill(q, qo_indptr, kv, table)"
+for name, call, wrong, order in (
+    ("decode: kv first", lambda w: pa.decode(w.kv, w.q, w.table), "kv must be a PagedKV, got", "decode(q, kv, table)"),
+    ("decode: table and kv", lambda w: pa.decode(w.q, w.table, w.kv), "got PageTable", "decode(q, kv, table)"),
+    ("prefill: kv second", lambda w: pa.prefill(w.q_prefill, w.kv, w.qo_indptr, w.table), "kv must be", PREFILL_ORDER),
+    ("prefill: kv last", lambda w: pa.prefill(w.q_prefill, w.qo_indptr, w.table, w.kv), "got PageTable", PREFILL_ORDER),
+    (
+        "prefill: table third",
+        lambda w: pa.prefill(w.q_prefill, w.kv, w.table, w.qo_indptr),
+        "got PageTable",
+        PREFILL_ORDER,
+    ),
+    ("append: kv last", lambda w: pa.append(w.k, w.v, w.slots, w.kv), "kv must be", "append(kv, slots, k, v)"),
+    (
+        "plan: arrays of a table",
+        lambda w: w.decode.plan(w.indptr, w.indices, 4),
+        "kv must be a PagedKV, got ndarray",
+        "plan(kv, table, num_qo_heads)",
+    ),
+    (
+        "plan: qo_indptr first",
+        lambda w: w.prefill.plan(w.qo_indptr, w.kv, w.table, 4),
+        "kv must be a PagedKV, got ndarray",
+        "plan(kv, table, qo_indptr, num_qo_heads)",
+    ),
+    ("run: kv first", lambda w: w.decode.run(w.kv, w.q), "q must be an array", "run(q, kv)"),
+    ("run: table", lambda w: w.decode.run(w.q, w.table), "kv must be a PagedKV, got PageTable", "run(q, kv)"),
+):
+    bad(name, call, TypeError, wrong, order)
+bad(
+    "prefill: qo_indptr first",
+    lambda w: pa.prefill(w.qo_indptr, w.q_prefill, w.kv, w.table),
+    ValueError,
+    "q must be [rows, num_qo_heads, head_dim]",
+    "q.shape=(3,)",
+    PREFILL_ORDER,
+)
+
+# What cannot be, in the words of the door it came through.
+bad(
+    "pool: layout of a rank",
+    lambda w: pa.PagedKV(w.k_pages[0], w.v_pages[0], layout=pa.Layout.HND),
+    ValueError,
+    "for layout='HND'",
+    "(4, 2, 16)",
+    "pass one layer's pages",
+)
+for name, call, array, dtype in (
+    ("table", lambda w: w.make_table(indices=[1, 2]), "indices", "int32"),
+    ("table", lambda w: w.make_table(total_len=(1, 2)), "total_len", "int32"),
+    ("block table", lambda w: pa.PageTable.from_block_table([[1]], int32(1), page_size=4), "block_table", "int32"),
+    ("prefill", attend_ragged(qo_indptr=[0, 2, 5]), "qo_indptr", "int32"),
+    ("append", lambda w: pa.append(w.kv, [0, 1, 2], w.k, w.v), "slots", "int64"),
+    ("merge_states", lambda w: pa.merge_states(w.states, [1.0]), "s", "float32"),
+):
+    bad(
+        f"{name}: list for {array}",
+        call,
+        TypeError,
+        f"{array} must be an array",
+        "list" if array != "total_len" else "tuple",
+        f"pass np.asarray({array}, dtype=np.{dtype})",
+    )
+FLOATS = "must be one of float16, bfloat16, float32, float64"
+for dtype in ("float8_e4m3fn", "int4", "float8_e5m2"):
+
+    def eight_bit(*shape: int, dtype: str = dtype) -> Any:
+        return np.zeros(shape, dtype)
+
+    def eight_bit_of_jax(*shape: int, dtype: str = dtype) -> Any:
+        return jnp.zeros(shape, dtype)
+
+    for make, library in ((eight_bit, "NumPy"), (eight_bit_of_jax, "JAX")):
+        bad(
+            f"pool: {dtype} of {library}",
+            lambda w, make=make: pa.PagedKV(make(6, 4, 2, 16), make(6, 4, 2, 16), layout="NHD"),
+            TypeError,
+            f"k_pages {FLOATS}",
+            f"got {dtype}",
+            "pass k_pages.astype(np.float16)",
+        )
+        bad(
+            f"single_decode: {dtype} of {library}",
+            lambda w, make=make: pa.single_decode(make(4, 16), make(9, 2, 16), make(9, 2, 16), layout="NHD"),
+            TypeError,
+            f"k {FLOATS}",
+            f"got {dtype}",
+            "pass k.astype(np.float16)",
+        )
+        bad(
+            f"decode: q {dtype} of {library}",
+            attend(q=lambda w, make=make: make(2, 4, 16)),
+            TypeError,
+            "q must be",
+            f"got {dtype}",
+            "pass q.astype(np.float16)",
+        )
+        bad(
+            f"prefill: qo_indptr {dtype} of {library}",
+            attend_ragged(qo_indptr=lambda w, make=make: make(3)),
+            TypeError,
+            "qo_indptr must be int32",
+            f"got {dtype}",
+            "pass qo_indptr.astype(np.int32)",
+        )
+
+
+def deleted(*shape: int, dtype: Any = jnp.float16) -> Any:
+    array = jnp.ones(shape, dtype)
+    array.delete()
+    return array
+
+
+DELETED: dict[str, tuple[str, Callable[[World], Any]]] = {
+    "pool": ("k_pages", lambda w: pa.PagedKV(deleted(6, 4, 2, 16), w.v_pages, layout="NHD")),
+    "combined": ("kv_pages", lambda w: pa.PagedKV.combined(deleted(6, 2, 4, 2, 16), layout="NHD")),
+    "table": ("indptr", lambda w: w.make_table(indptr=deleted(3, dtype=jnp.int32))),
+    "block table": (
+        "seq_lens",
+        lambda w: pa.PageTable.from_block_table(np.zeros((2, 3), np.int32), deleted(2, dtype=jnp.int32), page_size=4),
+    ),
+    "slots of a table": ("positions", lambda w: w.table.slots(int32(0), deleted(1, dtype=jnp.int32))),
+    "append": ("slots", lambda w: pa.append(w.kv, deleted(3, dtype=jnp.int32), w.k, w.v)),
+    "decode": ("q", attend(q=lambda w: deleted(2, 4, 16))),
+    "decode out": ("out", attend(out=lambda w: deleted(2, 4, 16))),
+    "prefill": ("qo_indptr", attend_ragged(qo_indptr=lambda w: deleted(3, dtype=jnp.int32))),
+    "run": ("q", lambda w: w.decode.run(deleted(2, 4, 16), w.kv)),
+    "single_decode": ("v", lambda w: pa.single_decode(w.q[0], w.k_one, deleted(9, 2, 16), layout="NHD")),
+    "merge_states": ("s", lambda w: pa.merge_states(w.states, deleted(3, 4, 4, dtype=jnp.float32))),
+    "cache seqs": ("seqs", lambda w: w.cache.page_table(deleted(2, dtype=jnp.int32))),
+    "cache counts": ("counts", lambda w: w.cache.reserve([w.a, w.b], deleted(2, dtype=jnp.int32))),
+}
+for name, (array, call) in DELETED.items():
+    bad(
+        f"deleted JAX array: {name}",
+        call,
+        ValueError,
+        f"{array} is a JAX array that was deleted",
+        f"{array}.shape=",
+        "pass the array that the jitted function returned",
+    )
 
 # -- one request -----------------------------------------------------------------------------------------------------
 
@@ -1046,6 +1199,33 @@ bad(
     "num_qo_heads=3",
     "2, 4, 6, ... heads",
 )
+for name, value in (
+    ("num_qo_heads", np.array([8, 8])),
+    ("num_qo_heads", np.array([4])),
+    ("num_qo_heads", jnp.array([4, 4])),
+    ("q_len", np.array([1, 1])),
+    ("sm_scale", np.ones(4, np.float32)),
+    ("window_left", np.array([-1, -1])),
+    ("logits_soft_cap", np.zeros(2)),
+):
+    bad(
+        f"plan: {name} of shape {value.shape} ({type(value).__module__.partition('.')[0]})",
+        lambda w, name=name, value=value: w.decode.plan(
+            **{"kv": w.kv, "table": w.table, "num_qo_heads": 4, name: value}
+        ),
+        TypeError,
+        f"{name} must be a",
+        f"got an array of shape {value.shape}",
+        "pass one ",
+    )
+bad(
+    "plan: causal of an array",
+    lambda w: w.prefill.plan(w.kv, w.table, w.qo_indptr, 4, causal=np.ones(2, bool)),
+    TypeError,
+    "causal must be a bool",
+    "array",
+    "pass True or False",
+)
 bad("plan: no heads", lambda w: w.decode.plan(w.kv, w.table, 0), ValueError, "num_qo_heads is 0", "[1, ", "at least 1")
 bad("plan: float heads", lambda w: w.decode.plan(w.kv, w.table, 4.0), TypeError, "num_qo_heads", "4.0 (float)", "int(")
 bad("plan: q_len", lambda w: w.decode.plan(w.kv, w.table, 4, q_len=0), ValueError, "q_len is 0", "[1, ", "at least 1")
@@ -1095,7 +1275,16 @@ bad(
     pa.LayoutMismatchError,
     "kv has layout HND",
     "the plan was made for NHD",
-    "kv.to_layout('NHD')",
+    "pass kv.to_layout('NHD') or plan with this kv",
+)
+bad(
+    "run: layout, the shape fits under the other tag",
+    lambda w: w.decode.run(w.q, pa.PagedKV(w.k_pages, w.v_pages, layout="HND")),
+    pa.LayoutMismatchError,
+    "kv has layout HND",
+    "the plan was made for NHD",
+    "the shape fits layout NHD: if the pool was written so, tag the pool layout='NHD'; if it was written as HND, plan "
+    "with this kv",
 )
 bad(
     "run: shape under the tag",
@@ -1103,7 +1292,8 @@ bad(
     pa.LayoutMismatchError,
     "kv is tagged NHD",
     "page_size=2 and num_kv_heads=4, but the plan was made for 4 and 2",
-    "tag the pool layout='HND'",
+    "tag the pool layout='HND' and pass kv.to_layout('NHD'); if it was written as NHD, plan with this kv and a table "
+    "of page_size=2",
 )
 
 
@@ -1182,6 +1372,24 @@ bad(
 # -- questions -------------------------------------------------------------------------------------------------------
 
 bad("supports: op", lambda w: pa.supports("fly"), ValueError, "op is 'fly'", "decode, prefill", "pass one of them")
+for name, value, error, rule in (
+    ("head_dim", "x", TypeError, "head_dim must be an int"),
+    ("head_dim", 0, ValueError, "head_dim is 0"),
+    ("head_dim", 64.0, TypeError, "head_dim must be an int"),
+    ("page_size", -1, ValueError, "page_size is -1"),
+    ("num_kv_heads", [8], TypeError, "num_kv_heads must be an int"),
+    ("dtype", "flaot16", TypeError, "dtype must be one of"),
+    ("layout", "NDH", ValueError, "layout must be"),
+    ("device", "tpu", ValueError, "device must be"),
+):
+    bad(
+        f"supports: {name}={value!r}",
+        lambda w, name=name, value=value: pa.supports(**{name: value}),
+        error,
+        rule,
+        str(value),
+        "pass " if name != "dtype" else "(a name or a NumPy dtype)",
+    )
 bad("status: device", lambda w: pa.status("tpu"), ValueError, "device must be 'cpu', 'cuda'", "'tpu'", "pass None")
 
 # -- the cache -------------------------------------------------------------------------------------------------------
@@ -1292,11 +1500,11 @@ bad(
     "pass an int in [0, 2)",
 )
 bad(
-    "cache: int32 slots",
-    lambda w: w.cache.write(w.slots.astype(np.int32), w.k, w.v),
+    "cache: int16 slots",
+    lambda w: w.cache.write(w.slots.astype(np.int16), w.k, w.v),
     TypeError,
-    "slots must be int64",
-    "got int32",
+    "slots must be int64 or int32",
+    "got int16",
     "slots.astype(np.int64)",
 )
 bad(
@@ -1349,6 +1557,164 @@ bad(
 )
 
 
+# -- memory that is written while it is read -------------------------------------------------------------------------
+
+
+def reshaped(array: Any, shape: tuple[int, ...], dtype: Any = np.float16, shift: int = 0) -> Any:
+    """An array of `shape` over the memory of another one, from its byte `shift` on."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return array.reshape(-1).view(np.uint8)[shift : shift + size].view(dtype).reshape(shape)
+
+
+def overlapping(name: str, call: Callable[[World], Any], first: str, second: str, remedy: str = "memory of ") -> None:
+    bad(f"overlap: {name}", call, ValueError, f"{first} overlaps {second} in memory", "in use", remedy)
+
+
+Q, LSE, TOKENS = (2, NUM_QO_HEADS, HEAD_DIM), (2, NUM_QO_HEADS), (3, NUM_KV_HEADS, HEAD_DIM)
+overlapping("decode, out = q", attend(out=lambda w: w.q), "out", "q")
+overlapping(
+    "decode, out behind the beginning of q",
+    lambda w: pa.decode(w.q_prefill[:2], w.kv, w.table, out=w.q_prefill[1:3]),
+    "out",
+    "q",
+)
+overlapping("decode, out over K", attend(out=lambda w: reshaped(w.k_pages, Q, shift=512)), "out", "kv.k_pages")
+overlapping("decode, out over V", attend(out=lambda w: reshaped(w.v_pages, Q)), "out", "kv.v_pages")
+overlapping("decode, lse over q", attend(lse=lambda w: reshaped(w.q, LSE, np.float32, 32)), "lse", "q")
+overlapping("decode, lse over K", attend(lse=lambda w: reshaped(w.k_pages, LSE, np.float32)), "lse", "kv.k_pages")
+overlapping("decode, lse over V", attend(lse=lambda w: reshaped(w.v_pages, LSE, np.float32)), "lse", "kv.v_pages")
+overlapping(
+    "decode, lse over out",
+    attend(out=lambda w: w.out, lse=lambda w: reshaped(w.out, LSE, np.float32, 64)),
+    "out",
+    "lse",
+)
+overlapping(
+    "prefill, out = q", lambda w: pa.prefill(w.q_prefill, w.qo_indptr, w.kv, w.table, out=w.q_prefill), "out", "q"
+)
+overlapping("run, out = q", lambda w: w.decode.run(w.q, w.kv, out=w.q), "out", "q")
+overlapping(
+    "run of prefill, lse over V",
+    lambda w: w.prefill.run(w.q_prefill, w.kv, lse=reshaped(w.v_pages, (5, NUM_QO_HEADS), np.float32)),
+    "lse",
+    "kv.v_pages",
+)
+overlapping(
+    "single_decode, out = q",
+    lambda w: pa.single_decode(w.q[0], w.k_one, w.v_one, layout="NHD", out=w.q[0]),
+    "out",
+    "q",
+)
+overlapping(
+    "single_prefill, out over v",
+    lambda w: pa.single_prefill(w.q, w.k_one, w.v_one, layout="NHD", out=reshaped(w.v_one, Q)),
+    "out",
+    "kv.v_pages",
+)
+overlapping(
+    "append, k of the pool", lambda w: pa.append(w.kv, w.slots, w.k_pages[0, 1:], w.v), "k", "kv.k_pages", "k.copy()"
+)
+overlapping(
+    "append, v of the pool's K",
+    lambda w: pa.append(w.kv, w.slots, w.k, reshaped(w.k_pages, TOKENS, shift=32)),
+    "v",
+    "kv.k_pages",
+    "v.copy()",
+)
+
+
+def append_slots_of_the_pool(w: World) -> None:
+    pool = w.xp.zeros_like(w.k_pages)
+    pa.append(pa.PagedKV(w.k_pages.copy(), pool, layout="NHD"), reshaped(pool, (3,), np.int64), w.k, w.v)
+
+
+overlapping("append, slots in the pool", append_slots_of_the_pool, "slots", "kv.v_pages", "slots.copy()")
+overlapping(
+    "cache, append of its own pages",
+    lambda w: w.cache.append([w.a], [3], w.cache.layers[0].k_pages[0, :3], w.v),
+    "k",
+    "kv.k_pages",
+    "k.copy()",
+)
+
+
+def whole_states(w: World) -> dict[str, Any]:
+    """Contiguous states, which out and lse may be."""
+    return {name: array.copy() for name, array in two_states(w).items()}
+
+
+def merge_over(written: str, over: str, shape: tuple[int, ...], dtype: Any, shift: int = 0) -> Callable[[World], Any]:
+    def call(w: World) -> Any:
+        states = whole_states(w)
+        return pa.merge_state(**states, **{written: reshaped(states[over], shape, dtype, shift)})
+
+    return call
+
+
+def merge_into_a_part(w: World, out: int) -> Any:
+    memory = w.normal(4, NUM_QO_HEADS, HEAD_DIM)
+    return pa.merge_state(**(whole_states(w) | {"v_a": memory[:3]}), out=memory[out : out + 3])
+
+
+overlapping("merge_state, out over v_b", merge_over("out", "v_b", (3, 4, 16), np.float16), "out", "v_b")
+overlapping("merge_state, lse over s_b", merge_over("lse", "s_b", (3, 4), np.float32), "lse", "s_b")
+overlapping("merge_state, lse over v_a", merge_over("lse", "v_a", (3, 4), np.float32, 32), "lse", "v_a")
+overlapping("merge_state, out behind the beginning of v_a", lambda w: merge_into_a_part(w, 1), "out", "v_a")
+overlapping(
+    "merge_state, out over lse",
+    lambda w: pa.merge_state(**whole_states(w), out=w.states[0, :3], lse=reshaped(w.states[0], (3, 4), np.float32)),
+    "out",
+    "lse",
+)
+
+
+def merge_into_wider(w: World) -> Any:
+    out = w.normal(3, 4, 16, dtype=np.float32)
+    return pa.merge_state(**(whole_states(w) | {"v_a": reshaped(out, (3, 4, 16))}), out=out)
+
+
+overlapping("merge_state, a float32 out over v_a", merge_into_wider, "out", "v_a")
+overlapping("merge_states, out over v", merge_many(out=lambda w: w.states.reshape(12, 4, 16)[1:4]), "out", "v")
+overlapping("merge_states, lse over s", merge_many(lse=lambda w: w.logs.reshape(12, 4)[:3]), "lse", "s")
+overlapping(
+    "merge_states, lse over out",
+    merge_many(
+        out=lambda w: reshaped(w.q_prefill, (3, 4, 16)), lse=lambda w: reshaped(w.q_prefill, (3, 4), np.float32)
+    ),
+    "out",
+    "lse",
+)
+
+
+def split_over(w: World, **changed: Any) -> Any:
+    """split of a table on the world's device into an `out` that takes some arrays from elsewhere."""
+    table = pa.PageTable(*map(w.xp.asarray, (w.indptr, w.indices, w.last_page_len)), page_size=PAGE_SIZE)
+    out = {"indptr": w.xp.zeros(5, np.int32), "indices": w.xp.zeros(3, np.int32)}
+    out |= {name: w.xp.zeros(4, np.int32) for name in ("last_page_len", "page_offset", "total_len")}
+    out |= {name: f(table, out) for name, f in changed.items()}
+    return table.split(2, out=pa.PageTable(**out, page_size=PAGE_SIZE))
+
+
+overlapping(
+    "split, indices of the table",
+    lambda w: split_over(w, indices=lambda table, out: table.indices),
+    "out.indices",
+    "the table's indices",
+)
+overlapping(
+    "split, two arrays of out",
+    lambda w: split_over(w, total_len=lambda table, out: out["page_offset"]),
+    "out.page_offset",
+    "out.total_len",
+)
+overlapping(
+    "split, indptr over last_page_len",
+    lambda w: split_over(w, last_page_len=lambda table, out: out["indptr"][1:]),
+    "out.indptr",
+    "out.last_page_len",
+)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bad_input(xp, case: Bad) -> None:
     w = World(xp)
@@ -1364,6 +1730,79 @@ def test_bad_input(xp, case: Bad) -> None:
         wanted = re.sub(r"\{(\w+)\}", lambda name: str(getattr(w, name[1])), part)
         assert wanted in str(raised.value), str(raised.value)
     assert w.state() == before
+
+
+def test_memory_that_is_not_shared_is_not_refused(xp) -> None:
+    """Slices of one array, interleaved K and V, heads by turns; and a merge into its first state."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return xp.asarray(rng.standard_normal(shape).astype(np.float16))
+
+    def host(array: Any) -> np.ndarray:
+        return array if xp is np else array.get()
+
+    qkv, memory = normal(9, 8, 16), normal(4, 4, 16)  # heads 0-3 are q, 4-5 k, 6-7 v
+    q, k, v = qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]
+    whole = pa.single_prefill(q, k, v, layout="NHD")
+    out, lse = xp.empty((9, 4, 16), np.float16), xp.empty((9, 4), np.float32)
+    pa.single_prefill(q, k, v, layout="NHD", out=out, lse=lse)
+    np.testing.assert_array_equal(host(out), host(whole))
+    # out and lse behind q, in one array with it; then in the gap that q leaves between its rows.
+    memory[:1] = qkv[:1, :4]
+    pa.single_decode(memory[0], k, v, layout="NHD", out=memory[1], lse=reshaped(memory[2], (4,), np.float32))
+    one = pa.single_decode(q[0], k, v, layout="NHD")
+    np.testing.assert_array_equal(host(memory[1]), host(one))
+    kv = pa.PagedKV(k[None], v[None], layout="NHD")
+    table = pa.PageTable(int32(0, 1), int32(0), int32(9), page_size=9)
+    wide = normal(4, 80)
+    wide[:, :16] = qkv[0, :4]
+    pa.decode(wide[None, :, :16], kv, table, out=reshaped(wide[1, 16:80], (1, 4, 16)))
+    np.testing.assert_array_equal(host(wide[1, 16:80]).reshape(4, 16), host(one))
+    # K and V interleaved, new tokens between a token's K and V of another layer: [page, slot, layer and K or V, ...]
+    pool = normal(3, 4, 6, 2, 16)
+    before = host(pool).copy()
+    layer = pa.PagedKV(pool[:, :, 0], pool[:, :, 1], layout="NHD")
+    pa.append(layer, xp.asarray(np.array([11, 0])), pool[0, :2, 4], pool[1, :2, 5])
+    np.testing.assert_array_equal(host(pool)[[2, 0], [3, 0], 0], before[0, :2, 4])
+    np.testing.assert_array_equal(host(pool)[[2, 0], [3, 0], 1], before[1, :2, 5])
+    pa.PagedKV.combined(normal(3, 2, 4, 2, 16), layout="NHD")
+    v_a, v_b = normal(2, 3, 4, 16)
+    s_a, s_b = xp.asarray(rng.standard_normal((2, 3, 4)).astype(np.float32))
+    merged, log = pa.merge_state(v_a, s_a, v_b, s_b)
+    pa.merge_state(v_a, s_a, v_b, s_b, out=v_a, lse=s_a)
+    np.testing.assert_array_equal(host(v_a), host(merged))
+    np.testing.assert_array_equal(host(s_a), host(log))
+
+
+def test_overlap_is_exact_on_the_host_and_by_addresses() -> None:
+    """Random views of one buffer, as NumPy arrays and as arrays that look like a GPU's, against sets of bytes."""
+    rng = np.random.default_rng(0)
+    memory = np.zeros(1000, np.uint8)
+    found = []
+    for _ in range(2000):
+        views = []
+        for _ in "ab":
+            dtype = np.dtype(rng.choice(["u1", "f2", "f4"]))
+            shape = tuple(int(n) for n in rng.integers(0 if rng.random() < 0.1 else 1, 4, 3))
+            strides = tuple(int(n) * dtype.itemsize for n in rng.integers(-2, 12, 3))
+            low = sum(max(n - 1, 0) * min(stride, 0) for n, stride in zip(shape, strides, strict=True))
+            offset = int(rng.integers(0, 60)) - low
+            views.append(np.ndarray(shape, dtype, memory, offset, strides))
+        bytes_of = [
+            {
+                view.ctypes.data + sum(i * s for i, s in zip(index, view.strides, strict=True)) + byte
+                for index in np.ndindex(view.shape)
+                for byte in range(view.itemsize)
+            }
+            for view in views
+        ]
+        shared = bool(bytes_of[0] & bytes_of[1])
+        on_gpu = [FakeGpuArray(view, view.ctypes.data) for view in views]
+        assert spec.overlap(*views) == spec.overlap(*on_gpu) == shared
+        assert not spec.overlap(views[0], on_gpu[1])
+        found.append(shared)
+    assert 0.1 < np.mean(found) < 0.9
 
 
 # -- two devices -----------------------------------------------------------------------------------------------------
@@ -1388,6 +1827,7 @@ class TwoDevices:
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
+        self.places = itertools.count(1)  # of arrays that only look like a GPU's
         self.host = World(np)
         self.kv = pa.PagedKV(self.gpu(6, 4, 2, 16), self.gpu(6, 4, 2, 16), layout="NHD")
         self.q = self.gpu(2, 4, 16)
@@ -1400,7 +1840,7 @@ class TwoDevices:
         skipped = int(shift * itemsize)
         flat = (np if self.xp is None else self.xp).zeros(count * itemsize + skipped, np.uint8)
         array = flat[skipped:].view(dtype).reshape(*leading, last + padding)[..., :last]
-        return FakeGpuArray(array, 4096 + skipped) if self.xp is None else array
+        return FakeGpuArray(array, 4096 * next(self.places) + skipped) if self.xp is None else array
 
     def table(self) -> pa.PageTable:
         return pa.PageTable(*(self.gpu(n, dtype=np.int32) for n in (3, 3, 2)), page_size=4)

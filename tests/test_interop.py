@@ -1,8 +1,10 @@
 """Arrays at the door: zero copy in, the caller's library out, and nothing heavy imported on the way."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import pytest
 
 import paged_attn as pa
 from paged_attn import interop
+from tests import child
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -135,9 +138,13 @@ def test_what_is_no_array_is_refused(thing: object) -> None:
         interop.native(thing, "q")
 
 
-def test_dtypes_that_numpy_does_not_know_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"q cannot be taken by DLPack .*pass a NumPy or CuPy array"):
-        interop.native(jnp.zeros(3, jnp.float8_e4m3fn), "q")
+def test_a_producer_that_fails_is_refused() -> None:
+    class Broken(Producer):
+        def __dlpack__(self, **wishes):
+            raise BufferError("no more buffers")
+
+    with pytest.raises(TypeError, match=r"q cannot be taken by DLPack .no more buffers.; pass a NumPy or CuPy array"):
+        interop.native(Broken(np.zeros(3)), "q")
 
 
 class Elsewhere(Producer):
@@ -162,6 +169,118 @@ def test_a_gpu_array_without_cupy_names_the_extra(monkeypatch: pytest.MonkeyPatc
         interop.native(Elsewhere(2), "q")
     with pytest.raises(ImportError, match=r"device='cuda' needs CuPy.*paged_attn\[cuda13\]"):
         interop.resolve_device("cuda")
+
+
+def test_a_jax_array_on_several_devices_is_refused_at_every_door() -> None:
+    """tests/jax_shards.py has the calls; what the messages say to do is done there, too."""
+    said = child.run("tests.jax_shards", seconds=120)
+    assert said.pop("shard") == "(1, 4, 16)"
+    assert said.pop("one device") == "(2, 4, 16)"
+    assert len(said) == 11
+    for name, message in said.items():
+        argument = name.removeprefix("cache ").removesuffix(" replicated")
+        assert message.startswith(f"{argument} is a JAX array on 2 devices, sharded or replicated ("), message
+        assert f"pass a shard, {argument}.addressable_shards[i].data, or all of it on one device" in message
+
+
+def test_a_donated_jax_array_is_refused() -> None:
+    x = jnp.ones((2, 4, 16), jnp.float16)
+    jax.jit(lambda x: x + 1, donate_argnums=0)(x)
+    assert x.is_deleted()
+    for name in ("q", "out"):
+        with pytest.raises(
+            ValueError, match=rf"{name} is a JAX array that was deleted, .*donate_argnums.*do not donate"
+        ):
+            interop.native(x, name, writable=name == "out")
+
+
+# -- a CuPy that cannot be imported, or sees no device -----------------------------------------------------------------
+
+
+class FailingCupy:
+    """A finder by which `import cupy` raises an error of any type."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == "cupy":
+            raise self.error
+
+
+class SilentDriver(ModuleType):
+    """A CuPy whose driver does not answer."""
+
+    def __init__(self) -> None:
+        super().__init__("cupy")
+        self.cuda = SimpleNamespace(is_available=self.fail, runtime=SimpleNamespace(getDeviceCount=self.fail))
+
+    def fail(self) -> bool:
+        raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+
+
+@pytest.fixture
+def no_cupy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], None]:
+    """Takes CuPy away: its import raises the error, or (None) its driver does."""
+
+    def take(error: Exception | None) -> None:
+        monkeypatch.setattr(interop, "_has_cuda", False)
+        monkeypatch.delitem(sys.modules, "cupy", raising=False)
+        if error is None:
+            monkeypatch.setitem(sys.modules, "cupy", SilentDriver())
+        else:
+            monkeypatch.setattr(sys, "meta_path", [FailingCupy(error), *sys.meta_path])
+
+    return take
+
+
+FAILURES = {
+    "OSError: [Errno 30] Read-only file system": OSError(30, "Read-only file system"),
+    "RuntimeError: libcudart is of another version": RuntimeError("libcudart is of another version"),
+    "AttributeError: module 'numpy'": AttributeError("module 'numpy' has no attribute 'float'"),
+    "libcuda.so.1: cannot open": ImportError("libcuda.so.1: cannot open shared object file"),
+}
+
+
+@pytest.mark.parametrize("said", [*FAILURES, "cudaErrorInsufficientDriver"])
+def test_a_cupy_that_fails_is_no_gpu(no_cupy: Callable[[Exception | None], None], said: str) -> None:
+    """Calls that leave the device open go to the CPU; where a GPU is asked for, the reason is said."""
+    no_cupy(FAILURES.get(said))
+    assert not interop.cuda_available()
+    assert interop.resolve_device(None) == "cpu"
+    assert pa.supports() and pa.supports(device=None, head_dim=7)
+    assert pa.PageTable.empty(2, 3, page_size=4).device == "cpu"
+    pa.status()
+    assert pa.PagedKVCache(6, 4, 2, 16, layout="NHD", dtype="float16").device == "cpu"
+    for device in ("cuda", "cuda:0", 1):
+        answer = pa.supports(device=device)
+        assert not answer and said in answer.reason
+        kind = ImportError if said in FAILURES else ValueError
+        with pytest.raises(kind) as raised:
+            pa.PageTable.empty(2, 3, page_size=4, device=device)
+        assert said in str(raised.value) and f"device={device!r}" in str(raised.value)
+    if said in FAILURES:
+        with pytest.raises(ImportError, match=f"q lives on a GPU, and CuPy cannot be imported .*{re.escape(said)}"):
+            interop.native(Elsewhere(2), "q")
+
+
+def test_what_is_missing_may_be_put_right(no_cupy: Callable[[Exception | None], None], monkeypatch: Any) -> None:
+    """That there is no GPU is asked again; that there is one is not."""
+    no_cupy(OSError("a cache folder that cannot be written"))
+    assert not interop.cuda_available()
+    mended = ModuleType("cupy")
+    asked = []
+    mended.cuda = SimpleNamespace(is_available=lambda: not asked.append(1))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cupy", mended)
+    assert interop.cuda_available() and interop.cuda_available()
+    assert len(asked) == 1
+
+
+def test_a_machine_without_a_device_says_so(no_cupy: Callable[[Exception | None], None], monkeypatch: Any) -> None:
+    no_cupy(None)
+    monkeypatch.setattr(sys.modules["cupy"].cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device='cuda:1', but CuPy sees no CUDA device .there is none.; pass 'cpu'$"):
+        interop.resolve_device("cuda:1")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32])

@@ -1,5 +1,7 @@
 """Layout and PagedKV: what the tag says, that nothing is copied, and that a disagreement is an error."""
 
+import copy
+import pickle
 import time
 
 import jax.numpy as jnp
@@ -29,6 +31,42 @@ def test_an_axis_of_one_has_no_stride() -> None:
     pages = random_pool(np, (NUM_PAGES, PAGE_SIZE, 1, HEAD_DIM))
     kv = pa.PagedKV(pages[:, :, ::-1], pages, layout="NHD")
     assert kv.k_strides == kv.v_strides == (PAGE_SIZE * HEAD_DIM, HEAD_DIM, 0)
+
+
+def test_a_pool_is_frozen(xp) -> None:
+    """What was derived from its arrays stays true: no attribute can be assigned or deleted."""
+    kv = pa.PagedKV(random_pool(xp, SHAPES["NHD"]), random_pool(xp, SHAPES["NHD"]), layout="NHD")
+    combined = pa.PagedKV.combined(random_pool(xp, (NUM_PAGES, 2, *SHAPES["NHD"][1:])), layout="NHD")
+    for pool in (kv, combined, kv.to_layout("HND")):
+        before = {name: getattr(pool, name) for name in pa.PagedKV.__slots__}
+        for name in (*pa.PagedKV.__slots__, "other"):
+            with pytest.raises(AttributeError, match=rf"PagedKV\.{name} cannot be assigned: .*make another PagedKV"):
+                setattr(pool, name, pool.k_pages[:1])
+            with pytest.raises(AttributeError, match="make another PagedKV"):
+                delattr(pool, name)
+        assert all(getattr(pool, name) is value for name, value in before.items())
+        assert pool.writable
+
+
+def test_a_pool_can_be_copied() -> None:
+    kv = pa.PagedKV(*(random_pool(np, SHAPES["HND"]) for _ in "kv"), layout="HND")
+    for other in (copy.copy(kv), copy.deepcopy(kv), pickle.loads(pickle.dumps(kv))):
+        assert other.form == kv.form and other.layout is pa.Layout.HND
+        np.testing.assert_array_equal(other.v_pages, kv.v_pages)
+
+
+def test_a_pool_whose_k_and_v_overlap_is_read_only(xp) -> None:
+    """K and V of one memory (a latent pool, say) are read as they are; append would write one over the other."""
+    pages = random_pool(xp, SHAPES["NHD"])
+    tokens = xp.ones((1, NUM_KV_HEADS, HEAD_DIM), np.float16)
+    for v_pages in (pages, pages[:]):
+        kv = pa.PagedKV(pages, v_pages, layout="NHD")
+        assert not kv.writable
+        with pytest.raises(ValueError, match=r"kv cannot be written: .*its K and V overlap"):
+            pa.append(kv, np.zeros(1, np.int64), tokens, tokens)
+    turns = random_pool(xp, (NUM_PAGES, PAGE_SIZE, 2 * NUM_KV_HEADS, HEAD_DIM))
+    assert pa.PagedKV(turns[:, :, ::2], turns[:, :, 1::2], layout="NHD").writable
+    assert not pa.PagedKV(turns[:, :, :2], turns[:, :, 1:3], layout="NHD").writable
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND", pa.Layout.NHD, pa.Layout.HND])
@@ -227,3 +265,32 @@ def test_the_fitting_layout_is_named(xp, layout: str) -> None:
     eight = pa.PageTable(table.indptr, table.indices, table.last_page_len, page_size=8)
     with pytest.raises(pa.LayoutMismatchError, match="the table has page_size=8; neither layout fits"):
         pa.decode(q, kv, eight)
+
+
+def test_what_the_message_says_to_do_works(xp) -> None:
+    """A pool and a table of another page_size: both readings are named, and the right one gives the right result."""
+    rng = np.random.default_rng(0)
+    k, v = (xp.asarray(rng.standard_normal((10, 2, 16, 8, 64)).astype(np.float16)[:, 0]) for _ in "kv")
+    kv = pa.PagedKV(k, v, layout="NHD")
+    q = xp.asarray(rng.standard_normal((1, 8, 64)).astype(np.float16))
+    arrays = [np.array(x, np.int32) for x in ([0, 2], [3, 5], [8])]
+    with pytest.raises(pa.LayoutMismatchError) as raised:
+        pa.decode(q, kv, pa.PageTable(*arrays, page_size=8))
+    assert "tag the pool layout='HND'" in str(raised.value)
+    assert "if it was written as NHD, pass a table that was made with page_size=16" in str(raised.value)
+    dense = [to_numpy(pages)[[3, 5]].reshape(-1, 8, 64)[:24] for pages in (k, v)]
+    right = pa.single_decode(to_numpy(q)[0], *dense, layout="NHD")
+    out = pa.decode(q, kv, pa.PageTable(*arrays, page_size=16))
+    np.testing.assert_allclose(to_numpy(out)[0], right, rtol=2e-3, atol=1e-3)
+    # A layer whose tag is wrong, by a plan: tagged and copied as the message says, it runs.
+    plan = pa.BatchDecodeWithPagedKVCache()
+    plan.plan(kv, pa.PageTable(*arrays, page_size=16), 8)
+    hnd = kv.to_layout("HND")
+    with pytest.raises(pa.LayoutMismatchError, match=r"tag the pool layout='HND' and pass kv\.to_layout\('NHD'\)"):
+        plan.run(q, pa.PagedKV(hnd.k_pages, hnd.v_pages, layout="NHD"))
+    tagged = pa.PagedKV(hnd.k_pages, hnd.v_pages, layout="HND")
+    np.testing.assert_array_equal(to_numpy(plan.run(q, tagged.to_layout("NHD"))), to_numpy(plan.run(q, kv)))
+    # One whose shape does not fit under its own tag is not to be copied.
+    with pytest.raises(pa.LayoutMismatchError) as raised:
+        plan.run(q, pa.PagedKV(k, v, layout="HND"))
+    assert "tag the pool layout='NHD'" in str(raised.value) and "to_layout" not in str(raised.value)

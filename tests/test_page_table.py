@@ -1,5 +1,7 @@
 """PageTable: lengths, positions, splits, slots and block tables, against a model in plain Python."""
 
+import copy
+import pickle
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +39,22 @@ def ragged(xp, *, page_offset=None, page_stride=1, total_len=None, spare: int = 
         page_stride=page_stride,
         total_len=None if total_len is None else int32(xp, total_len),
     )
+
+
+def test_a_table_is_frozen(xp) -> None:
+    table = ragged(xp, page_offset=[0] * 6, total_len=SEQ_LENS)
+    before = {name: getattr(table, name) for name in pa.PageTable.__slots__}
+    for name in pa.PageTable.__slots__:
+        with pytest.raises(AttributeError, match=rf"PageTable\.{name} cannot be assigned: .*make another PageTable"):
+            setattr(table, name, table.indices[:1])
+    assert all(getattr(table, name) is value for name, value in before.items())
+
+
+def test_a_table_can_be_copied() -> None:
+    table = ragged(np, page_stride=2)
+    for other in (copy.copy(table), copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+        assert pages_of(other) == pages_of(table)
+        assert (other.page_size, other.page_stride, other.total_len) == (PAGE_SIZE, 2, None)
 
 
 def pages_of(table: pa.PageTable) -> list[list[int]]:

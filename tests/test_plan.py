@@ -131,6 +131,78 @@ def test_a_step_over_capacity_is_refused_and_the_step_before_stays(capacity: dic
     np.testing.assert_array_equal(plan.run(small.q, small.kv()), once(small))
 
 
+@pytest.mark.parametrize("q_lens", [None, (2, 3)])
+def test_max_pages_counts_from_the_first_page_of_the_step(q_lens: tuple[int, ...] | None) -> None:
+    """A table whose indptr does not begin at 0: the pages of all its requests together."""
+    inputs = build(Case("first_page", (40, 20), q_lens=q_lens))
+    used = inputs.indices[: inputs.indptr[-1]]
+    behind = pa.PageTable(
+        inputs.indptr + np.int32(100),
+        np.concatenate([np.full(100, -7, np.int32), used]),
+        inputs.last_page_len,
+        page_size=inputs.case.page_size,
+    )
+    kind = pa.BatchDecodeWithPagedKVCache if q_lens is None else pa.BatchPrefillWithPagedKVCache
+    arguments = (inputs.kv(), behind, *([] if q_lens is None else [inputs.qo_indptr]), 8)
+    plan = kind(max_pages=used.size)
+    plan.plan(*arguments)
+    np.testing.assert_array_equal(plan.run(inputs.q, inputs.kv()), once(inputs))
+    with pytest.raises(pa.PageTableError, match=f"needs max_pages={used.size}, .*max_pages={used.size - 1};"):
+        kind(max_pages=used.size - 1).plan(*arguments)
+
+
+def test_a_plan_that_fails_leaves_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the backend raises: spec, rows and table of the step before stay, also when there was none."""
+    small, large = build(replace(DECODE_CASE, name="before", window_left=5)), build(replace(DECODE_CASE, name="after"))
+    plan = planned(small, max_pages=30)
+    never = pa.BatchDecodeWithPagedKVCache()
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "seq_lens", lambda table: (_ for _ in ()).throw(MemoryError("no memory")))
+        for failing in (plan, never):
+            with pytest.raises(MemoryError):
+                failing.plan(large.kv(), large.table(), 16)
+    np.testing.assert_array_equal(plan.run(small.q, small.kv()), once(small))
+    with pytest.raises(RuntimeError, match=r"run\(\) was called before plan"):
+        never.run(small.q, small.kv())
+
+
+def test_an_array_for_a_number_is_refused_after_a_good_plan_too() -> None:
+    """Also one of no axis, which is a number: it is taken, and read again when it has changed."""
+    inputs = build(DECODE_CASE)
+    plan = planned(inputs)
+    heads, scale = np.array(8), np.array(0.5)
+    for value in (np.array([8, 8]), np.array([8])):
+        for good in (8, np.int64(8), heads):
+            plan.plan(inputs.kv(), inputs.table(), good, sm_scale=scale if good is heads else 0.5)
+            with pytest.raises(TypeError, match=r"num_qo_heads must be an int, got an array of shape .*pass one int"):
+                plan.plan(inputs.kv(), inputs.table(), value)
+            with pytest.raises(TypeError, match=r"sm_scale must be a float, got an array of shape .*pass one float"):
+                plan.plan(inputs.kv(), inputs.table(), 8, sm_scale=value)
+    np.testing.assert_array_equal(plan.run(inputs.q, inputs.kv()), once(inputs, sm_scale=0.5))
+    scale[...] = 0.25
+    plan.plan(inputs.kv(), inputs.table(), heads, sm_scale=scale)
+    np.testing.assert_array_equal(plan.run(inputs.q, inputs.kv()), once(inputs, sm_scale=0.25))
+
+
+def test_slots_are_of_64_or_32_bits() -> None:
+    """Those that a jitted function returns are int32 while jax_enable_x64 is off."""
+    tokens = np.random.default_rng(0).standard_normal((3, 2, 16)).astype(np.float16)
+    pools = []
+    for make in (np.array, lambda x: np.array(x, np.int32), jnp.array):
+        pages = np.zeros((2, 3, 4, 2, 16), np.float16)
+        slots = make([5, -1, 11])
+        assert slots.dtype == (np.int64 if make is np.array else np.int32)
+        pa.append(pa.PagedKV(*pages, layout="NHD"), slots, tokens, tokens)
+        cache = pa.PagedKVCache(3, 4, 2, 16, layout="NHD", dtype="float16", device="cpu")
+        cache.write(slots, tokens, tokens)
+        np.testing.assert_array_equal(cache.layers[0].k_pages, pages[0])
+        pools.append(pages)
+        for slot in (12, -2):
+            with pytest.raises(pa.PageTableError, match=rf"slots\[0\] = {slot} .*pass slots in \[0, 12\), or -1"):
+                pa.append(pa.PagedKV(*pages, layout="NHD"), make([slot, 0, 0]), tokens, tokens)
+    assert (pools[0] == pools[1]).all() and (pools[0] == pools[2]).all() and pools[0].any()
+
+
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)])
 def test_a_capacity_is_a_positive_int(value: Any, error: type) -> None:
     for name in ("max_batch_size", "max_pages", "max_tokens"):
@@ -536,8 +608,9 @@ def test_supports_answers_by_question() -> None:
         assert "up to 256, not 272" in pa.supports(op, device="cuda", head_dim=272).reason
     assert "multiple of num_kv_heads" in pa.supports(device="cpu", num_qo_heads=30, num_kv_heads=8).reason
     assert pa.supports(device="cpu", num_qo_heads=40, num_kv_heads=8)
-    assert "dtype must be one of" in pa.supports(device="cpu", dtype="int8").reason
-    assert "layout must be" in pa.supports(device="cpu", layout="NDH").reason
+    for dtype in ("int8", "float8_e4m3fn", np.int32):
+        assert "dtype must be one of" in pa.supports(device="cpu", dtype=dtype).reason
+    assert not pa.supports(device="cuda:99")
     with pytest.raises(ValueError, match="op is 'encode'"):
         pa.supports("encode")
 

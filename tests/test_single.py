@@ -121,3 +121,27 @@ def test_single_prefill_wants_a_row_axis() -> None:
     with pytest.raises(ValueError, match=r"q must be \[rows, num_qo_heads, head_dim\], got q\.shape=\(8, 64\)"):
         pa.single_prefill(Q, K, K, layout="NHD")
     assert pa.single_prefill(np.zeros((0, 8, 64), np.float16), K, K, layout="NHD").shape == (0, 8, 64)
+
+
+def test_one_shot_calls_do_not_speak_of_plans() -> None:
+    """What is wrong with a call of decode, prefill and single_* is said without a plan, which the caller has not."""
+    decode, prefill = build(Case("words_decode", (9, 3))), build(Case("words_prefill", (9, 3), q_lens=(2, 3)))
+    k, v = decode.k[0], decode.v[0]
+    wide = np.zeros((2, 8, 32), np.float16)
+    calls = [
+        lambda: pa.decode(np.concatenate([decode.q] * 2), decode.kv(), decode.table()),
+        lambda: pa.decode(wide, decode.kv(), decode.table()),
+        lambda: pa.decode(decode.q.astype(np.float32), decode.kv(), decode.table()),
+        lambda: pa.prefill(prefill.q[:, :, :32], prefill.qo_indptr, prefill.kv(), prefill.table()),
+        lambda: pa.prefill(prefill.q[:4], prefill.qo_indptr, prefill.kv(), prefill.table()),
+        lambda: pa.single_decode(wide[0], k, v, layout="NHD"),
+        lambda: pa.single_prefill(wide, k, v, layout="NHD"),
+        lambda: pa.single_prefill(decode.q.astype(np.float32), k, v, layout="NHD"),
+    ]
+    for call in calls:
+        with pytest.raises((ValueError, TypeError)) as raised:
+            call()
+        assert "plan" not in str(raised.value)
+    for call in calls[1], calls[5]:
+        with pytest.raises(ValueError, match=r"q\.shape=.*; reshape q$"):  # another table does not help
+            call()

@@ -538,27 +538,28 @@ class _Append:
 
     def run(self, kv: PagedKV, slots: Any, k: Any, v: Any, form: Any) -> None:
         if form is not self._form:
-            self._bind(kv, slots.size, k.strides, v.strides)
+            self._bind(kv, slots, k.strides, v.strides)
             self._form = form
         self._write(k.data.ptr, v.data.ptr, kv.k_pages.data.ptr, kv.v_pages.data.ptr, slots.data.ptr)
         _start(self._launch, self._grid)
 
-    def _bind(self, kv: PagedKV, tokens: int, k_strides: tuple[int, ...], v_strides: tuple[int, ...]) -> None:
+    def _bind(self, kv: PagedKV, slots: Any, k_strides: tuple[int, ...], v_strides: tuple[int, ...]) -> None:
         """Write what the form of an append decides."""
         self._form = None
         pieces = kv.num_kv_heads * kv.head_dim // 8
         across = min(APPEND_THREADS, -(-pieces // 32) * 32)
         tokens_a_block = max(1, APPEND_THREADS // across)
         self._launch, self._write, write_rest = self._prepared((across, tokens_a_block), kv.head_dim)
-        self._grid = min(-(-tokens // tokens_a_block), MOST_APPEND_BLOCKS)
+        self._grid = min(-(-slots.size // tokens_a_block), MOST_APPEND_BLOCKS)
         write_rest(
             *_units(kv.k_strides),
             *_units(kv.v_strides),
             *compile.fast_divide(kv.page_size),
             *(stride // 16 for stride in (*k_strides[:2], *v_strides[:2])),
-            tokens,
+            slots.size,
             kv.num_kv_heads,
             kv.num_pages,
+            slots.dtype == _INT32,
         )
 
     def _prepared(

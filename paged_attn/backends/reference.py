@@ -6,7 +6,7 @@
 
 All of it in float32 (in float64 for a float64 q). A query that sees no token has out = 0 and lse = -inf. Arguments come
 checked (spec.py) and host tables are checked by value, so that nothing here repeats a check; whether a step fits into a
-plan's capacity is seen here.
+plan's capacity, which a plan alone knows, check_capacities says.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import PageTableError
-from ..spec import check_table_values
+from ..spec import check_capacities, check_table_values
 
 if TYPE_CHECKING:
     from ..layout import PagedKV
@@ -249,23 +249,11 @@ class Plan:
 
     def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: np.ndarray | None) -> None:
         """Take over a step's table. PageTableError where it exceeds a capacity; the old step then stays."""
+        check_capacities(table, qo_indptr, spec.q_len, **self._capacity)
         batch_size, indptr = table.batch_size, table.indptr
         if qo_indptr is None:
             assert spec.q_len is not None
             qo_indptr = np.arange(batch_size + 1) * spec.q_len
-        wanted = {
-            "max_batch_size": batch_size,
-            "max_pages": int(indptr[-1] - indptr[0]),
-            "max_tokens": int(qo_indptr[-1]),
-        }
-        for name, capacity in self._capacity.items():
-            if capacity is not None and wanted[name] > capacity:
-                raise PageTableError(
-                    f"this step needs {name}={wanted[name]}, but the plan was made with {name}={capacity}; "
-                    f"run fewer requests at once or make the plan with a larger {name}",
-                    field=name,
-                    value=wanted[name],
-                )
         page_ids, kv_lens = table.indices.copy(), seq_lens(table)
         total_lens = kv_lens if table.total_len is None else table.total_len
         page_offsets = np.zeros_like(kv_lens) if table.page_offset is None else table.page_offset

@@ -175,13 +175,14 @@ def table_faults(given: Given, max_pages: int = TOP) -> Faults:
     faults, rows = indptr_faults(given)
     indices, page_size = given.arrays["indices"].tolist(), given.page_size
     lengths, offsets, totals = (given.list(name) for name in ("last_page_len", "page_offset", "total_len"))
+    first = rows[0][0] if rows else 0  # capacity counts from there
     for row, (begin, end) in enumerate(rows):
         if offsets[row] < 0:
             faults.add(("page_offset", row, offsets[row]))
         if totals[row] < 0:
             faults.add(("total_len", row, totals[row]))
-        if end > max_pages:
-            faults.add(("max_pages", row, end))
+        if end - first > max_pages:
+            faults.add(("max_pages", row, end - first))
             continue
         faults |= {("indices", i, indices[i]) for i in range(begin, end) if not 0 <= indices[i] < NUM_PAGES}
         if begin == end:

@@ -107,6 +107,7 @@ def run(case: Case, slots: np.ndarray, reverse: bool = False) -> tuple[str, int,
             "tokens": case.tokens,
             "heads": case.heads,
             "num_pages": case.num_pages,
+            "slots_are_int": slots.dtype == np.int32,
         },
         reverse=reverse,
         HEAD_DIM=case.head_dim,
@@ -129,6 +130,17 @@ def test_tokens_reach_their_slots(case: Case) -> None:
     assert run(case, slots) is None
     slots[::3] = -1
     assert run(case, slots, reverse=True) is None
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_slots_of_32_bits(case: Case) -> None:
+    slots = free_slots(case).astype(np.int32)
+    assert run(case, slots) is None
+    slots[::3] = -1
+    assert run(case, slots, reverse=True) is None
+    for slot in (-2, -(2**31), case.num_pages * case.page_size, 2**31 - 1):
+        slots[4] = slot
+        assert run(case, slots) == ("slots", 4, slot)
 
 
 @pytest.mark.parametrize("slot", [-2, -(2**63), -(2**31), 80, 2**31, 2**32 + 3, 2**63 - 1])

@@ -214,6 +214,11 @@ MUTATIONS = [
         "if (slot != -1 && threadIdx.x == 0)", "if (threadIdx.x == 0)",
         appends(page_size=3),
     ),
+    Mutation(
+        "append.cu", "32-bit slots read as 64-bit ones",
+        "p.slots_are_int ?", "false ?",
+        partial(append.test_slots_of_32_bits, append.CASES[0]),
+    ),
     # -- schedule --
     Mutation(
         "schedule.cu", "a last page may be empty",
@@ -224,6 +229,16 @@ MUTATIONS = [
         "schedule.cu", "a page id past the pool",
         "page >= p.num_pages", "page > p.num_pages",
         partial(schedule.test_a_wrong_page_id_becomes_page_zero, 40),
+    ),
+    Mutation(
+        "schedule.cu", "page ids from the beginning of indices on",
+        "p.indices[first + entry]", "p.indices[entry]",
+        schedule.test_some_rows_of_a_larger_table,
+    ),
+    Mutation(
+        "schedule.cu", "capacity counted from 0",
+        "begin >= 0 && end <= p.max_pages) return", "begin >= 0 && pages.end <= p.max_pages) return",
+        schedule.test_some_rows_of_a_larger_table,
     ),
     Mutation(
         "schedule.cu", "a tile too many",

@@ -50,7 +50,7 @@ def make(seed: int, batch: int, **changes: Any) -> dict[str, Any]:
 
 
 def expected(step: dict[str, Any]) -> tuple[np.ndarray, dict[int, int], list[Fault]]:
-    """Requests with the sentinel, the page ids that the step copies (by entry), and every fault there is."""
+    """Requests with the sentinel, the page ids that the step copies (by place), and every fault there is."""
     faults: list[Fault] = []
     page_ids: dict[int, int] = {}
     requests = np.zeros(step["max_batch_size"] + 1, REQUEST)
@@ -58,6 +58,7 @@ def expected(step: dict[str, Any]) -> tuple[np.ndarray, dict[int, int], list[Fau
     indptr, qo = step["indptr"].tolist(), None if step["qo_indptr"] is None else step["qo_indptr"].tolist()
     if qo and qo[0] != 0:
         faults.append(("qo_indptr", 0, qo[0]))
+    first_of_all = indptr[0] if batch and 0 <= indptr[0] <= indptr[1] <= step["num_indices"] else 0
     for i in range(step["max_batch_size"]):
         kv_len = pages = first = offset = total_len = 0
         if i < batch:
@@ -66,15 +67,17 @@ def expected(step: dict[str, Any]) -> tuple[np.ndarray, dict[int, int], list[Fau
                 faults.append(("page_offset", i, offset))
                 offset = 0
             begin, end = rows_of(indptr, i, step["num_indices"], "indptr", faults)
+            begin, end = begin - first_of_all, end - first_of_all
             if end > step["max_pages"]:
                 faults.append(("max_pages", i, end))
+            if begin < 0 or end > step["max_pages"]:
                 begin = end = 0
-            for entry in range(begin, end):
-                page = int(step["indices"][entry])
+            for place in range(begin, end):
+                page = int(step["indices"][first_of_all + place])
                 if not 0 <= page < step["num_pages"]:
-                    faults.append(("indices", entry, page))
+                    faults.append(("indices", first_of_all + place, page))
                     page = 0
-                page_ids[entry] = page
+                page_ids[place] = page
             if end > begin and step["num_pages"]:
                 last = int(step["last_page_len"][i])
                 if not 1 <= last <= step["page_size"]:
@@ -182,10 +185,28 @@ def test_right_tables(name: str) -> None:
 
 
 def test_some_rows_of_a_larger_table() -> None:
-    """indptr need not begin at 0: page ids keep their place."""
+    """indptr need not begin at 0: page ids are copied from indptr[0] on, and capacity counts from there."""
     step = make(15, 8)
     step |= {"indptr": step["indptr"][2:], "last_page_len": step["last_page_len"][2:], "batch": 6}
+    begin, end = step["indptr"][[0, -1]].tolist()
+    assert begin > 3  # more than the room behind the pages of all rows
     assert verify(step) is None
+    step["max_pages"] = end - begin
+    assert verify(step, parts=2, reverse=True) is None
+    requests, page_ids, _ = run(step)
+    assert requests["first_page"][0] == 0
+    np.testing.assert_array_equal(page_ids, step["indices"][begin:end])
+    step["max_pages"] -= 1
+    fault = verify(step)
+    assert fault is not None and fault[0] == "max_pages" and fault[2] == end - begin
+
+
+def test_rows_before_the_first_are_empty() -> None:
+    """indptr decreases below its first entry: the row where it does has the fault, and those behind it no pages."""
+    step = make(16, 3, indptr=np.array([5, 8, 2, 4], np.int32), indices=np.arange(9, dtype=np.int32))
+    step |= {"num_indices": 9, "num_pages": 9, "max_pages": 4}
+    assert verify(step) == ("indptr", 2, 2)
+    assert run(step)[0]["num_pages"].tolist() == [3, 0, 0, 0]
 
 
 def test_a_thousand_rows_a_chunk() -> None:
