@@ -12,6 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from paged_attn import install
+
 FLOAT_DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -206,13 +208,13 @@ def namespace(array: Any) -> ModuleType:
 
 
 def cupy_for(reason: str) -> ModuleType:
-    """The module cupy, or an ImportError that gives the reason and names the extras."""
+    """The module cupy, or an ImportError that gives the reason and the command that installs it."""
     try:
         import cupy
     except ImportError as error:
         raise ImportError(
             f"{reason}, and CuPy cannot be imported ({error}); install it with "
-            f"pip install 'paged_attn[cuda12]' (or 'paged_attn[cuda13]' for a CUDA 13 driver)"
+            f"{install.for_cuda(install.CUPY, install.TOOLKIT)}"
         ) from error
     return cupy
 
