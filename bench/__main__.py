@@ -35,6 +35,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import paged_attn as pa
+from paged_attn import install
 from tests.cases import (
     BENCH_APPEND,
     BENCH_DECODE,
@@ -249,7 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         import cupy
     except ImportError as error:
-        raise SystemExit('bench needs CuPy: pip install -e ".[cuda12]" or ".[cuda13]"') from error
+        commands = install.for_cuda(install.CUPY, install.TOOLKIT)
+        raise SystemExit(f"bench needs CuPy ({error}); install it with {commands}") from error
     if not cupy.cuda.is_available():
         raise SystemExit("bench needs an NVIDIA GPU, and CuPy sees none")
 

@@ -1,8 +1,8 @@
-"""Execute notebooks in place and save them with their outputs: ``python notebooks/execute.py [PATH ...]``.
+"""Execute notebooks in place and save them with their outputs: ``python notebooks/execute.py [--cpu] [PATH ...]``.
 
 Without a path it takes every notebook of this folder. A notebook runs on a GPU where there is one, and its metadata
 says under "paged_attn" what it ran on: the card ("cpu" where there was none), the date, the versions, and a hash of the
-code that its outputs are of.
+code that its outputs are of. Outputs of a GPU are not replaced by those of a CPU unless --cpu says so.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,26 @@ import paged_attn as pa
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
+CPU = "cpu"  # the card of a machine that has none
 
 
-def main() -> None:
-    """Execute the notebooks that the command line names."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Execute the notebooks that the command line names; SystemExit before the first if one must stay as it is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="PATH", help="default: all in this folder")
-    for path in parser.parse_args().notebooks or sorted(FOLDER.glob("*.ipynb")):
-        notebook = nbformat.read(path, as_version=4)
+    parser.add_argument("--cpu", action="store_true", help="on a machine without a GPU, replace outputs of a GPU, too")
+    options = parser.parse_args(arguments)
+    paths = options.notebooks or sorted(FOLDER.glob("*.ipynb"))
+    notebooks = {path: nbformat.read(path, as_version=4) for path in paths}
+    cards = {path: notebook.metadata.get("paged_attn", {}).get("card", CPU) for path, notebook in notebooks.items()}
+    on_gpu = {str(path): card for path, card in cards.items() if card != CPU}
+    if on_gpu and not options.cpu and environment()["card"] == CPU:
+        held = "; ".join(f"{path} holds outputs of {card}" for path, card in on_gpu.items())
+        raise SystemExit(
+            f"{held}, and paged_attn sees no GPU here (python -m paged_attn doctor says why); nothing was executed. "
+            "Execute on a machine with a GPU, or a copy, or pass --cpu to replace the outputs by those of this CPU"
+        )
+    for path, notebook in notebooks.items():
         execute(notebook)
         notebook.metadata["paged_attn"] = environment() | {"code": code_hash(notebook)}
         nbformat.write(notebook, path)
@@ -47,7 +60,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path = FOLDER) -> None:
 
 def environment() -> dict[str, Any]:
     """The card that a notebook runs on, versions and date."""
-    card, versions = "cpu", {"paged_attn": pa.__version__, "python": platform.python_version(), "numpy": np.__version__}
+    card, versions = CPU, {"paged_attn": pa.__version__, "python": platform.python_version(), "numpy": np.__version__}
     if pa.supports("decode", device="cuda"):
         import cupy
 

@@ -9,9 +9,21 @@ from collections.abc import Sequence
 from paged_attn import doctor
 from paged_attn.demo import cli
 
+STOPPED = 130  # 128 + SIGINT, as shells have it
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run its command; returns the exit status."""
+    options = make_parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return STOPPED
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m paged_attn", description="Paged attention without PyTorch.")
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser(
@@ -29,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "against NumPy. The exit status is 0 where the GPU path is usable, else 1.",
     )
     checkup.set_defaults(run=doctor.run)
-    options = parser.parse_args(arguments)
-    return options.run(options)
+    return parser
 
 
 if __name__ == "__main__":

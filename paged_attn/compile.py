@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from paged_attn import install
+
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _INCLUDE = re.compile(r'\s*#\s*include\s*"([^"]+)"')
 _KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^;{]*?\)\s*)?(\w+)\s*\(')
@@ -335,7 +337,7 @@ def kernel(name: str, device: str, *, shared_bytes: int = 0, **defines: Any) -> 
     """Kernel ``name`` compiled for ``device`` ("cuda:0") with the constants ``defines``; the same object every time.
 
     ``shared_bytes`` is the dynamic shared memory of its launches. Raises ImportError where CuPy or an NVRTC of 12.9 or
-    later is missing, naming the extra that brings it.
+    later is missing, with the command that installs it.
     """
     return Kernel(name, device, shared_bytes, defines)
 
@@ -352,11 +354,11 @@ def _check_nvrtc() -> None:
     try:
         version = nvrtc.getVersion()
     except RuntimeError as error:  # CuPy is there, but no libnvrtc
-        raise ImportError(f"CuPy finds no NVRTC, which compiles the kernels; {_extra_hint()}") from error
+        raise ImportError(f"CuPy finds no NVRTC, which compiles the kernels; {_hint()}") from error
     if version < MIN_NVRTC:
         found, needed = (".".join(map(str, numbers)) for numbers in (version, MIN_NVRTC))
-        raise ImportError(f"the kernels need NVRTC {needed} or later and CuPy finds {found}; {_extra_hint()}")
+        raise ImportError(f"the kernels need NVRTC {needed} or later and CuPy finds {found}; {_hint()}")
 
 
-def _extra_hint() -> str:
-    return "install paged_attn[cuda12] (drivers for CUDA 12) or paged_attn[cuda13]"
+def _hint() -> str:
+    return f"install it with {install.for_cuda(install.TOOLKIT, where='beside cupy-cuda{}x')}"

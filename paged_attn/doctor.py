@@ -29,11 +29,8 @@ from rich.table import Table
 from rich.text import Text
 
 import paged_attn as pa
-from paged_attn import compile, planner
-
-# As in the extras cuda12 and cuda13 of pyproject.toml.
-CUPY = {12: "cupy-cuda12x>=14.0.1,!=14.1.0", 13: "cupy-cuda13x>=14.0.1,!=14.1.0"}
-TOOLKIT = {12: "cuda-toolkit[nvrtc,cudart]>=12.9,<13", 13: "cuda-toolkit[nvrtc,cudart]>=13,<14"}
+from paged_attn import compile, install, planner
+from paged_attn.install import BINDINGS, CUPY, TOOLKIT
 
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 OUT_TOLERANCE = {"float16": 2e-3, "bfloat16": 1e-2}  # ||error|| / ||reference|| of one check
@@ -63,6 +60,11 @@ class Finding:
 
 
 Probe = Callable[[], list[Finding]]
+Say = Callable[[str], None]  # told what is looked at next
+
+
+def nobody(name: str) -> None:
+    """For whoever does not want to hear."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -70,12 +72,17 @@ def run(options: argparse.Namespace) -> int:
     console = Console(highlight=False, markup=False)
     findings: list[Finding] = []
     for title, section in (("found", found), ("kernels", kernels), ("checks", checks)):
-        with console.status(f"{title} ..."):
-            lines = list(section())
+        lines = watch(console, title, section)
         show(console, title, lines)
         findings += lines
     conclude(console, findings)
     return int(any(finding.verdict is Verdict.BAD for finding in findings))
+
+
+def watch(console: Console, title: str, section: Callable[[Say], Iterable[Finding]]) -> list[Finding]:
+    """The findings of a section; a terminal shows meanwhile what is looked at."""
+    with console.status(f"{title} ...") as status:
+        return list(section(lambda name: status.update(f"{title}: {name} ...")))
 
 
 def attempt(name: str, probe: Probe) -> list[Finding]:
@@ -109,7 +116,7 @@ class Driver:
     cards: tuple[Card, ...]
 
 
-def found() -> Iterator[Finding]:
+def found(say: Say = nobody) -> Iterator[Finding]:
     probes: dict[str, Probe] = {
         "paged_attn": find_paged_attn,
         "Python": find_python,
@@ -123,6 +130,7 @@ def found() -> Iterator[Finding]:
         "JAX": find_jax,
     }
     for name, probe in probes.items():
+        say(name)
         yield from attempt(name, probe)
 
 
@@ -225,6 +233,9 @@ def find_nvrtc() -> list[Finding]:
     command = pip("install", TOOLKIT[cuda_major()])
     try:
         version = nvrtc_version()
+    except ImportError:
+        text = "not looked for: it is CuPy that loads it, or cuda.bindings where there is no card"
+        return [Finding("NVRTC", Verdict.NOTE, text, compiler_command())]
     except Exception as error:
         return [Finding("NVRTC", Verdict.BAD, f"none ({reason(error)})", command)]
     if version < compile.MIN_NVRTC:
@@ -299,7 +310,13 @@ def installed(requirement: str) -> bool:
 
 def pip(action: str, *requirements: str) -> str:
     """A command for the Python that runs this, whatever `pip` the shell would find."""
-    return " ".join([shlex.quote(sys.executable), "-m", "pip", action, *(f'"{each}"' for each in requirements)])
+    return install.pip(action, *requirements, command=f"{shlex.quote(sys.executable)} -m pip")
+
+
+def compiler_command() -> str:
+    """The command that installs what compiles the kernels without CuPy and without a card."""
+    major = cuda_major()
+    return pip("install", BINDINGS[major], TOOLKIT[major])
 
 
 def dotted(version: Iterable[int]) -> str:
@@ -317,7 +334,7 @@ def on_card() -> bool:
 # -- 2. what compiles --------------------------------------------------------------------------------------------------
 
 
-def kernels() -> Iterator[Finding]:
+def kernels(say: Say = nobody) -> Iterator[Finding]:
     """One finding a .cu file: on a card its kernels are built as a launch would, elsewhere for ARCHITECTURES."""
     try:
         names = sorted(compile.kernel_files(), key=lambda name: compile.kernel_files()[name])
@@ -325,6 +342,7 @@ def kernels() -> Iterator[Finding]:
         yield Finding("kernels/*.cu", Verdict.BAD, reason(error))
         return
     for path, family in itertools.groupby(names, key=lambda name: compile.kernel_files()[name]):
+        say(f"compiling {path.name}")
         yield from attempt(path.name, functools.partial(compile_family, path.name, list(family)))
 
 
@@ -338,11 +356,12 @@ def compile_family(file: str, names: list[str]) -> list[Finding]:
         from cuda.bindings import nvrtc
     except ImportError:
         text = "not checked: there is no usable card, and no cuda.bindings, which compiles without one"
-        return [Finding(file, Verdict.NOTE, text, pip("install", "cuda-bindings>=12.9,<13", TOOLKIT[12]))]
+        return [Finding(file, Verdict.NOTE, text, compiler_command())]
     try:
         nvrtc.nvrtcVersion()
     except Exception as error:
-        return [Finding(file, Verdict.NOTE, f"not checked: there is no usable card, and no NVRTC ({reason(error)})")]
+        text = f"not checked: there is no usable card, and no NVRTC ({reason(error)})"
+        return [Finding(file, Verdict.NOTE, text, compiler_command())]
     start = time.perf_counter()
     variants = {compile.define_options(constants): constants for name in names for constants in typical_constants(name)}
     for constants, arch in itertools.product(variants.values(), architectures):  # one text holds all kernels of a file
@@ -496,9 +515,10 @@ CHECKS = {
 }
 
 
-def checks() -> Iterator[Finding]:
+def checks(say: Say = nobody) -> Iterator[Finding]:
     """Each public function on the card against NumPy; without a card, that it runs on NumPy."""
     for name, check in CHECKS.items():
+        say(name)
         yield from attempt(name, functools.partial(run_check, name, check))
     if on_card():
         yield from attempt("status", check_status)
@@ -558,13 +578,16 @@ def show(console: Console, title: str, findings: list[Finding]) -> None:
 
 
 def conclude(console: Console, findings: list[Finding]) -> None:
-    """The commands that install what is missing, each once, and the answer."""
+    """The commands that install what is missing, each once, and the answer for NumPy and for the GPU."""
+    bad = [finding.name for finding in findings if finding.verdict is Verdict.BAD]
+    if bad and CHECKS.keys() <= {finding.name for finding in findings} - set(bad):
+        text = "NumPy is fully usable: every operation ran on this CPU. What is missing is for a GPU only."
+        console.print(Text(text, "bold green"), soft_wrap=True)
     commands: dict[str, list[str]] = {}
     for finding in findings:
         if finding.command:
             commands.setdefault(finding.command, []).append(finding.name)
     for command, names in commands.items():
         console.print(f"to install what is missing for {', '.join(names)}:\n  {command}", soft_wrap=True)
-    bad = [finding.name for finding in findings if finding.verdict is Verdict.BAD]
     answer = f"not usable, because of: {', '.join(bad)}" if bad else "usable"
     console.print(Text(f"the GPU path is {answer}", "bold red" if bad else "bold green"), soft_wrap=True)

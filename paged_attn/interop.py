@@ -12,6 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from . import install
+
 FLOAT_DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -253,8 +255,7 @@ def cupy_for(reason: str) -> ModuleType:
     except Exception as error:  # of any type: a cache folder that cannot be made raises OSError
         remedy = "see to it that `import cupy` works (CUPY_CACHE_DIR names the folder of its kernel cache)"
         if isinstance(error, ImportError):
-            extras = "pip install 'paged_attn[cuda12]' (or 'paged_attn[cuda13]' for a CUDA 13 driver)"
-            remedy = f"install it with {extras}"
+            remedy = f"install it with {install.for_cuda(install.CUPY, install.TOOLKIT)}"
         raise ImportError(f"{reason}, and CuPy cannot be imported ({_described(error)}); {remedy}") from error
     return cupy
 

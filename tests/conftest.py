@@ -1,8 +1,9 @@
-"""The rule of the gpu marker, and the evidence of a GPU run (tests/gpu/results.json, results_cuda12.json).
+"""The rules of the markers gpu and shim, and the evidence of a GPU run (tests/gpu/results.json, results_cuda12.json).
 
-Tests in tests/gpu are marked gpu. A gpu test is skipped where CuPy sees no card; with PA_REQUIRE_GPU=1 a skipped one is
-a failure, but for those marked two_gpus, which need a second card. A run that executed gpu tests writes its evidence;
-any other run says when the evidence is of another tree.
+Tests in tests/gpu are marked gpu, those in tests/simt shim. A gpu test is skipped where CuPy sees no card; with
+PA_REQUIRE_GPU=1 a skipped one is a failure, but for those marked two_gpus, which need a second card. Without g++ one
+failure stands for all shim tests. A run that executed gpu tests writes its evidence; any other run says when the
+evidence is of another tree.
 """
 
 import datetime
@@ -10,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
@@ -23,6 +25,7 @@ from paged_attn.interop import cuda_available
 
 ROOT = Path(__file__).parents[1]
 GPU_TESTS = ROOT / "tests" / "gpu"
+SHIM_TESTS = ROOT / "tests" / "simt"
 RESULTS = GPU_TESTS / "results.json"
 RESULTS_CUDA12 = GPU_TESTS / "results_cuda12.json"  # of a run with CuPy and NVRTC for CUDA 12
 PACKAGES = ("numpy", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc", "jax")
@@ -48,15 +51,41 @@ def xp(request: pytest.FixtureRequest) -> Any:
 # -- the marker ------------------------------------------------------------------------------------------------------
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> Generator[None, None, None]:
     for item in items:
         if GPU_TESTS in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+        if SHIM_TESTS in item.path.parents:
+            item.add_marker(pytest.mark.shim)
         if item.get_closest_marker("gpu") and not cuda_available():
             item.add_marker(pytest.mark.skip(reason="CuPy is not installed or sees no CUDA device"))
         elif needs_another_card(item):
             item.add_marker(pytest.mark.skip(reason="needs two CUDA devices, and CuPy sees one"))
+    yield  # -m and -k choose
+    in_need = [item for item in items if item.get_closest_marker("shim")]
+    if in_need and shutil.which("g++") is None:
+        session.config.hook.pytest_deselected(items=in_need)
+        failure = CompilerIsMissing.from_parent(session, name="g++", count=len(in_need))
+        items[:] = [failure, *(item for item in items if item not in in_need)]
+
+
+class CompilerIsMissing(pytest.Item):
+    """The one failure that stands for all tests that g++ would have compiled a kernel for."""
+
+    def __init__(self, count: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.count = count
+
+    def runtest(self) -> None:
+        pytest.fail(
+            f"g++ is not on the PATH, and {self.count} of the chosen tests run kernels that it compiles: none of them "
+            "was run. Install it (apt-get install g++), or leave them out with -m 'not shim'",
+            pytrace=False,
+        )
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        return self.path, None, "g++ is there"
 
 
 def needs_another_card(item: pytest.Item) -> bool:

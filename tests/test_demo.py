@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,10 @@ import pytest
 from rich.console import Console
 
 import paged_attn as pa
-from paged_attn.__main__ import main
-from paged_attn.demo import view
+from paged_attn.__main__ import main, make_parser
+from paged_attn.demo import cli, view
 from paged_attn.demo.engine import Engine, Request, State
-from paged_attn.demo.models import LanguageModel, load_glassllm
+from paged_attn.demo.models import LOADERS, LanguageModel, MissingPackageError, load_glassllm
 
 ROOT = Path(__file__).parents[1]
 STORY = "Alice was sitting on the bank by her sister, and she was very tired of having nothing to do. The Queen"
@@ -124,15 +127,51 @@ def test_the_texts_do_not_depend_on_the_pool():
         (["--num-pages", "3"], r"request 0 may grow to \d+ tokens, which is \d+ pages of 4, but the pool has 3; raise"),
         (["--max-new-tokens", "128"], r"request 0 may grow to \d+ tokens .*, but the model's context holds 128; "),
         (["--prompt", ""], "the prompt of request 0 has no token; give at least one"),
+        (["--num-pages", "3000000000"], "--num-pages is 3000000000, which is more than 2147483647; pass a smaller"),
+        (["--page-size", "10000000000", "--num-pages", "1"], "--page-size is 10000000000, which is more than 2147"),
+        # 245 TB are more than 47 bits of address reach, however generous the machine.
+        (
+            ["--page-size", "2000000000"],
+            r"a pool of 60 pages of 2000000000 tokens takes 2\.29e\+05 GiB, .* lower --num",
+        ),
+        (
+            ["--num-pages", "1" + "0" * 30],
+            "a pool of 10{30} pages of 4 tokens takes .* lower --num-pages or --page-size",
+        ),
+        (["--max-new-tokens", "10000000000"], "request 0 may grow to 100000000.. tokens .* lower --max-new-tokens"),
     ],
 )
 def test_what_cannot_be_served_is_said_and_exits_with_2(options, message, capsys):
     assert main(["demo", "--backend", "numpy", *options]) == 2
     error = capsys.readouterr().err
     assert re.match(message, error) and error.count("\n") == 1
+    assert not re.search(r"num_pages|page_size|max_new_tokens", error)  # options are named as they are typed
 
 
-@pytest.mark.parametrize("option", ["--page-size=0", "--layout=NDH", "--model=gpt", "--num-pages=x"])
+@pytest.mark.parametrize("error", [MemoryError(), MemoryError("Unable to allocate 9 GiB")], ids=repr)
+def test_running_out_of_memory_while_serving_is_one_line(error, monkeypatch, capsys):
+    def step(engine: Engine) -> None:
+        raise error
+
+    monkeypatch.setattr(Engine, "step", step)
+    assert main(["demo", "--backend", "numpy"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("out of memory") and str(error) in said and "lower --num-pages or --page-size" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--page-size=0",
+        "--layout=NDH",
+        "--model=gpt",
+        "--num-pages=x",
+        "--num-pages=-1",
+        "--num-pages=1e5",
+        "--max-new-tokens=0",
+    ],
+)
 def test_options_that_mean_nothing_exit_with_2(option, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["demo", option])
@@ -143,9 +182,63 @@ def test_options_that_mean_nothing_exit_with_2(option, capsys):
 def test_cuda_where_there_is_none_is_an_error_and_auto_says_what_it_took(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cupy", None)  # import cupy raises ImportError
     assert main(["demo", "--backend", "cuda"]) == 2
-    assert "paged_attn[demo-cuda12]" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("--backend cuda: CuPy is not installed; install it with pip install ")
+    assert '"cuda-toolkit[cublas]>=12.9,<13" (for a driver of CUDA 12) or ' in error
+    assert error.endswith(", or pass --backend numpy\n") and error.count("\n") == 1
     assert main(["demo", "--prompt", "The Queen", "--max-new-tokens", "2"]) == 0
     assert capsys.readouterr().out.startswith("glassllm on NumPy (CuPy is not installed), float32")
+
+
+def test_names_are_understood_in_capitals_and_in_small_letters():
+    options = ("--prompt", "The Queen", "--max-new-tokens", "2")
+    assert "layout HND" in demo(*options, "--layout", "hnd", "--model", "GLASSLLM", backend="NumPy")
+
+
+@pytest.mark.parametrize("moment", ["loading", "serving", "in the summary"])
+def test_ctrl_c_ends_with_one_line_and_130(moment, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    if moment == "loading":
+        monkeypatch.setitem(LOADERS, "glassllm", interrupted)
+    else:
+        owner, name = (Engine, "step") if moment == "serving" else (cli, "summary")
+        monkeypatch.setattr(owner, name, interrupted)
+    assert main(["demo", "--backend", "numpy"]) == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+
+def test_a_signal_ends_a_process_with_one_line_and_130():
+    # A shell may have started this test with SIGINT ignored, which a child inherits.
+    start = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    start += "runpy.run_module('paged_attn', run_name='__main__', alter_sys=True)"
+    options = ["demo", "--backend", "numpy", "--max-new-tokens", "84", "--num-pages", "40", *["--prompt", STORY] * 100]
+    command = [sys.executable, "-u", "-c", start, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert first.startswith("glassllm on NumPy")
+    assert (process.returncode, error) == (130, "stopped by Ctrl-C\n")
+
+
+def test_a_terminal_says_that_a_model_loads(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80)
+    wanted = "loading smollm2 ..."
+
+    def load(xp, dtype):
+        deadline = time.monotonic() + 10
+        while wanted not in screen.file.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)  # another thread draws
+        raise MissingPackageError("a model", ("a-model",))
+
+    monkeypatch.setitem(LOADERS, "smollm2", load)
+    options = make_parser().parse_args(["demo", "--model", "smollm2", "--backend", "numpy"])
+    with pytest.raises(MissingPackageError):
+        cli.demo(options, screen)
+    assert wanted in screen.file.getvalue()
 
 
 # The engine
@@ -242,7 +335,7 @@ def test_the_live_view_shows_requests_pool_and_speed(model, monkeypatch):
     for _ in range(3):
         engine.step()
     console = Console(force_terminal=True, width=120, record=True, color_system=None)
-    console.print(view.picture(engine, model.decode))
+    console.print(view.picture(engine, model.decode, console.width))
     picture = console.export_text()
     prompt = len(model.encode(STORY))
     pages = engine.num_pages_of(engine.requests[0])
@@ -253,3 +346,35 @@ def test_the_live_view_shows_requests_pool_and_speed(model, monkeypatch):
     assert re.search(r"step 3 +\d+ tokens/s", picture)
     view.serve(engine, model.decode, console)
     assert not engine.busy and "done" in console.export_text()
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 40, 35, 24])
+def test_a_narrow_terminal_cuts_no_number(model, width):
+    engine = make_engine(model, num_pages=40)
+    submit(engine, model, STORY, STORY + " and the King", "The Cat", max_new_tokens=30, every=2)
+    for _ in range(25):
+        engine.step()
+    console = Console(force_terminal=True, width=width, record=True, color_system=None)
+    console.print(view.picture(engine, model.decode, width))
+    picture = console.export_text()
+    assert "…" not in picture
+    assert all(len(line) <= width for line in picture.splitlines())
+    for request in engine.requests:
+        tokens = rf"{len(request.prompt)}\+{len(request.new_tokens)}"
+        assert re.search(rf"^{request.number} .* {tokens} +{engine.num_pages_of(request)}\b", picture, re.MULTILINE)
+    words = " ".join(picture.split())
+    used, free = engine.num_used_pages, engine.cache.num_free_pages
+    assert f"used {used}, shared {engine.cache.num_shared_pages}, free {free}" in words
+    if width >= 60:
+        assert model.decode(engine.requests[0].new_tokens)[-20:] in picture  # the newest text
+
+
+def test_the_last_picture_still_tells_of_preemptions(model, monkeypatch):
+    monkeypatch.setattr(view, "SECONDS_PER_FRAME", 0.0)
+    engine = make_engine(model, num_pages=24)
+    submit(engine, model, STORY, "The Cat", STORY + " and the King", "A Rabbit", max_new_tokens=20, every=1)
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, record=True, color_system=None)
+    view.serve(engine, model.decode, console)
+    assert engine.stats.preemptions > 0
+    last = console.export_text().rpartition("pool ")[2]
+    assert f"preemptions {engine.stats.preemptions}" in last

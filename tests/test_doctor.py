@@ -8,6 +8,7 @@ import io
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -259,7 +260,7 @@ def test_a_card_that_is_too_old(monkeypatch: pytest.MonkeyPatch, machine: Machin
 def test_jax_is_a_note(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.module("jax", None)
     finding = only(doctor.find_jax())
-    assert finding.verdict is Verdict.NOTE and finding.command.endswith(' install "jax"')
+    assert finding.verdict is Verdict.NOTE and finding.command.endswith(" install jax")
     machine.module("jax", SimpleNamespace(__version__="0.10.2"))
     assert only(doctor.find_jax()) == Finding("JAX", Verdict.GOOD, "0.10.2")
     monkeypatch.setattr(doctor, "on_card", lambda: True)
@@ -268,6 +269,21 @@ def test_jax_is_a_note(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Non
     assert finding.verdict is Verdict.NOTE and finding.command.endswith(' install "jax[cuda13]"')
     machine.packages["jax-cuda13-plugin"] = "0.10.2"
     assert only(doctor.find_jax()).verdict is Verdict.GOOD
+
+
+def test_without_cupy_and_cuda_bindings_the_compiler_is_what_is_missing(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuda-toolkit alone would leave the next run where this one is: nothing could load it."""
+    monkeypatch.setattr(doctor, "on_card", lambda: False)
+    machine.module("cuda.bindings", None)
+    finding = only(doctor.find_nvrtc())
+    assert finding.verdict is Verdict.NOTE
+    command = f'{sys.executable} -m pip install "cuda-bindings>=12.9,<13" "{doctor.TOOLKIT[12]}"'
+    assert finding.command == command
+    assert {finding.command for finding in doctor.kernels()} == {command}
+    machine.packages["cupy-cuda13x"] = "14.2.0"  # whose toolkit must not be taken back to 12
+    assert only(doctor.find_nvrtc()).command.endswith(f' install "cuda-bindings>=13,<14" "{doctor.TOOLKIT[13]}"')
 
 
 # -- nothing makes it crash --------------------------------------------------------------------------------------------
@@ -401,6 +417,58 @@ def test_differences() -> None:
 
 
 # -- what a person sees ------------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_shows_which_file_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    assert isinstance(screen.file, io.StringIO)
+    files = {path.name for path in kernels.kernel_files().values()}
+    missed = []
+
+    def compile_slowly(file: str, names: list[str]) -> list[Finding]:
+        deadline = time.monotonic() + 10
+        while f"compiling {file} ..." not in screen.file.getvalue():  # another thread draws
+            if time.monotonic() > deadline:
+                missed.append(file)
+                break
+            time.sleep(0.02)
+        return []
+
+    monkeypatch.setattr(doctor, "compile_family", compile_slowly)
+    assert doctor.watch(screen, "kernels", doctor.kernels) == [] and not missed
+    assert all(f"kernels: compiling {file} ..." in screen.file.getvalue() for file in files)
+
+
+def test_every_section_says_what_it_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "compile_family", lambda file, names: [])
+    said: list[str] = []
+    for section in (doctor.found, doctor.kernels, doctor.checks):
+        list(section(said.append))
+    files = sorted({path.name for path in kernels.kernel_files().values()})
+    assert said[-len(doctor.CHECKS) :] == list(doctor.CHECKS)
+    assert [name for name in said if name.startswith("compiling")] == [f"compiling {file}" for file in files]
+    assert {"NVIDIA driver", "CuPy", "NVRTC", "JAX"} <= set(said)
+
+
+def test_numpy_that_works_is_said_before_what_is_missing(
+    without_card: subprocess.CompletedProcess[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "NumPy is fully usable: every operation ran on this CPU. What is missing is for a GPU only."
+    lines = without_card.stdout.splitlines()
+    assert lines.count(text) == 1
+    assert lines.index(text) < min(i for i, line in enumerate(lines) if line.startswith(("to install", "the GPU path")))
+
+    def conclusion(broken: str | None) -> str:
+        console = Console(file=io.StringIO(), highlight=False, markup=False)
+        verdicts = {name: Verdict.BAD if name == broken else Verdict.NOTE for name in doctor.CHECKS}
+        findings = [Finding(name, verdict, "") for name, verdict in verdicts.items()]
+        doctor.conclude(console, [Finding("CuPy", Verdict.BAD, "none"), *findings])
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    assert "NumPy" in conclusion(None)
+    assert all("NumPy" not in conclusion(name) for name in doctor.CHECKS)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -36,7 +36,7 @@ class cuda:
 CONFIG = """
 [tool.pytest.ini_options]
 addopts = ["--import-mode=importlib", "--strict-markers", "-ra", "-p", "no:cacheprovider"]
-markers = ["gpu: needs a card"]
+markers = ["gpu: needs a card", "shim: needs g++"]
 filterwarnings = ["error"]
 """
 
@@ -54,11 +54,14 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_pytest(tree: Path, *arguments: str, card: bool, required: bool = False) -> tuple[int, str]:
-    """Exit status and output; `card`: with a CuPy that says it sees one."""
+def run_pytest(
+    tree: Path, *arguments: str, card: bool, required: bool = False, compiler: bool = True
+) -> tuple[int, str]:
+    """Exit status and output; `card`: with a CuPy that says it sees one; `compiler`: with g++."""
     environment = {name: value for name, value in os.environ.items() if name != "PA_REQUIRE_GPU"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(tree / "fakes")] * card + [str(ROOT)])}
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | ({"PA_REQUIRE_GPU": "1"} if required else {})
+    environment |= {} if compiler else {"PATH": str(tree / "empty")}
     command = [sys.executable, "-m", "pytest", *arguments]
     run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     return run.returncode, run.stdout
@@ -106,6 +109,22 @@ def test_a_skip_inside_a_gpu_test_is_a_failure_where_a_card_is_required(tree: Pa
     evidence = json.loads((tree / "tests/gpu/results.json").read_text())
     assert evidence["total"] == {"passed": 2, "failed": 1}
     assert evidence["skips_are_failures"]
+
+
+@pytest.mark.parametrize("processes", [(), ("-p", "xdist", "-n", "2")], ids=["one", "two"])
+def test_a_missing_compiler_is_said_once(processes: tuple[str, ...], tree: Path) -> None:
+    """One failure for all tests that need it, and nothing where none of them was chosen; the others run."""
+    (tree / "tests/simt").mkdir()
+    (tree / "tests/simt/test_kernel.py").write_text(GPU_TESTS.partition("def test_that")[0])
+    status, said = run_pytest(tree, "tests", "-m", "not gpu", *processes, card=False)
+    assert status == 0 and "3 passed" in said
+    status, said = run_pytest(tree, "tests", "-m", "not gpu", *processes, card=False, compiler=False)
+    assert status == 1
+    assert "1 failed, 1 passed" in said
+    assert "g++ is not on the PATH, and 2 of the chosen tests run kernels" in said and "apt-get install g++" in said
+    for choice in ("not gpu and not shim", "gpu"):
+        status, said = run_pytest(tree, "tests", "-m", choice, *processes, card=False, compiler=False)
+        assert status == 0 and "g++" not in said
 
 
 def test_evidence_of_another_tree_is_told(tree: Path) -> None:

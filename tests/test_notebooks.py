@@ -10,7 +10,8 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-from notebooks.execute import code_hash, environment, execute
+import paged_attn as pa
+from notebooks.execute import code_hash, environment, execute, main
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -112,6 +113,44 @@ def test_the_environment_has_a_card_and_versions() -> None:
     found = environment()
     assert found["card"] and "T" in found["date"]
     assert all(isinstance(version, str) and version for version in found["versions"].values())
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """A notebook of one cell with the outputs of a GPU."""
+    cell = nbformat.v4.new_code_cell("print('executed')")
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"paged_attn": {"card": "NVIDIA H200"}})
+    path = tmp_path / "recorded.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+def test_outputs_of_a_gpu_stay_where_there_is_none(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pa, "supports", lambda operation, device: False)
+    before = recorded.read_bytes()
+    other = recorded.with_name("never_executed.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(), other)
+    message = r"recorded.ipynb holds outputs of NVIDIA H200, and paged_attn sees no GPU here .* pass --cpu to replace"
+    with pytest.raises(SystemExit, match=message):
+        main([str(other), str(recorded)])
+    assert recorded.read_bytes() == before
+    assert "paged_attn" not in read(other).metadata  # nothing of the list was executed
+    main([str(other)])
+    assert read(other).metadata["paged_attn"]["card"] == "cpu"
+
+
+def test_outputs_of_a_gpu_are_replaced_where_one_says_so(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pa, "supports", lambda operation, device: False)
+    main(["--cpu", str(recorded)])
+    assert read(recorded).metadata["paged_attn"]["card"] == "cpu"
+    assert printed(read(recorded).cells[0]) == "executed\n"
+
+
+@pytest.mark.gpu
+def test_outputs_of_a_gpu_are_replaced_by_those_of_a_gpu(recorded: Path) -> None:
+    main([str(recorded)])
+    assert read(recorded).metadata["paged_attn"]["card"] not in ("cpu", "")
+    assert printed(read(recorded).cells[0]) == "executed\n"
 
 
 @pytest.mark.usefixtures("no_card")

@@ -83,6 +83,7 @@ def test_random_scores_have_their_size(inputs: dict[str, Inputs], scores: str, d
     assert 0.7 * deviation < found < 1.4 * deviation
 
 
+@pytest.mark.shim
 @pytest.mark.parametrize("point", [point for point in points(SMALL) if point.kv_len == SMALL], ids=str)
 def test_the_exact_kernel_is_exact(inputs: dict[str, Inputs], point: Point) -> None:
     text = Path(numerics.__file__).with_name("exact.cu").read_text()

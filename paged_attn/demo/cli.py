@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
+import sys
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 
 import paged_attn as pa
+from paged_attn import install
 from paged_attn.demo.engine import Engine, Request
-from paged_attn.demo.models import LOADERS, MissingPackageError
+from paged_attn.demo.models import LOADERS, LanguageModel, MissingPackageError
 from paged_attn.demo.view import serve, summary
 
 STEPS_BETWEEN_ARRIVALS = 4  # so that requests join while others decode
@@ -22,19 +27,20 @@ class UsageError(Exception):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the demo's options."""
-    parser.add_argument("--model", choices=LOADERS, default="glassllm", help="default: glassllm")
+    """Give a parser the demo's options; a name is understood in capitals and in small letters."""
+    parser.add_argument("--model", type=str.lower, choices=LOADERS, default="glassllm", help="default: glassllm")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for more requests; default: five")
     parser.add_argument("--max-new-tokens", type=positive, default=40, metavar="N", help="per request; default: 40")
     backends = ("auto", "numpy", "cuda")
     parser.add_argument(
-        "--backend", choices=backends, default="auto", help="auto: a GPU where there is one, else NumPy"
+        "--backend", type=str.lower, choices=backends, default="auto", help="auto: a GPU where there is one, else NumPy"
     )
     sizes = "; ".join(f"{model} {page_size}" for model, (page_size, _) in DEFAULT_POOLS.items())
     pools = "; ".join(f"{model} {num_pages}" for model, (_, num_pages) in DEFAULT_POOLS.items())
     parser.add_argument("--page-size", type=positive, metavar="N", help=f"tokens in a page; default: {sizes}")
     parser.add_argument("--num-pages", type=positive, metavar="N", help=f"pages in the pool; default: {pools}")
-    parser.add_argument("--layout", choices=tuple(pa.Layout), default=pa.Layout.NHD, help="default: NHD")
+    layouts = [layout.value for layout in pa.Layout]
+    parser.add_argument("--layout", type=str.upper, choices=layouts, default=layouts[0], help=f"default: {layouts[0]}")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,28 +49,31 @@ def run(options: argparse.Namespace) -> int:
     try:
         demo(options, console)
     except (UsageError, MissingPackageError) as error:
-        Console(stderr=True, highlight=False, markup=False).print(str(error), soft_wrap=True)
-        return 2
-    return 0
+        reason = str(error)
+    except MemoryError as error:
+        reason = f"out of memory{f' ({error})' if str(error) else ''}; lower num_pages or page_size"
+    else:
+        return 0
+    Console(stderr=True, highlight=False, markup=False).print(as_typed(reason, options), soft_wrap=True)
+    return 2
+
+
+def as_typed(message: str, options: argparse.Namespace) -> str:
+    """A message of the library or the engine, with options named as one types them: num_pages is --num-pages."""
+    names = "|".join(name for name in vars(options) if "_" in name)
+    return re.sub(rf"\b(?:{names})\b", lambda name: f"--{name[0].replace('_', '-')}", message)
 
 
 def demo(options: argparse.Namespace, console: Console) -> None:
     """Load the model, serve the prompts, print texts and summary."""
-    xp, backend = choose_backend(options.backend)
-    on_gpu = xp is not np
-    model = LOADERS[options.model](xp, "float16" if on_gpu else "float32")
+    with console.status(f"loading {options.model} ..."):
+        xp, backend = choose_backend(options.backend)
+        on_gpu = xp is not np
+        model = LOADERS[options.model](xp, "float16" if on_gpu else "float32")
     config = model.llama.config
     default_page_size, default_num_pages = DEFAULT_POOLS[options.model]
-    cache = pa.PagedKVCache(
-        options.num_pages or default_num_pages,
-        options.page_size or default_page_size,
-        config.num_kv_heads,
-        config.head_dim,
-        layout=options.layout,
-        dtype=model.llama.dtype,
-        num_layers=len(model.llama.layers),
-        device="cuda" if on_gpu else "cpu",
-    )
+    num_pages, page_size = options.num_pages or default_num_pages, options.page_size or default_page_size
+    cache = make_cache(model, num_pages, page_size, options.layout, "cuda" if on_gpu else "cpu")
     engine = Engine(model.llama, cache, stop_id=model.stop_id)
     prompts = options.prompt or model.default_prompts
     for number, prompt in enumerate(prompts):
@@ -77,8 +86,9 @@ def demo(options: argparse.Namespace, console: Console) -> None:
     if on_gpu:  # compile the kernels before the clock runs
         warm_up = Engine(model.llama, cache)
         warm_up.submit(Request(0, engine.requests[0].prompt, max_new_tokens=min(2, options.max_new_tokens)))
-        while warm_up.busy:
-            warm_up.step()
+        with console.status("compiling the kernels ..."):
+            while warm_up.busy:
+                warm_up.step()
     pool = cache.layers[0]
     console.print(
         f"{options.model} on {backend}, {pool.dtype}: {len(cache.layers)} layers, {config.num_qo_heads} query and "
@@ -88,6 +98,35 @@ def demo(options: argparse.Namespace, console: Console) -> None:
     )
     serve(engine, model.decode, console)
     summary(engine, prompts, model.decode, console, backend)
+
+
+def make_cache(model: LanguageModel, num_pages: int, page_size: int, layout: str, device: str) -> pa.PagedKVCache:
+    """The pool that the command line asks for; UsageError if it cannot be."""
+    config, num_layers, dtype = model.llama.config, len(model.llama.layers), model.llama.dtype
+    token = (num_layers, 2, config.num_kv_heads, config.head_dim)  # K and V of one token in every layer
+    num_bytes = num_pages * page_size * math.prod(token) * dtype.itemsize
+    try:
+        if (
+            num_bytes > sys.maxsize
+        ):  # more than an address can reach, for which array libraries have errors of their own
+            raise MemoryError
+        return pa.PagedKVCache(
+            num_pages,
+            page_size,
+            config.num_kv_heads,
+            config.head_dim,
+            layout=layout,
+            dtype=dtype,
+            num_layers=num_layers,
+            device=device,
+        )
+    except MemoryError:
+        raise UsageError(
+            f"a pool of {num_pages} pages of {page_size} tokens takes {num_bytes / 2**30:.3g} GiB, which is more than "
+            "can be allocated here; lower num_pages or page_size"
+        ) from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def choose_backend(name: str) -> tuple[ModuleType, str]:
@@ -100,31 +139,40 @@ def choose_backend(name: str) -> tuple[ModuleType, str]:
 
         return cupy, cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
     if name == "cuda":
-        raise UsageError(
-            f"--backend cuda: {problem}; with a GPU install paged_attn[demo-cuda12] or paged_attn[demo-cuda13], "
-            "without one pass --backend numpy"
-        )
-    return np, f"NumPy ({problem})"
+        raise UsageError(f"--backend cuda: {problem.what}; {problem.remedy}, or pass --backend numpy")
+    return np, f"NumPy ({problem.what})"
 
 
-def cuda_problem() -> str | None:
-    """Why the demo cannot run on a GPU here, or None."""
+class Problem(NamedTuple):
+    """Why the demo cannot run on a GPU here, and what to do."""
+
+    what: str
+    remedy: str
+
+
+def cuda_problem() -> Problem | None:
+    """What keeps the demo from a GPU, or None."""
     try:
         import cupy
     except ImportError:
-        return "CuPy is not installed"
+        packages = (install.CUPY, install.TOOLKIT, install.CUBLAS)
+        return Problem("CuPy is not installed", f"install it with {install.for_cuda(*packages)}")
     if not cupy.cuda.is_available():
-        return "CuPy sees no CUDA device"
+        return Problem("CuPy sees no CUDA device", "python -m paged_attn doctor looks for the reason")
     try:
         from cupy.cuda import cublas  # noqa: F401 (the linear layers need it; CuPy loads it here)
     except ImportError:
-        return "CuPy finds no cuBLAS"
+        commands = install.for_cuda(install.CUBLAS, where="beside cupy-cuda{}x")
+        return Problem("CuPy finds no cuBLAS", f"install it with {commands}")
     return None
 
 
 def positive(text: str) -> int:
     """An argparse type: an int of at least 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
     return value

