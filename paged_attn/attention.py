@@ -620,8 +620,8 @@ def merge_state(
     """Merge attention over two disjoint sets of keys into attention over both: (v, s).
 
     v_a, v_b [rows, heads, dim]: outputs; s_a, s_b float32 [rows, heads]: their lse, to `base` "e" or 2, as is the
-    result's. A state with s = -inf changes nothing, whatever its v. out (of any float dtype; else one of v's) and lse
-    (float32) are written and returned.
+    result's. A state with s = -inf, or +inf as FlashAttention-2 and FlashMLA have it, saw no key and changes nothing,
+    whatever its v. out (of any float dtype; else one of v's) and lse (float32) are written and returned.
     """
     arrays = native(v_a, "v_a"), native(s_a, "s_a"), native(v_b, "v_b"), native(s_b, "s_b")
     return _merge("merge_state", spec.check_merge_state, arrays, arrays[0].shape, base, out, lse, like=v_a)
@@ -630,8 +630,8 @@ def merge_state(
 def merge_states(v: Any, s: Any, *, base: Any = "e", out: Any = None, lse: Any = None) -> tuple[Any, Any]:
     """Merge attention over disjoint sets of keys into attention over all of them: (v, s) without axis 1.
 
-    v [rows, num_states, heads, dim], any strides but a contiguous last axis; s float32 [rows, num_states, heads]. The
-    rest is as for merge_state.
+    v [rows, num_states, heads, dim], any strides but a contiguous last axis; s float32 [rows, num_states, heads],
+    -inf or +inf of a state that saw no key. The rest is as for merge_state.
     """
     arrays = native(v, "v"), native(s, "s")
     shape = arrays[0].shape
