@@ -1,13 +1,23 @@
 // attention_state: the running state of one output row, and how several of them become one.
 //
 // Attention over a set of keys is summed up by (max, sum, out):
-//   max = the largest score (base 2: score * log2(e)),  sum = sum of 2^(score - max),  out = sum of 2^(score - max) * V
-// The states of two disjoint sets merge into the state of their union, in any order. The empty set is (-inf, 0, 0) and
-// changes nothing. The result of a row is out / sum, its log-sum-exp (max + log2(sum)) * ln 2.
+//   max = the largest score,  sum = sum of 2^((score - max) * scale),  out = sum of 2^((score - max) * scale) * V
+// where a score times `scale` is what softmax takes, in base 2. The states of two disjoint sets merge into the state of
+// their union, in any order. The empty set is (-inf, 0, 0) and changes nothing. The result of a row is out / sum, its
+// log-sum-exp (max * scale + log2(sum)) * ln 2.
+//
+// Scores may be large. score * scale is then rounded by much more than 1, so a weight has to come of a difference of two
+// numbers that are rounded alike, and that of a row's maximum is 1. fma(score, scale, -max * scale) would leave the
+// rounding of the maximum alone; it is good for maxima up to LARGE_MAX, where it leaves less than 2^-11.
 #pragma once
 #include "convert.cuh"
 
 constexpr float LN_2 = 0.69314718055994530942f;
+constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr float NO_KEY = -0x1.fffffep127f;  // a maximum before the first key: -INF - NO_KEY is -INF, as it has to be
+constexpr float LARGE_MAX = 0x1p12f;
+
+__device__ __forceinline__ bool is_large(float max) { return fabsf(max) > LARGE_MAX && max != NO_KEY; }
 
 // Four neighbouring columns of one row's state.
 struct RowState {
@@ -28,15 +38,15 @@ __device__ __forceinline__ RowState empty_state() {
 // trial on an H100, decode of 1 x 4096, 32/8 heads: 14.05 us, one after the other 14.43). An empty one is skipped, so
 // that whatever stands in its out cannot matter.
 template <int count>
-__device__ __forceinline__ void fold(RowState& state, const RowState (&others)[count]) {
+__device__ __forceinline__ void fold(RowState& state, const RowState (&others)[count], float scale) {
     float common = state.max;
 #pragma unroll
     for (int i = 0; i < count; ++i) common = fmaxf(common, others[i].max);
     const float base = common == -INF ? 0.f : common;
-    const float keep = exp2_fast(state.max - base);
+    const float keep = exp2_fast((state.max - base) * scale);
     float weights[count];
 #pragma unroll
-    for (int i = 0; i < count; ++i) weights[i] = exp2_fast(others[i].max - base);
+    for (int i = 0; i < count; ++i) weights[i] = exp2_fast((others[i].max - base) * scale);
     state.max = common;
     state.sum *= keep;
     state.out.x *= keep;
@@ -54,6 +64,7 @@ __device__ __forceinline__ void fold(RowState& state, const RowState (&others)[c
     }
 }
 
+// max: in base 2
 __device__ __forceinline__ float log_sum_exp(float max, float sum) {
     return sum == 0.f ? -INF : (max + log2_fast(sum)) * LN_2;
 }

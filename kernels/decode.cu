@@ -10,7 +10,7 @@
 //       page_ids     [max_pages] int                            clean: every id is inside the pool
 // out   out          like q, fp16/bf16 or float32               0 for a row that sees no key
 //       lse          [batch * q_len, num_qo_heads] float        natural log, -inf for a row that sees no key; or null
-// work  partials     [partials, COLUMNS, HEAD_DIM + 4] float    one a CTA, when a request is split: out, max, sum (base 2)
+// work  partials     [partials, COLUMNS, HEAD_DIM + 4] float    one a CTA, when a request is split: out, max, sum
 //       arrivals     [batch * num_kv_heads * column_blocks] u32 zero before and after every launch
 //
 // Decode reads every K and V once and does little else, so all that counts is to keep enough loads in flight on every
@@ -78,7 +78,6 @@ static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * Rows::BYTES : FLAG_OFFSET + 16
 // Rows of these begin and end inside of lines of 128 bytes, and the next KV head is read soon (an H200, 64 x 4096,
 // 64/8 heads, NHD: 187.2 and 179.5 us, 209.1 and 198.1; HND as before; with HEAD_DIM 112 253 and 276).
 constexpr bool WHOLE_LINES = HEAD_DIM == 80 || HEAD_DIM == 96;
-constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr float RESCALE_STEP = 8.f;  // P stays below 2^8: far from overflow in fp16, and the rescale is rare
 // Of the first part of a weight: less than 1 by so much that after rounding something is left, as 0 * inf would be NaN.
 // fp16 has few bits below SMALL_WEIGHT: there the parts are halves.
@@ -123,6 +122,11 @@ struct Assignment {
     int first_partial;
 };
 
+// What a score is multiplied by: the product is in base 2. SOFT_CAP: scores are tanh(...).
+__device__ __forceinline__ float scale_of(const DecodeParams& p) {
+    return (SOFT_CAP ? p.logits_soft_cap : p.sm_scale) * LOG2_E;
+}
+
 // Four columns of one row's result, written where q stood.
 __device__ __forceinline__ void write_row(const DecodeParams& p, int row, int head, int dim, const RowState& state) {
     const float scale = state.sum == 0.f ? 0.f : 1.f / state.sum;
@@ -140,7 +144,7 @@ __device__ __forceinline__ void write_row(const DecodeParams& p, int row, int he
         packed.y = pack2(out.z, out.w);
         *reinterpret_cast<uint2*>(static_cast<u16*>(p.out) + at) = packed;
     }
-    if (dim == 0 && p.lse) p.lse[i64(row) * p.num_qo_heads + head] = log_sum_exp(state.max, state.sum);
+    if (dim == 0 && p.lse) p.lse[i64(row) * p.num_qo_heads + head] = log_sum_exp(state.max * scale_of(p), state.sum);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const __grid_constant__ DecodeParams p) {
@@ -268,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const shared_address q_matrix = q_rows + Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
 #endif
 
-    // 4. The loop over this warp's tiles. Scores are kept in base 2.
+    // 4. The loop over this warp's tiles. Scores are kept as they are, see attention_state.cuh.
     // Tensor cores truncate as they add, the less the smaller a sum is, and take weights of 16 bits. With 8 columns they
     // have time to spare: a score is the sum of its even and its odd steps, and a weight that of two 16-bit numbers
     // (an H200: the bench's cases of 8 columns take as long as without; 64 x 4096 with 32/1 heads would take 6% more).
@@ -289,11 +293,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         if (STAGES > 2)
             tile += tile < warp_base + (STAGES - 2) * TILE_BYTES ? 2 * TILE_BYTES : (2 - STAGES) * TILE_BYTES;
     };
-#if SOFT_CAP
-    const float scale = 1.f;
-#else
-    const float scale = p.sm_scale * LOG2_E;
-#endif
+    const float scale = scale_of(p);
 
 #pragma unroll 1
     for (; left > 0; left -= stride) {
@@ -330,11 +330,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         turn(k_tile);
 
 #if SOFT_CAP
-        const float to_cap = p.sm_scale / p.logits_soft_cap, from_cap = p.logits_soft_cap * LOG2_E;
+        const float to_cap = p.sm_scale / p.logits_soft_cap;
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) score[n][i] = from_cap * tanh_fast(score[n][i] * to_cap);
+            for (int i = 0; i < 4; ++i) score[n][i] = tanh_fast(score[n][i] * to_cap);
 #endif
         // Only tiles at an edge of some column's interval need a mask.
         const int first_token = end - left;
@@ -349,16 +349,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
                 }
         }
 
-        // The maximum moves only when a score passes it by more than RESCALE_STEP: then, and only then, the lanes
-        // of a column agree on a new one and rescale what they have.
+        // The maximum moves only when a score passes it by more than RESCALE_STEP (base 2): then, and only then, the
+        // lanes of a column agree on a new one and rescale what they have.
         bool passed = false;
         float tile_max[N_TILES][2];
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                tile_max[n][i] = fmaxf(score[n][i], score[n][i + 2]) * scale;
-                passed |= tile_max[n][i] > max[n][i] + RESCALE_STEP;
+                tile_max[n][i] = fmaxf(score[n][i], score[n][i + 2]);
+                passed |= (tile_max[n][i] - max[n][i]) * scale > RESCALE_STEP;  // NaN where both are -INF
             }
         if (__any_sync(~0u, passed)) {
 #pragma unroll
@@ -370,7 +370,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
                     top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
                     top = fmaxf(top, __shfl_xor_sync(~0u, top, 16));
                     top = fmaxf(top, max[n][i]);
-                    const float keep = top == -INF ? 1.f : exp2_fast(max[n][i] - top);
+                    const float keep = top == -INF ? 1.f : exp2_fast((max[n][i] - top) * scale);
                     max[n][i] = top;
                     sum[n][i] *= keep;
 #pragma unroll
@@ -389,7 +389,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float base = max[n][i & 1] == -INF ? 0.f : max[n][i & 1];
-                x[i] = exp2_fast(fmaf(score[n][i], scale, -base));
+                x[i] = exp2_fast((score[n][i] - base) * scale);
             }
             sum[n][0] += x[0] + x[2];
             sum[n][1] += x[1] + x[3];
@@ -486,7 +486,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             const float2 other = *reinterpret_cast<const float2*>(from + HEAD_DIM);
             of_warps[w] = {other.x, other.y, *reinterpret_cast<const float4*>(from + dim)};
         }
-        fold(state, of_warps);
+        fold(state, of_warps, scale);
         if (num_splits <= 1) {
             write_column(c, dim, state);
         } else {
@@ -530,7 +530,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
                 const float2 other = load_global_cg(reinterpret_cast<const float2*>(states_from + from));
                 partials[i] = {other.x, other.y, load_global_cg(reinterpret_cast<const float4*>(outs_from + from))};
             }
-            fold(state, partials);
+            fold(state, partials, scale);
         }
 #pragma unroll 1
         for (int other = 1; other < shares; other *= 2) {
@@ -541,7 +541,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             of_other[0].out.y = __shfl_xor_sync(~0u, state.out.y, other);
             of_other[0].out.z = __shfl_xor_sync(~0u, state.out.z, other);
             of_other[0].out.w = __shfl_xor_sync(~0u, state.out.w, other);
-            fold(state, of_other);
+            fold(state, of_other, scale);
         }
         if (item < num_items && share == 0) write_column(c, dim, state);
     }

@@ -19,13 +19,12 @@
 // P could outweigh the rest of a row takes 2 to 5% longer, a MOST_SUM of 64 0.3 to 0.9% and this one 0.1 to 0.4% longer
 // than one of 65504.)
 #pragma once
+#include "attention_state.cuh"
 #include "convert.cuh"
 #include "load_global.cuh"
 #include "mma.cuh"
 #include "page_table.cuh"
 
-constexpr float LOG2_E = 1.44269504088896340736f;
-constexpr float NO_KEY = -0x1.fffffep127f;  // max of a row before its first key: -INF - NO_KEY is -INF, as it has to be
 constexpr float RESCALE_STEP = 8.f;  // a maximum that is looked for moves only by more than this: the rescale is rare
 constexpr float MOST_SUM = 0x1p8f;   // of a row's P in a block, a thread's share
 constexpr float MOST_SCALED = 0x1p125f;  // its inverse is a normal number: one that is not is a zero to the hardware

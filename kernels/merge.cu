@@ -5,7 +5,8 @@
 //
 // merge_states
 // in    v    [rows, num_states, heads, HEAD_DIM] V      any strides, last axis contiguous
-//       s    [rows, num_states, heads] float            any strides; -inf: the state saw no key, its v is not looked at
+//       s    [rows, num_states, heads] float            any strides; -inf, or +inf as FlashAttention-2 has it: the state
+//                                                       saw no key, its v is not looked at
 // merge_state: the same for two states that stand apart
 // in    v_a, v_b  [rows, heads, HEAD_DIM] V             s_a, s_b  [rows, heads] float
 // out   out  [rows, heads, HEAD_DIM] OUT                contiguous; 0 where no state saw a key; may be v_a
@@ -111,7 +112,7 @@ template <int turns, bool streamed>
 __device__ __forceinline__ void merge(const StateList& states, int num_states, float log2_of_base, Out* out,
                                       float* lse) {
     const int lane = threadIdx.x & 31, side = lane / GROUP, column = lane % GROUP;
-    float max = -INF, sum = 0.f;  // base 2; sum: over this side's states
+    float max = -INF, sum = 0.f;  // max: as s is given; sum: over this side's states
     float total[STEPS][VEC] = {};
 
     for (int first = 0; first < num_states; first += turns * SIDE) {
@@ -129,14 +130,15 @@ __device__ __forceinline__ void merge(const StateList& states, int num_states, f
                 }
         }
         const bool has_state = lane < turns * SIDE && first + lane < num_states;
-        const float own_s = has_state ? states.s[(first + lane) * states.s_stride] * log2_of_base : -INF;
+        float own_s = has_state ? states.s[(first + lane) * states.s_stride] : -INF;
+        if (own_s == INF) own_s = -INF;
 
         // 2. The new maximum; what has been added up so far shrinks to it.
         float new_max = fmaxf(max, own_s);
 #pragma unroll
         for (int bit = 16; bit > 0; bit /= 2) new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, bit));
         if (first > 0) {
-            const float keep = max == -INF ? 0.f : exp2_fast(max - new_max);
+            const float keep = max == -INF ? 0.f : exp2_fast((max - new_max) * log2_of_base);
             sum *= keep;
 #pragma unroll
             for (int step = 0; step < STEPS; ++step)
@@ -151,7 +153,7 @@ __device__ __forceinline__ void merge(const StateList& states, int num_states, f
             if (first + turn * SIDE >= num_states) break;
             const float s = __shfl_sync(~0u, own_s, turn * SIDE + side);
             if (s == -INF) continue;
-            const float weight = exp2_fast(s - max);
+            const float weight = exp2_fast((s - max) * log2_of_base);  // exact for states far from 0, too
             sum += weight;
 #pragma unroll
             for (int step = 0; step < STEPS; ++step)
@@ -173,7 +175,7 @@ __device__ __forceinline__ void merge(const StateList& states, int num_states, f
 
     // 5. Normalise and write. The sum is 0 where no state saw a key, else at least 1 (or NaN).
     const float scale = sum == 0.f ? 0.f : __fdividef(1.f, sum);
-    if (lse && lane == 0) *lse = sum == 0.f ? -INF : __fdividef(max + log2_fast(sum), log2_of_base);
+    if (lse && lane == 0) *lse = sum == 0.f ? -INF : max + __fdividef(log2_fast(sum), log2_of_base);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
         const int chunk = step * GROUP + column;

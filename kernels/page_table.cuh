@@ -122,8 +122,8 @@ __device__ __forceinline__ int tokens_before(i64 position, const Request& reques
     // Local pages that lie wholly before page number `page`, and whether that page itself is one of ours.
     const int behind = page - request.page_offset;
     if (behind < 0) return 0;
-    const int stride = positions.page_stride;
-    const int whole = stride == 1 ? behind : (behind + stride - 1) / stride;
+    const int stride = positions.page_stride;  // up to 2^31 - 1: nothing may be added to it
+    const int whole = stride == 1 ? behind : behind / stride + (behind % stride != 0);
     const i64 tokens = i64(whole) * page_size + (whole * i64(stride) == behind ? slot : 0);
     return tokens < request.kv_len ? int(tokens) : request.kv_len;
 }

@@ -700,8 +700,8 @@ def merge_state(
     """Merge attention over two disjoint sets of keys into attention over both: (v, s).
 
     v_a, v_b [rows, heads, dim]: outputs; s_a, s_b float32 [rows, heads]: their lse, to `base` "e" or 2, as is the
-    result's. A state with s = -inf changes nothing, whatever its v. out (of any float dtype; else one of v's) and lse
-    (float32) are written and returned.
+    result's. A state with s = -inf, or +inf as FlashAttention-2 and FlashMLA have it, saw no key and changes nothing,
+    whatever its v. out (of any float dtype; else one of v's) and lse (float32) are written and returned.
     """
     given = {"v_a": v_a, "s_a": s_a, "v_b": v_b, "s_b": s_b}
     return _merge("merge_state", spec.check_merge_state, given, lambda shape: shape, base, out, lse)
@@ -710,8 +710,8 @@ def merge_state(
 def merge_states(v: Any, s: Any, *, base: Any = "e", out: Any = None, lse: Any = None) -> tuple[Any, Any]:
     """Merge attention over disjoint sets of keys into attention over all of them: (v, s) without axis 1.
 
-    v [rows, num_states, heads, dim], any strides but a contiguous last axis; s float32 [rows, num_states, heads]. The
-    rest is as for merge_state.
+    v [rows, num_states, heads, dim], any strides but a contiguous last axis; s float32 [rows, num_states, heads],
+    -inf or +inf of a state that saw no key. The rest is as for merge_state.
     """
     given = {"v": v, "s": s}
     return _merge(

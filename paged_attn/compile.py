@@ -116,18 +116,31 @@ def params_dtype(source: str, struct: str) -> np.dtype[np.void]:
     """The dtype of ``struct`` in a kernel's flattened text, with the offsets that the CUDA compiler gives it.
 
     A field is a pointer (u8), an int, u32, u64, i64, float, an earlier struct, or an array of one of these, with one
-    declarator a line. Raises ValueError for anything else, and for a struct that the text does not have.
+    declarator a line, and no preprocessor directive. Raises ValueError for anything else, and for a struct that the
+    text does not have.
     """
     known: dict[str, tuple[np.dtype[Any], int]] = {
         kind: (np.dtype(code), np.dtype(code).itemsize) for kind, code in _SCALARS.items()
     }
+    faults: dict[str, str] = {}  # a struct that lives on the device only may hold what it likes
     for given_alignment, name, body in _STRUCT.findall(_COMMENT.sub("", source)):
         fields: dict[str, list[Any]] = {"names": [], "formats": [], "offsets": []}
-        end, alignment, fault = 0, int(given_alignment or 1), None
+        end, alignment = 0, int(given_alignment or 1)
+        if directive := re.search(r"#.*", body):
+            faults[name] = (
+                f"{directive[0].strip()!r} stands among its fields, and the host would not know which of them the "
+                f"compiler sees; keep every field in every build"
+            )
+        elif name in known or name in faults:
+            known.pop(name, None)
+            faults[name] = "the text defines it more than once, maybe under #if; give each definition its own name"
         for declaration in filter(None, map(str.strip, body.split(";"))):
+            if name in faults:
+                break
             field = _FIELD.fullmatch(declaration)
             if field is None or not (field[2] or field[1] in known):
-                fault = declaration
+                types = ", ".join(_SCALARS)
+                faults[name] = f"{declaration!r} is not one field of type pointer, {types} or an earlier struct"
                 break
             dtype, field_alignment = (np.dtype("u8"), 8) if field[2] else known[field[1]]
             begin = -(-end // field_alignment) * field_alignment
@@ -136,14 +149,11 @@ def params_dtype(source: str, struct: str) -> np.dtype[np.void]:
             fields["names"].append(field[3])
             fields["formats"].append((dtype, int(field[4])) if field[4] else dtype)
             fields["offsets"].append(begin)
-        if fault and name == struct:
-            types = ", ".join(_SCALARS)
-            raise ValueError(
-                f"struct {struct}: {fault!r} is not one field of type pointer, {types} or an earlier struct"
-            )
-        if not fault:  # a struct that lives on the device only may hold what it likes
+        if name not in faults:
             itemsize = -(-end // alignment) * alignment
             known[name] = np.dtype({**fields, "itemsize": itemsize}), alignment  # type: ignore[call-overload]
+    if struct in faults:
+        raise ValueError(f"struct {struct}: {faults[struct]}")
     if struct not in known:
         raise ValueError(f"the text has no struct {struct}")
     return known[struct][0]

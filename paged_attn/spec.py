@@ -29,6 +29,7 @@ ALIGNMENT = 16  # bytes: what the kernels load at once
 MAX_POOL_SPAN = 2**32 * ALIGNMENT  # the kernels count a pool's bytes in 32 bits of that unit
 _INT32, _INT64, _FLOAT32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
 _INT_MAX = 2**31 - 1
+FLOAT_RANGE = 2.0**-126, 2.0**127  # normal float32 numbers, the largest of them even times log2(e)
 
 
 @dataclass(frozen=True)
@@ -729,6 +730,7 @@ def attention_spec(
     check_heads(kv, heads, f"num_qo_heads={heads}")
     if not isinstance(causal, (bool, np.bool_)):
         raise TypeError(f"causal must be a bool, got {causal!r} ({type(causal).__name__}); pass True or False")
+    scale = 1.0 / math.sqrt(kv.head_dim) if sm_scale is None else _as_scale(sm_scale)
     return AttentionSpec(
         num_qo_heads=heads,
         num_kv_heads=kv.num_kv_heads,
@@ -739,9 +741,9 @@ def attention_spec(
         layout=str(kv.layout),
         device=kv.device,
         causal=bool(causal),
-        sm_scale=1.0 / math.sqrt(kv.head_dim) if sm_scale is None else _as_scale(sm_scale),
+        sm_scale=scale,
         window_left=as_int(window_left, "window_left", minimum=-1),
-        logits_soft_cap=as_float(logits_soft_cap, "logits_soft_cap", minimum=0.0, rule="pass 0.0 to switch it off"),
+        logits_soft_cap=_as_soft_cap(logits_soft_cap, scale),
         q_len=None if q_len is None else as_int(q_len, "q_len", minimum=1),
     )
 
@@ -750,7 +752,23 @@ def _as_scale(sm_scale: Any) -> float:
     scale = as_float(sm_scale, "sm_scale", rule="pass None for 1/sqrt(head_dim)")
     if scale <= 0:  # a kernel's running maximum would be a minimum
         raise ValueError(f"sm_scale is {scale:g}, and it must be positive; negate q, or pass None for 1/sqrt(head_dim)")
+    _check_range(scale, "sm_scale", "multiply q by a part of it, or pass None for 1/sqrt(head_dim)")
     return scale
+
+
+def _as_soft_cap(logits_soft_cap: Any, sm_scale: float) -> float:
+    cap = as_float(logits_soft_cap, "logits_soft_cap", minimum=0.0, rule="pass 0.0 to switch it off")
+    if cap > 0:
+        _check_range(cap, "logits_soft_cap", "pass 0.0 to switch it off")
+        _check_range(sm_scale / cap, "sm_scale / logits_soft_cap", f"pass a logits_soft_cap nearer to {sm_scale=:g}")
+    return cap
+
+
+def _check_range(number: float, name: str, remedy: str) -> None:
+    """Positive numbers that are 0 or infinite in float32 would be so in the kernels; every backend refuses them."""
+    least, most = FLOAT_RANGE
+    if not least <= number <= most:
+        raise ValueError(f"{name} is {number:g}, and it must be in [2**-126, 2**127], as float32 holds it; {remedy}")
 
 
 def check_heads(kv: "PagedKV", num_qo_heads: int, shown: str) -> None:

@@ -41,6 +41,7 @@ class Case:
     page_offsets: tuple[int, ...] | None = None
     page_stride: int = 1
     total_lens: tuple[int, ...] | None = None
+    given_scale: float | None = None  # sm_scale, where it is not the default
 
     def __str__(self) -> str:
         return self.name
@@ -60,7 +61,7 @@ class Case:
 
     @property
     def sm_scale(self) -> float:
-        return self.head_dim**-0.5
+        return self.head_dim**-0.5 if self.given_scale is None else self.given_scale
 
     def positions(self, request: int) -> np.ndarray:
         """Position in the whole sequence of each local token of a request."""
@@ -109,7 +110,9 @@ class Inputs:
 
     def options(self) -> dict[str, Any]:
         """What plan() and the one-shot functions take by name."""
-        options = {"window_left": self.case.window_left, "logits_soft_cap": self.case.logits_soft_cap}
+        options: dict[str, Any] = {"window_left": self.case.window_left, "logits_soft_cap": self.case.logits_soft_cap}
+        if self.case.given_scale is not None:
+            options["sm_scale"] = self.case.given_scale
         return options if self.case.is_decode else options | {"causal": self.case.causal}
 
 
@@ -118,7 +121,7 @@ def build(case: Case, *, needle: int | None = None, scores: str | None = None) -
 
     With a needle, every query scores NEEDLE_SCORE on that local token of every request that has it, whose values are
     all its own, so that an answer which misses the token (or sees it behind a mask) is wholly wrong. `scores` is one of
-    SCORES, or "background".
+    SCORES or of HUGE_SCORES, or "background".
     """
     random = np.random.default_rng(zlib.crc32(case.name.encode()))
     dtype, heads, dim, page_size = DTYPES[case.dtype], case.num_kv_heads, case.head_dim, case.page_size
@@ -188,6 +191,9 @@ def _shape_scores(
         if not length or not queries:
             continue
         token = np.arange(length)
+        if scores.startswith("huge"):
+            _shape_huge_scores(case, scores, random, rows, keys)
+            continue
         if scores.startswith("sigma"):
             keys *= keys.dtype.type(float(scores.removeprefix("sigma")))
             continue
@@ -214,6 +220,56 @@ def _shape_scores(
             values[...] = needle_values(case)
         rows[..., 0] = 4
         keys[..., 0] = (added / (4 * case.sm_scale))[:, None]
+
+
+# Finite scores of 5e10 and more, of which a product with sm_scale * log2(e) is rounded by thousands; "huge_border": as
+# large as they may be, which bfloat16 alone can hold.
+HUGE_SCORES = (
+    "huge_equal", "huge_low", "huge_one_more", "huge_growing", "huge_falling", "huge_mixed", "huge_last", "huge_jump",
+    "huge_rows", "huge_columns",
+)  # fmt: skip
+HUGE = {"float16": 65504.0, "bfloat16": 133120.0}
+LARGEST_SCORE = 2.0**127  # of |q . k| and of |sm_scale * q . k|, what README states
+
+
+def _shape_huge_scores(case: Case, kind: str, random: np.random.Generator, rows: np.ndarray, keys: np.ndarray) -> None:
+    huge, length = keys.dtype.type(HUGE[case.dtype]), len(keys)
+    token = np.arange(length)
+    if kind == "huge_border":  # in one column, with both signs, and nearest to the limit with sm_scale in or out
+        assert case.dtype == "bfloat16"
+        least_below_2 = 255 / 128
+        most = LARGEST_SCORE / max(case.sm_scale, 1) / 2
+        rows[...], keys[...] = 0, 0
+        rows[..., 0] = 2.0 ** (np.floor(np.log2(most)) - 60) * least_below_2
+        keys[..., 0] = (2.0**60 * np.where(token % 3 == 0, -1.0, 1.0))[:, None]
+        return
+    if kind == "huge_rows":  # every third row has huge scores, the others those of sigma1
+        small = rows / (huge / 8)
+        rows *= huge / 8
+        keys *= huge / 8
+        ordinary = np.arange(len(rows)) % 3 > 0
+        rows[ordinary] = small[ordinary]
+        return
+    if kind == "huge_columns":  # far apart, and large numbers in both that do not matter
+        rows *= huge / 64
+        keys *= huge / 64
+        return
+    below = np.nextafter(huge, huge.dtype.type(0))
+    factor = {
+        "huge_equal": np.ones(length),
+        "huge_low": -np.ones(length),
+        "huge_one_more": np.ones(length),
+        "huge_growing": (token + 1) / length,
+        "huge_falling": (length - token) / length,
+        "huge_mixed": random.choice([1, -1, 0, 0.5], length),
+        "huge_last": -1.0 * (token == length - 1),
+        "huge_jump": 1.0 * (token == length // 3),
+    }[kind]
+    rows[...] = huge
+    keys[...] = (factor * float(huge))[:, None, None]
+    if kind == "huge_one_more":  # by the last bit of one number
+        keys[...] = below
+        keys[length // 3, :, 0] = huge
 
 
 def needle_values(case: Case) -> np.ndarray:

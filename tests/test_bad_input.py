@@ -691,6 +691,16 @@ bad("decode: soft cap", attend(logits_soft_cap=-1.0), ValueError, "logits_soft_c
 bad("decode: soft cap nan", attend(logits_soft_cap=np.nan), ValueError, "logits_soft_cap is nan", "finite", "pass 0.0")
 bad("decode: no scale", attend(sm_scale=0.0), ValueError, "sm_scale is 0", "positive", "pass None")
 bad("decode: infinite scale", attend(sm_scale=np.inf), ValueError, "sm_scale is inf", "finite", "pass None")
+for number in (1e-46, 1e-38, 2e38, 1e39):
+    shown = f"sm_scale is {number:g}"
+    bad(f"decode: scale {number:g}", attend(sm_scale=number), ValueError, shown, "2**127", "multiply q", "pass None")
+    shown = f"logits_soft_cap is {number:g}"
+    bad(f"decode: cap {number:g}", attend(logits_soft_cap=number), ValueError, shown, "[2**-126, 2**127]", "pass 0.0")
+for scale, cap in ((1e20, 1e-20), (1e-20, 1e20)):
+    bad(
+        f"decode: scale {scale:g} cap {cap:g}", attend(sm_scale=scale, logits_soft_cap=cap), ValueError,
+        f"sm_scale / logits_soft_cap is {scale / cap:g}", "[2**-126, 2**127]", f"nearer to sm_scale={scale:g}",
+    )  # fmt: skip
 bad(
     "decode: scale of text", attend(sm_scale="1"), TypeError, "sm_scale must be a float", "'1' (str)", "float(sm_scale)"
 )

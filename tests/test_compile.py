@@ -190,10 +190,23 @@ def test_a_struct_that_cannot_be_read_says_why() -> None:
         kernels.params_dtype(STRUCTS, "Unknown")
     with pytest.raises(ValueError, match="'int a, b' is not one field"):
         kernels.params_dtype("struct Two { int a, b; };", "Two")
+    with pytest.raises(ValueError, match=r"struct Pick: '#if SINKS' stands among its fields.*; keep every field"):
+        kernels.params_dtype("struct Pick {\n int a;\n#if SINKS\n float* sinks;\n#endif\n};", "Pick")
     with pytest.raises(ValueError, match="the text has no struct Missing"):
         kernels.params_dtype(STRUCTS, "Missing")
     with pytest.raises(ValueError, match="the text has no kernel thrice"):
         kernels.params_name(STRUCTS, "thrice")
+
+
+def test_a_struct_under_if_is_refused_and_one_of_the_device_may_hold_what_it_likes() -> None:
+    """What the preprocessor takes away is there for the host: all fields behind it would move on the GPU alone."""
+    either = "#if SINKS\nstruct P { int n; float* sinks; };\n#else\nstruct P { int n; };\n#endif\n"
+    with pytest.raises(ValueError, match=r"struct P: the text defines it more than once.*own name"):
+        kernels.params_dtype(either, "P")
+    with pytest.raises(ValueError, match=r"struct Q: 'P part' is not one field"):
+        kernels.params_dtype(either + "struct Q { P part; };", "Q")
+    device = "struct Results {\n#if TMA\n u32 place;\n#endif\n float2 x;\n};\n" + either + "struct Q { int n; };"
+    assert kernels.params_dtype(device, "Q").names == ("n",)
 
 
 def test_fill_by_name() -> None:

@@ -62,6 +62,27 @@ def test_an_empty_state_changes_nothing() -> None:
     assert not out.any() and np.isneginf(lse).all()
 
 
+@pytest.mark.parametrize("base", ["e", 2])
+def test_a_state_of_plus_infinity_is_empty_too(base: str | int) -> None:
+    """As FlashAttention-2 and FlashMLA give it for a row that sees no key."""
+    v, s = states(6, 3, 4, 16)
+    marked = np.where(np.isneginf(s), np.inf, s)
+    marked[0, 0, 0], s[0, 0, 0] = np.inf, -np.inf
+    marked[1], s[1] = np.inf, -np.inf
+    right, right_lse = pa.merge_states(np.where(np.isneginf(s)[..., None], 0, v), s, base=base)
+    v[np.isneginf(s)] = np.nan
+    for found in (
+        pa.merge_states(v, marked, base=base),
+        pa.merge_states(v, np.where(np.arange(3)[:, None] == 1, marked, s), base=base),
+    ):
+        np.testing.assert_array_equal(found[0], right)
+        np.testing.assert_array_equal(found[1], right_lse)
+    assert not right[1].any() and np.isneginf(right_lse[1]).all()
+    pair = pa.merge_state(v[:, 0], marked[:, 0], v[:, 1], marked[:, 1], base=base)
+    for one, other in zip(pair, pa.merge_states(v[:, :2], s[:, :2], base=base), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_merging_is_associative_and_commutative() -> None:
     (v_a, s_a), (v_b, s_b), (v_c, s_c) = (states(20, 4, 16, seed=seed) for seed in range(3))
     left = pa.merge_state(*pa.merge_state(v_a, s_a, v_b, s_b), v_c, s_c)

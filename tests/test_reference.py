@@ -1,5 +1,6 @@
 """The reference backend against a loop over dense K and V in float64, for every case, and the rule of closeness."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -206,6 +207,125 @@ def test_long_prefill_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(reference, "SCORES_AT_ONCE", 8 * 90 * 7)
     out, lse = attend(inputs)
     assert_close(out, whole, lse, whole_lse, tolerance=1e-6)
+
+
+UNSEEN = [
+    Case("unseen_prefill", (40, 0, 3), q_lens=(40, 5, 9), dtype="float32"),
+    Case("unseen_window", (90,), q_lens=(30,), window_left=7, dtype="float16"),
+    Case("unseen_not_causal_window", (40, 20), q_lens=(40, 5), causal=False, window_left=5, dtype="float32"),
+    Case("unseen_q_len", (70, 2), q_len=5, num_qo_heads=12, dtype="bfloat16"),
+    Case("unseen_q_len_window", (70, 2), q_len=5, window_left=2, dtype="float64"),
+    Case("unseen_soft_cap", (33,), q_lens=(20,), logits_soft_cap=2.0, dtype="float32"),
+    Case("unseen_positions", (24, 16), q_lens=(30, 9), page_size=8, page_offsets=(1, 0), page_stride=2,
+         total_lens=(60, 31), dtype="float32"),
+]  # fmt: skip
+
+
+def token_places(inputs: Inputs, request: int, token: int) -> tuple[int, int]:
+    """Page id and slot of a local token."""
+    page, slot = divmod(token, inputs.case.page_size)
+    return int(inputs.indices[inputs.indptr[request] + page]), slot
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("case", UNSEEN, ids=str)
+def test_what_a_row_does_not_see_does_not_reach_it(case: Case, value: float) -> None:
+    """Inf or NaN in K and V of one token after the other: rows that do not see it keep their bits, others get them."""
+    inputs = build(case)
+    right, right_lse = (array.astype(np.float64) for array in attend(inputs))
+    for token in range(0, max(case.kv_lens), 3):
+        poisoned = build(case)
+        poisoned_k = build(case)
+        for request, kv_len in enumerate(case.kv_lens):
+            if token < kv_len:
+                place = token_places(inputs, request, token)
+                poisoned.v_pages[place][:, 5] = value
+                poisoned.v[request][token, :, 5] = value
+                poisoned_k.k_pages[place] = value
+        sees = []
+        for request, num_queries in enumerate(case.queries):
+            own = case.total_len(request) - num_queries + np.arange(num_queries)
+            if token >= case.kv_lens[request]:
+                sees.append(np.zeros(num_queries, bool))
+                continue
+            position = case.positions(request)[token]
+            visible = position <= own if case.causal else np.full(num_queries, position < case.total_len(request))
+            sees.append(visible & (position >= own - case.window_left) if case.window_left >= 0 else visible)
+        seen = np.concatenate(sees)
+        out, lse = (array.astype(np.float64) for array in attend(poisoned))
+        np.testing.assert_array_equal(out[~seen], right[~seen])
+        np.testing.assert_array_equal(lse, right_lse)
+        np.testing.assert_array_equal(np.delete(out, 5, axis=-1), np.delete(right, 5, axis=-1))
+        np.testing.assert_array_equal(out[seen, :, 5], np.full_like(out[seen, :, 5], value))
+        out, lse = (array.astype(np.float64) for array in attend(poisoned_k))
+        np.testing.assert_array_equal(out[~seen], right[~seen])
+        np.testing.assert_array_equal(lse[~seen], right_lse[~seen])
+
+
+def test_infinite_values_add_up_as_ieee_has_it() -> None:
+    """inf and -inf that one row sees give NaN, and so does inf whose weight has become 0; a score of NaN, NaN."""
+    q, k = np.zeros((4, 1, 2), np.float32), np.zeros((4, 1, 2), np.float32)
+    v = np.array([[1, 1], [np.inf, 1], [1, np.nan], [-np.inf, -np.inf]], np.float32)[:, None]
+    out = pa.single_prefill(q, k, v, layout="NHD")[:, 0]
+    np.testing.assert_array_equal(out, [[1, 1], [np.inf, 1], [np.inf, np.nan], [np.nan, np.nan]])
+    k[0], q[...] = 200, 1  # beside the first token no other one counts
+    np.testing.assert_array_equal(pa.single_decode(q[0], k, v, layout="NHD"), [[np.nan, np.nan]])
+    np.testing.assert_array_equal(
+        pa.single_decode(q[0], k, np.abs(v[:, :, :1]).repeat(2, -1), layout="NHD"), [[np.nan] * 2]
+    )
+    np.testing.assert_array_equal(pa.single_decode(q[0], k[:1], v[:1], layout="NHD"), [[1, 1]])
+    k[1, 0, 0] = np.nan
+    out = pa.single_prefill(q, k, v, layout="NHD")[:, 0]
+    np.testing.assert_array_equal(np.isnan(out), [[False] * 2, [True] * 2, [True] * 2, [True] * 2])
+
+
+def test_what_a_chunk_or_a_state_does_not_see_does_not_reach_the_merge() -> None:
+    """Every row of a split table, one of whose chunks some queries do not see."""
+    case = Case("unseen_split", (40,), q_lens=(30,), dtype="float32")
+    inputs = build(case)
+    right, _ = attend(inputs)
+    inputs.v_pages[token_places(inputs, 0, 39)], inputs.k_pages[token_places(inputs, 0, 38)] = np.nan, np.nan
+    qo_indptr = np.arange(4, dtype=np.int32) * 30
+    q = np.concatenate([inputs.q] * 3)
+    out, lse = pa.prefill(q, qo_indptr, inputs.kv(), inputs.table().split(3), return_lse=True)
+    merged, _ = pa.merge_states(*(array.reshape(3, 30, *array.shape[1:]).swapaxes(0, 1) for array in (out, lse)))
+    assert_close(merged[:-2], right[:-2], tolerance=1e-5)
+    assert np.isnan(merged[-2:]).all()
+
+
+def test_a_callers_errstate_and_warnings_do_not_matter() -> None:
+    """Weights that underflow, results past float16, the logarithm of an empty row: all of it is as it should be."""
+    inputs = [
+        build(Case("low", (40, 0, 3), dtype=dtype, q_lens=q_lens, logits_soft_cap=cap), scores="sigma50")
+        for dtype in ("float16", "float32", "float64")
+        for q_lens in (None, (9, 2, 5))
+        for cap in (0.0, 200.0)
+    ]
+    with np.errstate(all="raise"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for case_inputs in inputs:
+            attend(case_inputs)
+        v = np.full((3, 1, 8), 60000, np.float16)
+        v[1] = np.inf
+        tiny = np.full((3, 1, 8), 6e-8, np.float16)
+        pa.single_decode(tiny[0], tiny, v, layout="NHD")
+        pa.single_prefill(tiny, tiny, v, layout="NHD")
+        state = np.full((2, 1, 8), 1e-30, np.float32), np.array([[0], [-np.inf]], np.float32)
+        nothing = np.full((2, 1, 8), np.nan, np.float32), np.full((2, 1), -1000, np.float32)
+        for base in ("e", 2):
+            pa.merge_state(*state, *nothing, base=base)
+            pa.merge_states(*(np.stack(pair, axis=1) for pair in zip(state, nothing, strict=True)), base=base)
+        out = np.empty((2, 1, 8), np.float16)
+        pa.merge_state(*state, *state, out=out)
+        cache = pa.PagedKVCache(4, 2, 1, 8, layout="NHD", dtype="float16", device="cpu")
+        sequence = cache.new_sequence()
+        cache.append([sequence], [3], v, tiny)
+        cache.append([cache.fork(sequence)], [1], v[:1], tiny[:1])
+        table = cache.page_table([sequence])
+        pa.decode(tiny[:1], cache.layers[0].to_layout("HND"), table)
+        table.validate(4).raise_if_bad()
+        table.split(2).to_block_table(2)
+        table.slots(np.zeros(1, np.int32), np.zeros(1, np.int32))
 
 
 def test_a_result_past_the_range_of_float16_is_infinite() -> None:

@@ -4,9 +4,10 @@
     lse[i]       = log sum_x exp(scores[i, x])      over the tokens x that query i sees (kv_limits)
     out[i]       = sum_x exp(scores[i, x] - lse[i]) * v[x]
 
-All of it in float32 (in float64 for a float64 q). A query that sees no token has out = 0 and lse = -inf. Arguments come
-checked (spec.py) and host tables are checked by value, so that nothing here repeats a check; whether a step fits into a
-plan's capacity, which a plan alone knows, check_capacities says.
+All of it in float32 (in float64 for a float64 q). A query that sees no token has out = 0 and lse = -inf, and what a
+query does not see never reaches it, be it inf or NaN. Whatever numpy.errstate the caller has set, inf and NaN of the
+data go their IEEE way. Arguments come checked (spec.py) and host tables are checked by value, so that nothing here
+repeats a check; whether a step fits into a plan's capacity, which a plan alone knows, check_capacities says.
 """
 
 from __future__ import annotations
@@ -271,6 +272,7 @@ class Plan:
             for i in range(batch_size)
         ]
 
+    @np.errstate(all="ignore")
     def run(
         self, spec: AttentionSpec, q: np.ndarray, kv: PagedKV, out: np.ndarray, lse: np.ndarray | None, form: Any
     ) -> None:
@@ -285,8 +287,7 @@ class Plan:
             for rows, tokens, begin, end in _blocks(spec, request):
                 k, v = (_gather(pages, kv, request, tokens) for pages in (kv.k_pages, kv.v_pages))
                 block_out, block_lse = _attend(spec, q[rows], k, v, begin - tokens.start, end - tokens.start)
-                with np.errstate(over="ignore"):  # a result past float16's range is inf, as on a GPU
-                    out[rows] = block_out
+                out[rows] = block_out  # a result past float16's range is inf, as on a GPU
                 if lse is not None:
                     lse[rows] = block_lse
 
@@ -322,21 +323,41 @@ def _attend(
     q, k, v = q.astype(compute), k.astype(compute), v.astype(compute)
     q = q.reshape(n, num_kv_heads, group, spec.head_dim).transpose(1, 2, 0, 3)  # [kv head, group, n, dim]
     k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)  # [kv head, t, dim]
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):  # inf and NaN of the data go their IEEE way
-        scores = q.reshape(num_kv_heads, group * n, spec.head_dim) @ k.swapaxes(1, 2)
-        scores = scores.reshape(num_kv_heads, group, n, num_tokens) * spec.sm_scale
-        if spec.logits_soft_cap > 0:
-            scores = spec.logits_soft_cap * np.tanh(scores / spec.logits_soft_cap)
-        token = np.arange(num_tokens)
-        scores = np.where((token >= begin[:, None]) & (token < end[:, None]), scores, -np.inf)
-        row_max, weights, total = _exponentials(scores, axis=-1)
-        weighted = weights.reshape(num_kv_heads, group * n, num_tokens) @ v
-        out = weighted.reshape(num_kv_heads, group, n, spec.head_dim) / np.where(total == 0, 1, total)
-        lse = (row_max + np.log(total)).squeeze(-1)
+    scores = q.reshape(num_kv_heads, group * n, spec.head_dim) @ k.swapaxes(1, 2)
+    scores = scores.reshape(num_kv_heads, group, n, num_tokens) * spec.sm_scale
+    if spec.logits_soft_cap > 0:
+        scores = spec.logits_soft_cap * np.tanh(scores / spec.logits_soft_cap)
+    token = np.arange(num_tokens)
+    seen = (token >= begin[:, None]) & (token < end[:, None])  # [n, t]
+    row_max, weights, total = _exponentials(np.where(seen, scores, -np.inf), axis=-1)
+    weighted = _weighted_sum(weights.reshape(num_kv_heads, group * n, num_tokens), seen, v)
+    out = weighted.reshape(num_kv_heads, group, n, spec.head_dim) / np.where(total == 0, 1, total)
+    lse = (row_max + np.log(total)).squeeze(-1)
     return (
         out.transpose(2, 0, 1, 3).reshape(n, spec.num_qo_heads, spec.head_dim),
         lse.transpose(2, 0, 1).reshape(n, spec.num_qo_heads),
     )
+
+
+def _weighted_sum(weights: np.ndarray, seen: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """sum_x weights[h, i, x] * v[h, x] over the tokens x that row i sees, row after row of a group seeing seen [n, t]:
+    weights [heads, group * n, t], v [heads, t, dim] -> [heads, group * n, dim]. The weight of a token that is not seen
+    is 0, but 0 * inf would be NaN."""
+    finite = np.isfinite(v)
+    if finite.all():
+        return weights @ v
+    seen = np.tile(seen, (weights.shape[1] // len(seen), 1))
+
+    def meets(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Whether a token that `rows` [(heads,) group * n, t] mark is one that `values` [heads, t, dim] mark."""
+        return rows.astype(v.dtype) @ values.astype(v.dtype) > 0
+
+    counts = seen & (weights != 0)  # a NaN of a score, too
+    sums = weights @ np.where(finite, v, 0)
+    sums += np.where(meets(counts, v == np.inf), np.inf, 0)
+    sums += np.where(meets(counts, v == -np.inf), -np.inf, 0)  # inf - inf is NaN
+    sums[meets(seen, np.isnan(v)) | meets(seen & (weights == 0), np.isinf(v))] = np.nan
+    return sums
 
 
 def _exponentials(scores: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -349,16 +370,19 @@ def _exponentials(scores: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
+@np.errstate(all="ignore")
 def merge_states(v: np.ndarray, s: np.ndarray, out: np.ndarray, lse: np.ndarray, base: float) -> None:
-    """v [rows, num_states, heads, dim], s [rows, num_states, heads] (log to `base`) -> out, lse without that axis."""
+    """v [rows, num_states, heads, dim], s [rows, num_states, heads] (log to `base`) -> out, lse without that axis.
+
+    A state whose s is -inf or +inf saw no key: its v is not looked at.
+    """
     compute = np.dtype(np.float64 if v.dtype == np.float64 else np.float32)
     unit = math.log(base)
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        row_max, weights, total = _exponentials(s.astype(compute) * unit, axis=1)
-        v = np.where(s[..., None] == -np.inf, 0, v.astype(compute))  # of a state that saw no key nothing is looked at
-        weighted = (weights[..., None] * v).sum(axis=1)
-        out[...] = weighted / np.where(total == 0, 1, total).squeeze(1)[..., None]
-        lse[...] = (row_max + np.log(total)).squeeze(1) / unit
+    empty = np.isinf(s)
+    row_max, weights, total = _exponentials(np.where(empty, -np.inf, s.astype(compute) * unit), axis=1)
+    weighted = (weights[..., None] * np.where(empty[..., None], 0, v.astype(compute))).sum(axis=1)
+    out[...] = weighted / np.where(total == 0, 1, total).squeeze(1)[..., None]
+    lse[...] = (row_max + np.log(total)).squeeze(1) / unit
 
 
 def merge_state(

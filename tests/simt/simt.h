@@ -412,3 +412,4 @@ inline unsigned __float_as_uint(float x) { return simt::bits<unsigned>(x); }
 inline float __int_as_float(int x) { return simt::bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return simt::bits<float>(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }

@@ -82,7 +82,7 @@ def expected(v: np.ndarray, s: np.ndarray, base: float) -> tuple[np.ndarray, np.
     out, lse = np.zeros((rows, heads, head_dim)), np.full((rows, heads), -np.inf)
     for row in range(rows):
         for head in range(heads):
-            states = [i for i in range(num_states) if s[row, i, head] != -np.inf]
+            states = [i for i in range(num_states) if not np.isinf(s[row, i, head])]
             if not states:
                 continue
             top = s[row, states, head].max()
@@ -175,13 +175,15 @@ def test_merge_states(case: Case) -> None:
     np.testing.assert_array_equal(bits(again), bits(out))
 
 
+@pytest.mark.parametrize("mark", [-np.inf, np.inf])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_empty_states_change_nothing(case: Case) -> None:
-    """Whatever stands in their v; and a row of nothing but empty states is 0 / -inf."""
+def test_empty_states_change_nothing(case: Case, mark: float) -> None:
+    """Whatever stands in their v; and a row of nothing but empty states, marked either way, is 0 / -inf."""
     v, s = states(case, 1)
     empty = np.random.default_rng(2).random(s.shape) < 0.5
     empty[0] = True
-    s[empty] = -np.inf
+    s[empty] = mark
+    s[:, 1::2][empty[:, 1::2]] = -np.inf
     v[empty] = [np.nan, np.inf][case.num_states % 2]
     out, lse = run(case, v, s)
     assert_close(case, out, lse, *expected(v, s, case.base))
@@ -199,6 +201,26 @@ def test_scores_far_apart(seed: int) -> None:
     out, lse = run(case, v, s)
     np.testing.assert_array_equal(out, v[:, winner].astype(np.float32))
     np.testing.assert_allclose(lse, s[:, winner], rtol=1e-6)
+
+
+@pytest.mark.parametrize("base", [2.0, math.e])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_up_to_the_largest_float(sign: int, base: float) -> None:
+    """Equal ones share the result, and one that is larger by one step of the last bit takes all of it."""
+    case = Case(num_states=40, base=base)
+    v, _ = states(case)
+    v[:] = v[:, :1]
+    for largest in (2.0**30, 2.0**127, np.finfo(np.float32).max):
+        s = np.full(v.shape[:3], sign * np.float32(largest))
+        out, lse = run(case, v, s)
+        np.testing.assert_array_equal(out, v[:, 0])
+        np.testing.assert_array_equal(lse, s[:, 0])
+    s[:] = sign * 2.0**127
+    s[:, 0] = np.nextafter(s[:, 0], np.float32(np.inf))
+    v[:, 1:] = 0
+    out, lse = run(case, v, s)
+    np.testing.assert_array_equal(out, v[:, 0])
+    np.testing.assert_array_equal(lse, s[:, 0])
 
 
 def test_a_nan_goes_through() -> None:
@@ -258,9 +280,10 @@ def run_pair(case: Case, v: np.ndarray, s: np.ndarray, in_place: bool = False) -
 def test_merge_state(case: Case) -> None:
     v, s = states(case)
     assert_close(case, *run_pair(case, v, s), *expected(v, s, case.base))
-    s[0, 0], s[1 % case.rows, 1] = -np.inf, -np.inf
-    v[s == -np.inf] = np.nan
-    assert_close(case, *run_pair(case, v, s), *expected(v, s, case.base))
+    for mark in (-np.inf, np.inf):
+        s[0, 0], s[1 % case.rows, 1] = mark, mark
+        v[np.isinf(s)] = np.nan
+        assert_close(case, *run_pair(case, v, s), *expected(v, s, case.base))
 
 
 @pytest.mark.parametrize("case", [case for case in PAIRS if case.v == case.out and not case.gap], ids=str)

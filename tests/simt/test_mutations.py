@@ -175,7 +175,12 @@ MUTATIONS = [
     Mutation(
         "merge.cu", "the v of an empty state counts",
         "if (s == -INF) continue;", "",
-        merges(merge.test_empty_states_change_nothing),
+        partial(merges(merge.test_empty_states_change_nothing), mark=-np.inf),
+    ),
+    Mutation(
+        "merge.cu", "+inf is a score like any other",
+        "if (own_s == INF) own_s = -INF;", "",
+        partial(merges(merge.test_empty_states_change_nothing), mark=np.inf),
     ),
     Mutation(
         "merge.cu", "what was added up does not shrink",
@@ -184,7 +189,7 @@ MUTATIONS = [
     ),
     Mutation(
         "merge.cu", "lse in the wrong base",
-        "__fdividef(max + log2_fast(sum), log2_of_base)", "max + log2_fast(sum)",
+        "max + __fdividef(log2_fast(sum), log2_of_base)", "max + log2_fast(sum)",
         merges(merge.test_merge_states),
     ),
     Mutation(
