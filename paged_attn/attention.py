@@ -17,6 +17,9 @@ layer); the one-shot functions make one and drop it. Their arguments, common to 
 
 They raise LayoutMismatchError, PageTableError and ValueError for layouts, tables, shapes and values, TypeError for
 dtypes and devices, NotImplementedError for what a backend lacks (`supports` says it beforehand), before any launch.
+
+On a GPU work is asynchronous, on CuPy's current stream of kv's device. Any argument may be a temporary: what came by
+DLPack is kept until the kernels that read it are over (lifetimes.py). Functions may be called from any thread.
 """
 
 import functools
@@ -419,11 +422,15 @@ class _BatchAttention:
 
 
 class BatchDecodeWithPagedKVCache(_BatchAttention):
-    """Decode for many layers and steps: plan() once a step, run() once a layer. A plan serves one stream at a time.
+    """Decode for many layers and steps: plan() once a step, run() once a layer.
 
     max_batch_size, max_pages: capacity; max_pages counts the pages of all requests together. With both, the plan's
         buffers never move and CUDA graphs may capture plan() and run(); without, they grow by doubling.
     batch_invariant: a request's result is bitwise the same alone or in any batch.
+
+    A plan serves one stream and one thread at a time (a call while another thread is in one is a RuntimeError); two
+    plans share nothing. A graph that captured plan() or run() keeps the buffers that they read, also when the plan is
+    gone; q, pools, tables, out and lse are the caller's to keep for as long as it is replayed.
     """
 
     def __init__(
@@ -466,7 +473,8 @@ class BatchDecodeWithPagedKVCache(_BatchAttention):
 class BatchPrefillWithPagedKVCache(_BatchAttention):
     """Ragged prefill for many layers and steps: plan() once a step, run() once a layer.
 
-    max_batch_size, max_pages, batch_invariant: as for decode. max_tokens: capacity for the rows of q.
+    max_batch_size, max_pages, batch_invariant: as for decode. max_tokens: capacity for the rows of q. What is said there
+    of streams, threads and graphs holds here, too.
     """
 
     def __init__(
