@@ -6,16 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from paged_attn import doctor
-from paged_attn.demo import cli
-
 STOPPED = 130  # 128 + SIGINT, as shells have it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run its command; returns the exit status."""
-    options = make_parser().parse_args(arguments)
     try:
+        options = make_parser().parse_args(arguments)
         return options.run(options)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -23,7 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line. What it imports takes a moment, in which Ctrl-C is to be one line, too."""
+    from paged_attn import doctor
+    from paged_attn.demo import cli
+
     parser = argparse.ArgumentParser(prog="python -m paged_attn", description="Paged attention without PyTorch.")
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser(

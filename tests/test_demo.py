@@ -148,6 +148,17 @@ def test_what_cannot_be_served_is_said_and_exits_with_2(options, message, capsys
     assert not re.search(r"num_pages|page_size|max_new_tokens", error)  # options are named as they are typed
 
 
+@pytest.mark.parametrize("reason", ["cuda:0 has compute capability 7.5", "k_pages spans 99 bytes; split the pool"])
+def test_what_a_card_lacks_is_one_line(reason, monkeypatch, capsys):
+    def refuse(*arguments, **options):
+        raise NotImplementedError(reason)
+
+    monkeypatch.setattr(pa, "PagedKVCache", refuse)
+    assert main(["demo", "--backend", "numpy"]) == 2
+    wanted = f"{reason}; or lower --num-pages or --page-size, or pass --backend numpy\n"
+    assert capsys.readouterr().err == wanted
+
+
 @pytest.mark.parametrize("error", [MemoryError(), MemoryError("Unable to allocate 9 GiB")], ids=repr)
 def test_running_out_of_memory_while_serving_is_one_line(error, monkeypatch, capsys):
     def step(engine: Engine) -> None:
@@ -221,6 +232,20 @@ def test_a_signal_ends_a_process_with_one_line_and_130():
     _, error = process.communicate(timeout=60)
     assert first.startswith("glassllm on NumPy")
     assert (process.returncode, error) == (130, "stopped by Ctrl-C\n")
+
+
+def test_ctrl_c_while_it_imports_is_one_line():
+    start = """
+import runpy, sys
+class Interrupted:
+    def find_spec(name, path=None, target=None):
+        if name == "rich.live":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted)
+runpy.run_module("paged_attn", run_name="__main__", alter_sys=True)
+"""
+    done = subprocess.run([sys.executable, "-c", start, "demo"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped by Ctrl-C\n")
 
 
 def test_a_terminal_says_that_a_model_loads(monkeypatch):

@@ -125,6 +125,8 @@ def make_cache(model: LanguageModel, num_pages: int, page_size: int, layout: str
             f"a pool of {num_pages} pages of {page_size} tokens takes {num_bytes / 2**30:.3g} GiB, which is more than "
             "can be allocated here; lower num_pages or page_size"
         ) from None
+    except NotImplementedError as error:  # an old card, or a pool that the kernels do not address
+        raise UsageError(f"{error}; or lower num_pages or page_size, or pass --backend numpy") from None
     except ValueError as error:
         raise UsageError(str(error)) from None
 
