@@ -148,6 +148,20 @@ def test_cuda_where_there_is_none_is_an_error_and_auto_says_what_it_took(monkeyp
     assert capsys.readouterr().out.startswith("glassllm on NumPy (CuPy is not installed), float32")
 
 
+def test_a_cupy_that_does_not_work_is_no_gpu(monkeypatch, capsys):
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "cupy":
+                raise OSError(30, "Read-only file system")
+
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    assert main(["demo", "--backend", "cuda"]) == 2
+    assert "CuPy does not work: OSError: [Errno 30] Read-only file system" in capsys.readouterr().err
+    assert main(["demo", "--prompt", "The Queen", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("glassllm on NumPy (CuPy does not work: OSError")
+
+
 # The engine
 
 

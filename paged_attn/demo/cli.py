@@ -111,10 +111,13 @@ def cuda_problem() -> str | None:
     """Why the demo cannot run on a GPU here, or None."""
     try:
         import cupy
+
+        if not cupy.cuda.is_available():
+            return "CuPy sees no CUDA device"
     except ImportError:
         return "CuPy is not installed"
-    if not cupy.cuda.is_available():
-        return "CuPy sees no CUDA device"
+    except Exception as error:  # of any type: a cache folder that cannot be made, a driver that does not answer
+        return f"CuPy does not work: {type(error).__name__}: {error}"
     try:
         from cupy.cuda import cublas  # noqa: F401 (the linear layers need it; CuPy loads it here)
     except ImportError:
