@@ -10,7 +10,8 @@ layer); the one-shot functions make one and drop it. Their arguments, common to 
     sm_scale     None: 1 / sqrt(head_dim)
     window_left  w: a query sees the w keys to the left of its position, and its own; -1: all
     logits_soft_cap  c: scores become c * tanh(score / c) after sm_scale; 0: off
-    out          array like q, of q's dtype or float32, that is written and returned; None: a new one like q
+    out          array like q, of q's dtype or float32, that is written and returned; None: a new one like q. out and
+                 lse overlap neither each other nor q, k, v or the pool
     lse          float32 array of q's shape without head_dim that is written: the natural logarithm of the sum of the
                  exponentials of a query's scores, -inf (and out = 0) where it sees no key
     return_lse   return (out, lse) instead of out
@@ -677,7 +678,8 @@ def append(kv: PagedKV, slots: Any, k: Any, v: Any) -> None:
     ----------
     kv: the pool.
     slots: int64 or int32 [tokens], slot = page * page_size + offset; -1 skips the token. NumPy or beside the pool.
-    k, v: [tokens, num_kv_heads, head_dim], whatever the layout of the pool, of its dtype and on its device.
+    k, v: [tokens, num_kv_heads, head_dim], whatever the layout of the pool, of its dtype and on its device. They and
+        slots do not overlap the pool.
 
     Raises
     ------
@@ -709,7 +711,8 @@ def merge_state(
 
     v_a, v_b [rows, heads, dim]: outputs; s_a, s_b float32 [rows, heads]: their lse, to `base` "e" or 2, as is the
     result's. A state with s = -inf, or +inf as FlashAttention-2 and FlashMLA have it, saw no key and changes nothing,
-    whatever its v. out (of any float dtype; else one of v's) and lse (float32) are written and returned.
+    whatever its v. out (of any float dtype; else one of v's) and lse (float32) are written and returned; out may be v_a
+    and lse may be s_a, else they overlap none of the others.
     """
     given = {"v_a": v_a, "s_a": s_a, "v_b": v_b, "s_b": s_b}
     return _merge("merge_state", spec.check_merge_state, given, lambda shape: shape, base, out, lse)
@@ -719,7 +722,7 @@ def merge_states(v: Any, s: Any, *, base: Any = "e", out: Any = None, lse: Any =
     """Merge attention over disjoint sets of keys into attention over all of them: (v, s) without axis 1.
 
     v [rows, num_states, heads, dim], any strides but a contiguous last axis; s float32 [rows, num_states, heads],
-    -inf or +inf of a state that saw no key. The rest is as for merge_state.
+    -inf or +inf of a state that saw no key. out and lse overlap neither v nor s. The rest is as for merge_state.
     """
     given = {"v": v, "s": s}
     return _merge(

@@ -34,8 +34,8 @@ _RULES = {
     "block_table": "a block table holds a page id >= 0 for each page of a sequence",
 }
 _REMEDIES = {
-    "max_pages": "plan with a larger max_pages",
-    "max_batch_size": "plan with a larger max_batch_size",
+    "max_pages": "make the plan, or the table that was written, with a larger max_pages",
+    "max_batch_size": "make the plan, or the table that was written, with a larger max_batch_size",
     "slots": "correct the slots; the token was not written",
 }
 

@@ -5,7 +5,9 @@ Nothing here copies or moves data on the way in. NumPy and CuPy arrays pass thro
 
 import contextlib
 import ctypes
+import math
 import sys
+import time
 from types import ModuleType
 from typing import Any
 
@@ -123,7 +125,7 @@ def native(x: Any, name: str, *, writable: bool = False) -> Any:
     """
     if type(x) is getattr(sys.modules.get("cupy"), "ndarray", None):  # the usual one, and a launch waits for this
         return x
-    if not is_native(x):
+    if not isinstance(x, np.ndarray) and not is_native(x):
         return _from_dlpack(x, name, writable)
     if writable and isinstance(x, np.ndarray) and not x.flags.writeable:
         raise ValueError(f"{name} is a read-only NumPy array; pass {name}.copy(), or an array with flags.writeable")
@@ -269,19 +271,26 @@ def cuda_available() -> bool:
     return not _why_no_cuda()
 
 
-_has_cuda = False  # once seen, a device stays; what is missing may be put right, so that is asked again
+_has_cuda = False  # once seen, a device stays
+_no_cuda = (-math.inf, "")  # what is missing may be put right: when it was last asked for, and why there was none
+_ASK_AGAIN = 5.0  # seconds: an import that fails may take a while, and calls without a device are many
 
 
 def _why_no_cuda() -> str:
     """Why there is no CUDA device for CuPy; nothing where there is one."""
-    global _has_cuda
+    global _has_cuda, _no_cuda
     if _has_cuda:
         return ""
+    asked, why = _no_cuda
+    if time.monotonic() - asked < _ASK_AGAIN:
+        return why
     try:
         _has_cuda = bool(cupy_for("CuPy is needed").cuda.is_available())
+        why = "" if _has_cuda else "there is none"
     except Exception as error:  # a driver that does not answer, say
-        return _described(error)
-    return "" if _has_cuda else "there is none"
+        why = _described(error)
+    _no_cuda = time.monotonic(), why
+    return why
 
 
 def parse_device(device: Any) -> tuple[str | None, int | None]:

@@ -112,13 +112,7 @@ class PagedKV(Frozen):
         slot, head = (1, 2) if layout is Layout.NHD else (2, 1)
         shape, dtype, device = k_pages.shape, k_pages.dtype, device_of(k_pages)
         extents = num_pages, page_size, num_kv_heads, head_dim = shape[0], shape[slot], shape[head], shape[3]
-        k_strides, v_strides = (
-            tuple(
-                pages.strides[axis] // dtype.itemsize if shape[axis] > 1 and num_pages else 0  # nothing is there
-                for axis in (0, slot, head)
-            )
-            for pages in (k_pages, v_pages)
-        )
+        k_strides, v_strides = (_strides(pages, shape, slot, head) for pages in (k_pages, v_pages))
         set_once(self, "k_pages", k_pages)
         set_once(self, "v_pages", v_pages)
         set_once(self, "layout", layout)
@@ -151,6 +145,18 @@ class PagedKV(Frozen):
             f"PagedKV(num_pages={self.num_pages}, page_size={self.page_size}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, dtype={self.dtype}, layout={str(self.layout)!r}, device={self.device!r})"
         )
+
+
+def _strides(pages: Any, shape: tuple[int, ...], slot: int, head: int) -> tuple[int, int, int]:
+    """(page, slot, head) strides in elements; 0 where there is nothing to find by them."""
+    if not shape[0]:
+        return 0, 0, 0
+    strides, itemsize = pages.strides, pages.dtype.itemsize
+    return (
+        strides[0] // itemsize if shape[0] > 1 else 0,
+        strides[slot] // itemsize if shape[slot] > 1 else 0,
+        strides[head] // itemsize if shape[head] > 1 else 0,
+    )
 
 
 def _is_writable(given: Any, pages: Any) -> bool:

@@ -139,7 +139,8 @@ class PageTable(Frozen):
         Row c * batch_size + i is chunk c of request i, page-aligned and possibly empty, with its page_offset and
         total_len, so that attention over it gives a partial result for merge_states. Nothing is read back.
 
-        out: the table that an earlier split of a batch of this size returned; written instead of a new one.
+        out: the table that an earlier split of a batch of this size returned; written instead of a new one. Its arrays
+            overlap neither each other nor those of this table.
         """
         spec.as_int(num_chunks, "num_chunks", minimum=1)
         spec.check_table_values(self, None)

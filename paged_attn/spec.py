@@ -187,8 +187,9 @@ def _moved(name: str, device: str) -> str:
 
 def _check_vector(array: Any, name: str, dtype: np.dtype, length: int | None, meaning: str) -> None:
     """A contiguous 1-D array of metadata: `length` entries, if that is known."""
-    if array.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {array.dtype}; pass {name}.astype(np.{dtype})")
+    found = array.dtype
+    if found is not dtype and found != dtype:  # NumPy has one object for each, but not for what comes by DLPack
+        raise TypeError(f"{name} must be {dtype}, got {found}; pass {name}.astype(np.{dtype})")
     if array.ndim != 1:
         raise ValueError(f"{name} must be 1-D, {meaning}, got {name}.shape={array.shape}; pass {name}.reshape(-1)")
     if length is not None and array.shape[0] != length:
@@ -200,7 +201,8 @@ def _check_vector(array: Any, name: str, dtype: np.dtype, length: int | None, me
             f"{name} must be contiguous, got a stride of {array.strides[0]} bytes for {dtype}; "
             f"pass np.ascontiguousarray({name})"
         )
-    _check_base(array, name, dtype.itemsize)
+    if not isinstance(array, np.ndarray):
+        _check_base(array, name, dtype.itemsize)
 
 
 def _check_strides(array: Any, name: str, *, aligned: bool = True) -> None:
@@ -334,8 +336,8 @@ def _check_apart(
 
 
 def extents_of(*arrays: Any) -> tuple[int, ...]:
-    """For check_apart_of_run and ..._of_append: the bytes from the first to the last one of arrays whose strides have
-    been checked; 0 for None and on the host, where NumPy itself compares."""
+    """For check_apart_of_run and ..._of_append: bytes from the first to the last one of GPU arrays whose strides have
+    been checked, 0 for None and for metadata of the host. Nothing for arrays of the host: NumPy compares those."""
     if isinstance(arrays[0], np.ndarray):
         return ()
     return tuple(
@@ -352,49 +354,51 @@ def check_apart_of_run(q: Any, kv: "PagedKV", out: Any, lse: Any, extents: tuple
     if extents:
         q_size, k_size, v_size, out_size, lse_size = extents
         q_at, k_at, v_at = q.data.ptr, kv.k_pages.data.ptr, kv.v_pages.data.ptr
-        apart, out_at, out_end = True, 0, 0
+        apart, out_at = True, 0
         if out is not None:
-            out_at = out.data.ptr
-            out_end = out_at + out_size
-            apart = (
-                (out_end <= q_at or q_at + q_size <= out_at)
-                and (out_end <= k_at or k_at + k_size <= out_at)
-                and (out_end <= v_at or v_at + v_size <= out_at)
-            )
+            out_at, low = out.data.ptr, -out_size
+            apart = not (low < out_at - q_at < q_size or low < out_at - k_at < k_size or low < out_at - v_at < v_size)
         if lse is not None:
-            at = lse.data.ptr
-            end = at + lse_size
-            apart = (
-                apart
-                and (end <= q_at or q_at + q_size <= at)
-                and (end <= k_at or k_at + k_size <= at)
-                and (end <= v_at or v_at + v_size <= at)
-                and (end <= out_at or out_end <= at)
+            at, low = lse.data.ptr, -lse_size
+            apart = apart and not (
+                low < at - q_at < q_size
+                or low < at - k_at < k_size
+                or low < at - v_at < v_size
+                or low < at - out_at < out_size
             )
-        if apart:
-            return
-    _check_apart(((out, "out"), (lse, "lse")), ((q, "q"), (kv.k_pages, "kv.k_pages"), (kv.v_pages, "kv.v_pages")))
+    else:
+        may = np.may_share_memory
+        k_pages, v_pages = kv.k_pages, kv.v_pages
+        apart = (out is None or not (may(out, q) or may(out, k_pages) or may(out, v_pages))) and (
+            lse is None
+            or not (may(lse, q) or may(lse, k_pages) or may(lse, v_pages) or (out is not None and may(lse, out)))
+        )
+    if not apart:
+        _check_apart(((out, "out"), (lse, "lse")), ((q, "q"), (kv.k_pages, "kv.k_pages"), (kv.v_pages, "kv.v_pages")))
 
 
 def check_apart_of_append(kv: "PagedKV", slots: Any, k: Any, v: Any, extents: tuple[int, ...] = ()) -> None:
-    """The pool overlaps neither k, v nor slots. extents: extents_of(k, v, slots, k_pages, v_pages), as above."""
-    if extents:
+    """The pool overlaps neither k, v nor slots. extents: extents_of(k, v, slots, k_pages, v_pages), if made before."""
+    k_pages, v_pages = kv.k_pages, kv.v_pages
+    if extents := extents or extents_of(k, v, slots, k_pages, v_pages):
         k_size, v_size, slots_size, k_pool_size, v_pool_size = extents
-        k_at, v_at, k_pool, v_pool = k.data.ptr, v.data.ptr, kv.k_pages.data.ptr, kv.v_pages.data.ptr
+        k_at, v_at, k_pool, v_pool = k.data.ptr, v.data.ptr, k_pages.data.ptr, v_pages.data.ptr
         slots_at = slots.data.ptr if slots_size else 0
-        k_end, v_end, slots_end = k_at + k_size, v_at + v_size, slots_at + slots_size
-        k_pool_end, v_pool_end = k_pool + k_pool_size, v_pool + v_pool_size
-        if (
-            (k_end <= k_pool or k_pool_end <= k_at)
-            and (k_end <= v_pool or v_pool_end <= k_at)
-            and (v_end <= k_pool or k_pool_end <= v_at)
-            and (v_end <= v_pool or v_pool_end <= v_at)
-            and (slots_end <= k_pool or k_pool_end <= slots_at)
-            and (slots_end <= v_pool or v_pool_end <= slots_at)
-        ):
-            return
+        apart = not (
+            -k_size < k_at - k_pool < k_pool_size
+            or -k_size < k_at - v_pool < v_pool_size
+            or -v_size < v_at - k_pool < k_pool_size
+            or -v_size < v_at - v_pool < v_pool_size
+            or -slots_size < slots_at - k_pool < k_pool_size
+            or -slots_size < slots_at - v_pool < v_pool_size
+        )
+    else:
+        may = np.may_share_memory
+        apart = not any(may(array, k_pages) or may(array, v_pages) for array in (k, v, slots))
+    if apart:
+        return
     for array, name in ((k, "k"), (v, "v"), (slots, "slots")):
-        _check_apart(((array, name),), ((kv.k_pages, "kv.k_pages"), (kv.v_pages, "kv.v_pages")), "{name}.copy()")
+        _check_apart(((array, name),), ((k_pages, "kv.k_pages"), (v_pages, "kv.v_pages")), "{name}.copy()")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -516,7 +520,8 @@ def check_table_arrays(
             arrays.append((array, name))
     device = device_of(indptr)
     for array, name in arrays:
-        _check_device(array, name, device, "indptr")
+        if device != "cpu" or not isinstance(array, np.ndarray):
+            _check_device(array, name, device, "indptr")
 
 
 def check_table_values(table: "PageTable", num_pages: int | None) -> None:

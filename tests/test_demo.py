@@ -266,6 +266,20 @@ def test_a_terminal_says_that_a_model_loads(monkeypatch):
     assert wanted in screen.file.getvalue()
 
 
+def test_a_cupy_that_does_not_work_is_no_gpu(monkeypatch, capsys):
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "cupy":
+                raise OSError(30, "Read-only file system")
+
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    assert main(["demo", "--backend", "cuda"]) == 2
+    assert "CuPy does not work: OSError: [Errno 30] Read-only file system" in capsys.readouterr().err
+    assert main(["demo", "--prompt", "The Queen", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("glassllm on NumPy (CuPy does not work: OSError")
+
+
 # The engine
 
 

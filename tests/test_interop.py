@@ -1,8 +1,10 @@
 """Arrays at the door: zero copy in, the caller's library out, and nothing heavy imported on the way."""
 
+import math
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -225,6 +227,7 @@ def no_cupy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], Non
 
     def take(error: Exception | None) -> None:
         monkeypatch.setattr(interop, "_has_cuda", False)
+        monkeypatch.setattr(interop, "_no_cuda", (-math.inf, ""))
         monkeypatch.delitem(sys.modules, "cupy", raising=False)
         if error is None:
             monkeypatch.setitem(sys.modules, "cupy", SilentDriver())
@@ -265,13 +268,16 @@ def test_a_cupy_that_fails_is_no_gpu(no_cupy: Callable[[Exception | None], None]
 
 
 def test_what_is_missing_may_be_put_right(no_cupy: Callable[[Exception | None], None], monkeypatch: Any) -> None:
-    """That there is no GPU is asked again; that there is one is not."""
+    """That there is no GPU is asked again, but not on every call; that there is one is not."""
     no_cupy(OSError("a cache folder that cannot be written"))
+    now = time.monotonic()
+    monkeypatch.setattr(interop.time, "monotonic", lambda: now)
     assert not interop.cuda_available()
-    mended = ModuleType("cupy")
-    asked = []
+    mended, asked = ModuleType("cupy"), []
     mended.cuda = SimpleNamespace(is_available=lambda: not asked.append(1))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cupy", mended)
+    assert not interop.cuda_available() and not asked
+    now += 10
     assert interop.cuda_available() and interop.cuda_available()
     assert len(asked) == 1
 

@@ -156,11 +156,16 @@ def cuda_problem() -> Problem | None:
     """What keeps the demo from a GPU, or None."""
     try:
         import cupy
+
+        if not cupy.cuda.is_available():
+            return Problem("CuPy sees no CUDA device", "python -m paged_attn doctor looks for the reason")
     except ImportError:
         packages = (install.CUPY, install.TOOLKIT, install.CUBLAS)
         return Problem("CuPy is not installed", f"install it with {install.for_cuda(*packages)}")
-    if not cupy.cuda.is_available():
-        return Problem("CuPy sees no CUDA device", "python -m paged_attn doctor looks for the reason")
+    except Exception as error:  # of any type: a cache folder that cannot be made, a driver that does not answer
+        return Problem(
+            f"CuPy does not work: {type(error).__name__}: {error}", "python -m paged_attn doctor looks for the reason"
+        )
     try:
         from cupy.cuda import cublas  # noqa: F401 (the linear layers need it; CuPy loads it here)
     except ImportError:

@@ -147,8 +147,8 @@ def test_views_of_larger_pools(embed: Callable, layout: str, dtype: str) -> None
         slots = np.array([5, -1, 40, 17, 0], np.int64)
         new = np.random.default_rng(3).standard_normal((2, 3, 5, 4, 64), np.float32).astype(inputs.q.dtype)
         pa.append(pa.PagedKV(*views(host), layout=layout), slots, new[0, 1, :, 1:3], new[1, 2, :, ::2])
-        gpu_new = cupy.asarray(new)
-        pa.append(kv, cupy.asarray(slots), gpu_new[0, 1, :, 1:3], gpu_new[1, 2, :, ::2])
+        gpu_new, width = cupy.asarray(new), np.int32 if inputs.case.is_decode else np.int64
+        pa.append(kv, cupy.asarray(slots.astype(width)), gpu_new[0, 1, :, 1:3], gpu_new[1, 2, :, ::2])
         assert pool.tobytes() == host.tobytes()
     pa.status()
 
