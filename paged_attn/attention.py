@@ -474,8 +474,8 @@ class BatchDecodeWithPagedKVCache(_BatchAttention):
 class BatchPrefillWithPagedKVCache(_BatchAttention):
     """Ragged prefill for many layers and steps: plan() once a step, run() once a layer.
 
-    max_batch_size, max_pages, batch_invariant: as for decode. max_tokens: capacity for the rows of q. What is said there
-    of streams, threads and graphs holds here, too.
+    max_batch_size, max_pages, batch_invariant: as for decode. max_tokens: capacity for the rows of q. What is said
+    there of streams, threads and graphs holds here, too.
     """
 
     def __init__(
