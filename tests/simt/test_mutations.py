@@ -220,9 +220,9 @@ MUTATIONS = [
         appends(page_size=3),
     ),
     Mutation(
-        "append.cu", "32-bit slots read as 64-bit ones",
-        "p.slots_are_int ?", "false ?",
-        partial(append.test_slots_of_32_bits, append.CASES[0]),
+        "append.cu", "64-bit slots read as 32-bit ones",
+        "p.slots_are_int ?", "true ?",
+        appends(),
     ),
     # -- schedule --
     Mutation(
