@@ -200,7 +200,8 @@ def to_caller(result: Any, like: Any) -> Any:
     if isinstance(result, np.ndarray):
         (device,) = like.devices()
         return jax.device_put(result, device)
-    return jax.dlpack.from_dlpack(result)
+    with on_device_of(result):  # JAX makes the array's device the current one, and leaves it so
+        return jax.dlpack.from_dlpack(result)
 
 
 def is_jax(x: Any) -> bool:

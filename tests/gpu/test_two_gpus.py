@@ -213,7 +213,7 @@ def test_arrays_on_different_cards_are_refused() -> None:
         pa.decode(on_second(inputs.q), kv, first)
 
 
-def test_arrays_of_jax() -> None:
+def test_arrays_of_jax(current: int) -> None:
     jax = pytest.importorskip("jax")
     device = jax.devices("gpu")[1]
     inputs = cases.build(DECODE)
@@ -224,7 +224,10 @@ def test_arrays_of_jax() -> None:
     q = to_jax(inputs.q)
     fresh: Callable[[Any], Any] = jax.jit(lambda x: x + jax.numpy.zeros((), x.dtype))
     for _ in range(3):
-        out, lse = pa.decode(fresh(q), inputs.kv(to_jax), inputs.table(to_jax), return_lse=True)
+        given = fresh(q), inputs.kv(to_jax), inputs.table(to_jax)
+        cupy.cuda.runtime.setDevice(current)  # which JAX has changed
+        out, lse = pa.decode(*given, return_lse=True)
+        assert cupy.cuda.runtime.getDevice() == current
         assert isinstance(out, jax.Array) and out.devices() == lse.devices() == {device}
         right, right_lse = expected(inputs)
         cases.assert_close(np.asarray(out), right, np.asarray(lse), right_lse, tolerance=cases.OUT_TOLERANCE["float16"])
