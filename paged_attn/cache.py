@@ -354,7 +354,7 @@ class PagedKVCache:
 
     @_one_thread_at_a_time
     def write(self, slots: Any, k: Any, v: Any, layer: int = 0) -> None:
-        """Writes k, v [tokens, num_kv_heads, head_dim] into slots int64 [tokens] of one layer; -1 skips the token."""
+        """Writes k, v [tokens, num_kv_heads, head_dim] into slots [tokens] of one layer, int64 or int32; -1 skips."""
         if not 0 <= layer < len(self._layers):
             raise ValueError(
                 f"layer is {layer}, which is no layer of a cache with num_layers={len(self._layers)}; "
@@ -583,6 +583,7 @@ class PagedKVCache:
             raise TypeError(
                 f"out lives on {out.device} and the cache on {self._device}; make out with device={self._device!r}"
             )
+        spec.check_apart_of_table(out)
         for field, what, count, capacity in (
             ("max_batch_size", "sequences", batch_size, out.batch_size),
             ("max_pages", "pages", num_pages, out.indices.size),

@@ -204,6 +204,9 @@ def find_cupy() -> list[Finding]:
         import cupy
     except ImportError as error:
         return [Finding("CuPy", Verdict.BAD, f"none ({error})", pip("install", CUPY[major], TOOLKIT[major]))]
+    except Exception as error:  # of any type: a cache folder that cannot be made raises OSError
+        text = f"installed, but it cannot be imported ({reason(error)}); CUPY_CACHE_DIR names its cache folder"
+        return [Finding("CuPy", Verdict.BAD, text)]
     version = tuple(int(part) for part in cupy.__version__.split(".")[:2])
     if version < (14, 0) or version == (14, 1):
         text = f"{cupy.__version__}, and paged_attn needs {CUPY[major]}"
@@ -214,7 +217,7 @@ def find_cupy() -> list[Finding]:
 def find_runtime() -> list[Finding]:
     try:
         from cupy.cuda import runtime
-    except ImportError:
+    except Exception:  # find_cupy says which
         return [Finding("CUDA runtime", Verdict.NOTE, "not looked for: it is CuPy that loads it")]
     try:
         number = runtime.runtimeGetVersion()
@@ -248,7 +251,7 @@ def nvrtc_version() -> tuple[int, ...]:
     """Of the NVRTC that CuPy finds, and without CuPy of the one that cuda.bindings finds."""
     try:
         from cupy.cuda import nvrtc
-    except ImportError:
+    except Exception:
         from cuda.bindings import nvrtc
 
         _, *version = nvrtc.nvrtcVersion()
@@ -259,7 +262,7 @@ def nvrtc_version() -> tuple[int, ...]:
 def find_support() -> list[Finding]:
     try:
         import cupy  # noqa: F401 (without it there is nobody to ask)
-    except ImportError:
+    except Exception:
         return [Finding("GPU support", Verdict.NOTE, "not asked for: it is CuPy that knows the card")]
     support = pa.supports("decode", device="cuda")
     text = "the current card can run the kernels" if support else support.reason

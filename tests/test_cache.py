@@ -616,6 +616,10 @@ def test_out_must_fit_the_cache(device):
         ValueError, match="out has page_size=8, and the cache has page_size=4; make out with page_size=4"
     ):
         cache.page_table([a], out=pa.PageTable.empty(1, 4, page_size=8, device=device))
+    whole = pa.PageTable.empty(8, 8, page_size=4, device=device)
+    mixed = pa.PageTable(whole.indptr[:4], whole.indptr, whole.last_page_len[:3], page_size=4)
+    with pytest.raises(ValueError, match=r"out\.indptr overlaps out\.indices in memory"):
+        cache.page_table([a], out=mixed)
     with pytest.raises(ValueError, match=r"out has positions of its own .* PageTable\.empty"):
         cache.page_table([a], out=pa.PageTable.empty(1, 4, page_size=4, device=device).split(2))
 

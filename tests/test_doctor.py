@@ -286,6 +286,24 @@ def test_without_cupy_and_cuda_bindings_the_compiler_is_what_is_missing(
     assert only(doctor.find_nvrtc()).command.endswith(f' install "cuda-bindings>=13,<14" "{doctor.TOOLKIT[13]}"')
 
 
+def test_a_cupy_that_cannot_be_imported_is_said_for_what_it_is(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Finder:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name.partition(".")[0] == "cupy":
+                raise OSError(30, "Read-only file system")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    finding = only(doctor.find_cupy())
+    assert finding.verdict is Verdict.BAD and "cannot be imported" in finding.text
+    assert "Read-only file system" in finding.text and "CUPY_CACHE_DIR" in finding.text and not finding.command
+    for probe in (doctor.find_runtime, doctor.find_support):
+        assert only(probe()).verdict is Verdict.NOTE
+
+
 # -- nothing makes it crash --------------------------------------------------------------------------------------------
 
 PROBES = (
