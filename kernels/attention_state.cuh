@@ -6,18 +6,16 @@
 // their union, in any order. The empty set is (-inf, 0, 0) and changes nothing. The result of a row is out / sum, its
 // log-sum-exp (max * scale + log2(sum)) * ln 2.
 //
-// Scores may be large. score * scale is then rounded by much more than 1, so a weight has to come of a difference of two
-// numbers that are rounded alike, and that of a row's maximum is 1. fma(score, scale, -max * scale) would leave the
-// rounding of the maximum alone; it is good for maxima up to LARGE_MAX, where it leaves less than 2^-11.
+// Scores may be large; score * scale is then rounded by more than 1. The difference comes first here, because it is exact
+// where it matters, and a row's maximum has the weight 1 whatever its size. Prefill, which has no time to spare, takes
+// 2^(fma(score, scale, -max)) with a max in base 2: the rounding of max is in all weights of the row alike and cancels,
+// as long as it is not so large that weights leave the range of 16 bits. Up to 2^24 in base 2 it is at most 1/2.
 #pragma once
 #include "convert.cuh"
 
 constexpr float LN_2 = 0.69314718055994530942f;
 constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr float NO_KEY = -0x1.fffffep127f;  // a maximum before the first key: -INF - NO_KEY is -INF, as it has to be
-constexpr float LARGE_MAX = 0x1p12f;
-
-__device__ __forceinline__ bool is_large(float max) { return fabsf(max) > LARGE_MAX && max != NO_KEY; }
 
 // Four neighbouring columns of one row's state.
 struct RowState {

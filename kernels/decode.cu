@@ -122,10 +122,8 @@ struct Assignment {
     int first_partial;
 };
 
-// What a score is multiplied by: the product is in base 2. SOFT_CAP: scores are tanh(...).
-__device__ __forceinline__ float scale_of(const DecodeParams& p) {
-    return (SOFT_CAP ? p.logits_soft_cap : p.sm_scale) * LOG2_E;
-}
+// What a score is still to be multiplied by, to be one in base 2.
+__device__ __forceinline__ float scale_of(const DecodeParams& p) { return SOFT_CAP ? 1.f : p.sm_scale * LOG2_E; }
 
 // Four columns of one row's result, written where q stood.
 __device__ __forceinline__ void write_row(const DecodeParams& p, int row, int head, int dim, const RowState& state) {
@@ -330,11 +328,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         turn(k_tile);
 
 #if SOFT_CAP
-        const float to_cap = p.sm_scale / p.logits_soft_cap;
+        const float to_cap = p.sm_scale / p.logits_soft_cap, from_cap = p.logits_soft_cap * LOG2_E;
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) score[n][i] = tanh_fast(score[n][i] * to_cap);
+            for (int i = 0; i < 4; ++i) score[n][i] = __fmul_rn(from_cap, tanh_fast(score[n][i] * to_cap));
 #endif
         // Only tiles at an edge of some column's interval need a mask.
         const int first_token = end - left;

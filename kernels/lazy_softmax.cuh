@@ -107,9 +107,9 @@ __device__ __forceinline__ void scale_down(float (&s)[count], Softmax& softmax, 
         for (int i = 0; i < count / 4; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        const float shift = log2_fast(top);
-        keep[row] = exp2_fast(-shift);
-        softmax.max[row] += shift;
+        const float raised = softmax.max[row] + log2_fast(top);
+        keep[row] = exp2_fast(softmax.max[row] - raised);  // by as much as a large max really moves
+        softmax.max[row] = raised;
         softmax.sum[row] *= keep[row];
         sum[row] *= keep[row];
 #pragma unroll

@@ -182,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
         load_block(K_OFFSET, p.k, token_offsets[0].k);
     }
 
-    // 4. The loop over blocks of tokens. Maxima are kept in base 2, so are scores after a multiplication by `scale`.
+    // 4. The loop over blocks of tokens. Scores are kept in base 2.
     float out[M_TILES][K_STEPS * 2][4], max[M_TILES][2], sum[M_TILES][2];
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
@@ -196,12 +196,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
     const shared_address k_matrix = shared + K_OFFSET + Rows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
     const shared_address v_matrix = shared + V_OFFSET + Rows::at(lane & 15, lane >> 4);
 #if SOFT_CAP
-    const float to_cap = p.sm_scale / p.logits_soft_cap;
+    const float scale = 1.f, to_cap = p.sm_scale / p.logits_soft_cap, from_cap = p.logits_soft_cap * LOG2_E;
+#else
+    const float scale = p.sm_scale * LOG2_E;
 #endif
-    const float scale = (SOFT_CAP ? p.logits_soft_cap : p.sm_scale) * LOG2_E;
-    // What a score is still to be multiplied by. 1 as soon as a maximum of the warp has been large: scores are then
-    // multiplied beforehand and rounded as the maximum is (attention_state.cuh).
-    float factor = scale;
     int parity = 0;
 
 #pragma unroll 1
@@ -249,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
 #pragma unroll
             for (int n = 0; n < BLOCK_STEPS * 2; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) score[m][n][i] = tanh_fast(score[m][n][i] * to_cap);
+                for (int i = 0; i < 4; ++i) score[m][n][i] = from_cap * tanh_fast(score[m][n][i] * to_cap);
 #endif
         // Only blocks at an edge of what some row of this warp sees need a mask.
         if (block < last_begin || next_block > first_end) {
@@ -285,7 +283,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
                 passed |= block_max[m][half] > max[m][half];
             }
         if (__any_sync(~0u, passed)) {
-            bool large = false;
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
@@ -296,7 +293,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
                     top = fmaxf(top, max[m][half]);
                     const float keep = exp2_fast(max[m][half] - top);
                     max[m][half] = top;
-                    large |= is_large(top);
                     sum[m][half] *= keep;
 #pragma unroll
                     for (int n = 0; n < K_STEPS * 2; ++n) {
@@ -304,15 +300,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
                         out[m][n][half * 2 + 1] *= keep;
                     }
                 }
-            if (__any_sync(~0u, large)) factor = 1.f;
-        }
-        if (factor != scale) {
-#pragma unroll
-            for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-                for (int n = 0; n < BLOCK_STEPS * 2; ++n)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) score[m][n][i] = __fmul_rn(score[m][n][i], scale);
         }
 
         // V is here, and every warp is done with K.
@@ -329,8 +316,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {  // rows quad, quad + 8 of n-tile 2 * step, then of the next one
                     const int n = step * 2 + i / 2, half = i % 2;
-                    const float low = exp2_fast(fmaf(score[m][n][half * 2], factor, -max[m][half]));
-                    const float high = exp2_fast(fmaf(score[m][n][half * 2 + 1], factor, -max[m][half]));
+                    const float low = exp2_fast(fmaf(score[m][n][half * 2], scale, -max[m][half]));
+                    const float high = exp2_fast(fmaf(score[m][n][half * 2 + 1], scale, -max[m][half]));
                     sum[m][half] += low + high;
                     a[m][i] = pack2(low, high);
                 }

@@ -7,7 +7,7 @@ layer); the one-shot functions make one and drop it. Their arguments, common to 
                  prefill [qo_indptr[-1], num_qo_heads, head_dim]; of the dtype and on the device of kv
     kv           PagedKV, one layer's pool
     table        PageTable, on kv's device or of NumPy arrays (then its values are checked)
-    sm_scale     None: 1 / sqrt(head_dim)
+    sm_scale     None: 1 / sqrt(head_dim). Scores, sm_scale * <q, k>, may be up to 2**23 in size (decode: 2**127)
     window_left  w: a query sees the w keys to the left of its position, and its own; -1: all
     logits_soft_cap  c: scores become c * tanh(score / c) after sm_scale; 0: off
     out          array like q, of q's dtype or float32, that is written and returned; None: a new one like q. out and

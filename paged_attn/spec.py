@@ -575,11 +575,12 @@ def check_table_values(table: "PageTable", num_pages: int | None) -> None:
         return
     counts = np.diff(indptr).astype(np.int64)
     offset = 0 if table.page_offset is None else table.page_offset.astype(np.int64)
-    end_position = (offset + (counts - 1) * table.page_stride) * table.page_size + last
+    # In float64, which is exact up to 2**53 and never turns round.
+    end_position = (offset + (counts - 1) * float(table.page_stride)) * table.page_size + last
     if (bad := _first(held & (end_position > _INT_MAX))) is not None:
         field = "indptr" if table.page_offset is None else "page_offset"
         raise PageTableError(
-            f"request {bad} ends at position {end_position[bad]}, and positions stay below 2**31 "
+            f"request {bad} ends at position {end_position[bad]:.0f}, and positions stay below 2**31 "
             f"({counts[bad]} pages of {table.page_size} tokens); correct {field}[{bad}]",
             field=field,
             index=bad,

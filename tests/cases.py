@@ -121,7 +121,7 @@ def build(case: Case, *, needle: int | None = None, scores: str | None = None) -
 
     With a needle, every query scores NEEDLE_SCORE on that local token of every request that has it, whose values are
     all its own, so that an answer which misses the token (or sees it behind a mask) is wholly wrong. `scores` is one of
-    SCORES or of HUGE_SCORES, or "background".
+    SCORES, LARGE_SCORES or HUGE_SCORES, or "background".
     """
     random = np.random.default_rng(zlib.crc32(case.name.encode()))
     dtype, heads, dim, page_size = DTYPES[case.dtype], case.num_kv_heads, case.head_dim, case.page_size
@@ -191,8 +191,8 @@ def _shape_scores(
         if not length or not queries:
             continue
         token = np.arange(length)
-        if scores.startswith("huge"):
-            _shape_huge_scores(case, scores, random, rows, keys)
+        if scores.startswith(("large", "huge")):
+            _shape_far_scores(case, scores, random, rows, keys)
             continue
         if scores.startswith("sigma"):
             keys *= keys.dtype.type(float(scores.removeprefix("sigma")))
@@ -222,54 +222,60 @@ def _shape_scores(
         keys[..., 0] = (added / (4 * case.sm_scale))[:, None]
 
 
-# Finite scores of 5e10 and more, of which a product with sm_scale * log2(e) is rounded by thousands; "huge_border": as
-# large as they may be, which bfloat16 alone can hold.
-HUGE_SCORES = (
-    "huge_equal", "huge_low", "huge_one_more", "huge_growing", "huge_falling", "huge_mixed", "huge_last", "huge_jump",
-    "huge_rows", "huge_columns",
-)  # fmt: skip
-HUGE = {"float16": 65504.0, "bfloat16": 133120.0}
-LARGEST_SCORE = 2.0**127  # of |q . k| and of |sm_scale * q . k|, what README states
+# What README states: the largest |sm_scale * q . k| that is right on every path; with |q . k|, in decode and on NumPy.
+LARGEST_OF_ALL, LARGEST_OF_DECODE = 2.0**23, 2.0**127
+# Scores that a product with sm_scale * log2(e) rounds by more than 1. "huge": by thousands; "large": up to what all
+# kernels can do; "border": in one column as large as they may be, with both signs.
+KINDS = ("equal", "low", "one_more", "growing", "falling", "mixed", "last", "jump", "rows", "columns")
+LARGE_SCORES = tuple(f"large_{kind}" for kind in (*KINDS, "border", "bump"))
+HUGE_SCORES = tuple(f"huge_{kind}" for kind in KINDS)  # and, in bfloat16, "huge_border"
+HUGE = {"float16": 61440.0, "bfloat16": 133120.0}  # of few bits: sums of their products are exact in float32
 
 
-def _shape_huge_scores(case: Case, kind: str, random: np.random.Generator, rows: np.ndarray, keys: np.ndarray) -> None:
-    huge, length = keys.dtype.type(HUGE[case.dtype]), len(keys)
-    token = np.arange(length)
-    if kind == "huge_border":  # in one column, with both signs, and nearest to the limit with sm_scale in or out
-        assert case.dtype == "bfloat16"
-        least_below_2 = 255 / 128
-        most = LARGEST_SCORE / max(case.sm_scale, 1) / 2
+def _shape_far_scores(case: Case, scores: str, random: np.random.Generator, rows: np.ndarray, keys: np.ndarray) -> None:
+    family, _, kind = scores.partition("_")
+    is_large, token, length = family == "large", np.arange(len(keys)), len(keys)
+    if kind == "border":  # nearest to the limit with sm_scale in or out
+        most = LARGEST_OF_ALL / case.sm_scale if is_large else LARGEST_OF_DECODE / max(case.sm_scale, 1)
+        exponent, least_below_2 = np.floor(np.log2(most)) - 1, 255 / 128
         rows[...], keys[...] = 0, 0
-        rows[..., 0] = 2.0 ** (np.floor(np.log2(most)) - 60) * least_below_2
-        keys[..., 0] = (2.0**60 * np.where(token % 3 == 0, -1.0, 1.0))[:, None]
+        rows[..., 0] = 2.0 ** np.ceil(exponent / 2) * least_below_2
+        keys[..., 0] = (2.0 ** np.floor(exponent / 2) * np.where(token % 3 == 0, -1.0, 1.0))[:, None]
         return
-    if kind == "huge_rows":  # every third row has huge scores, the others those of sigma1
-        small = rows / (huge / 8)
-        rows *= huge / 8
-        keys *= huge / 8
-        ordinary = np.arange(len(rows)) % 3 > 0
-        rows[ordinary] = small[ordinary]
+    if kind == "bump":  # all far above 0, and a token by 6.1 above the others, which together weigh as much
+        rows[...], keys[...] = 0, 0
+        rows[..., 0] = keys[..., 0] = 2.0 ** np.floor(np.log2(LARGEST_OF_ALL / case.sm_scale) / 2 - 0.5)
+        rows[..., 1] = 4
+        keys[..., 1] = (np.rint(6.1 / (8 * case.sm_scale)) * 2 * (token == length // 3))[:, None]  # sums are exact
         return
-    if kind == "huge_columns":  # far apart, and large numbers in both that do not matter
-        rows *= huge / 64
-        keys *= huge / 64
+    number = HUGE[case.dtype]
+    if is_large:  # the largest number of four bits whose square, head_dim times, is within the limit
+        most = np.sqrt(LARGEST_OF_ALL / (case.head_dim * case.sm_scale))
+        unit = 2.0 ** (np.floor(np.log2(most)) - 3)
+        number = np.floor(most / unit) * unit
+    if kind in ("rows", "columns"):  # whole numbers, whose sums are exact on every backend, far apart
+        unit = number / 16 if is_large else 4096
+        for numbers in (rows, keys):
+            numbers[...] = np.rint(2 * numbers.astype(np.float32)) * unit
+        if kind == "rows":  # only in every third row; the scores of the others are those of sigma1
+            ordinary = np.arange(len(rows)) % 3 > 0
+            rows[ordinary] = rows[ordinary].astype(np.float32) / (4 * unit * unit)
         return
-    below = np.nextafter(huge, huge.dtype.type(0))
     factor = {
-        "huge_equal": np.ones(length),
-        "huge_low": -np.ones(length),
-        "huge_one_more": np.ones(length),
-        "huge_growing": (token + 1) / length,
-        "huge_falling": (length - token) / length,
-        "huge_mixed": random.choice([1, -1, 0, 0.5], length),
-        "huge_last": -1.0 * (token == length - 1),
-        "huge_jump": 1.0 * (token == length // 3),
+        "equal": np.ones(length),
+        "low": -np.ones(length),
+        "one_more": np.ones(length),
+        "growing": (token + 1) / length,
+        "falling": (length - token) / length,
+        "mixed": random.choice([1, -1, 0, 0.5], length),
+        "last": -1.0 * (token == length - 1),
+        "jump": 1.0 * (token == length // 3),
     }[kind]
-    rows[...] = huge
-    keys[...] = (factor * float(huge))[:, None, None]
-    if kind == "huge_one_more":  # by the last bit of one number
-        keys[...] = below
-        keys[length // 3, :, 0] = huge
+    rows[...] = number
+    keys[...] = (factor * number)[:, None, None]
+    if kind == "one_more":  # by the last bit of one number
+        keys[...] = np.nextafter(keys.dtype.type(number), keys.dtype.type(0))
+        keys[length // 3, :, 0] = number
 
 
 def needle_values(case: Case) -> np.ndarray:

@@ -257,3 +257,14 @@ def test_fault_codes_have_messages() -> None:
         assert ";" in str(error)
     with pytest.raises(ValueError, match="field_code is 99"):
         fault_error(99, 0, 0)
+
+
+def test_positions_beyond_every_integer_are_refused() -> None:
+    """The products of five pages, their stride and their size turn round in 64 bits."""
+    largest = 2**31 - 1
+    arrays = (np.array(x, np.int32) for x in ([0, 5], [0] * 5, [1]))
+    table = pa.PageTable(*arrays, page_size=largest, page_stride=largest)
+    with pytest.raises(
+        pa.PageTableError, match=r"request 0 ends at position 184467\d+, and positions stay below 2\*\*31"
+    ):
+        table.validate(1).raise_if_bad()

@@ -1,6 +1,7 @@
 """Finite scores up to the largest that README states, through every kernel on a CPU and the reference, against float64.
 
-A product score * scale is then rounded by far more than 1: a weight must come of numbers that are rounded alike.
+A product score * scale is then rounded by more than 1. Prefill is right up to "large" ones (test_prefill_hopper.py has
+the other kernel), decode and the reference also far beyond them.
 """
 
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 
 import paged_attn as pa
 from tests import cases
-from tests.cases import HUGE_SCORES, OUT_TOLERANCE, Case, Inputs, assert_close, build
+from tests.cases import HUGE_SCORES, LARGE_SCORES, OUT_TOLERANCE, Case, Inputs, assert_close, build
 from tests.simt import test_decode as decode
 from tests.simt import test_prefill as prefill
 
@@ -27,7 +28,7 @@ def check(inputs: Inputs, out: np.ndarray, lse: np.ndarray) -> None:
     right, right_lse = exact(inputs)
     out, lse = out.reshape(right.shape), lse.reshape(right_lse.shape)
     tolerance = 1e-3 if inputs.case.logits_soft_cap else 1e-4
-    large = 4e-6 * np.abs(np.nan_to_num(right_lse, neginf=0))
+    large = 2e-6 * np.abs(np.nan_to_num(right_lse, neginf=0))
     assert_close(
         out, right, lse, right_lse, tolerance=OUT_TOLERANCE[inputs.case.dtype], lse_tolerance=tolerance + large
     )
@@ -46,7 +47,7 @@ DECODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scores", HUGE_SCORES)
+@pytest.mark.parametrize("scores", [*LARGE_SCORES, *HUGE_SCORES])
 @pytest.mark.parametrize("shape", DECODES)
 def test_decode(shape: str, scores: str, dtype: str) -> None:
     inputs = huge(scores, (130, 33, 0), dtype, **DECODES[shape])
@@ -65,7 +66,7 @@ PREFILLS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scores", HUGE_SCORES)
+@pytest.mark.parametrize("scores", LARGE_SCORES)
 @pytest.mark.parametrize("shape", PREFILLS)
 def test_prefill(shape: str, scores: str, dtype: str) -> None:
     inputs = huge(scores, (200, 40), dtype, q_lens=(70, 40), num_qo_heads=2, num_kv_heads=1, **PREFILLS[shape])
@@ -81,19 +82,26 @@ def test_the_largest_scores(scale: float | None) -> None:
     fields: dict[str, Any] = {"num_qo_heads": 4, "num_kv_heads": 1, "given_scale": scale}
     inputs = huge("huge_border", (130, 33), "bfloat16", **fields)
     dot = inputs.q[0, 0].astype(np.float64) @ inputs.k[0][:, 0].astype(np.float64).T
-    assert 0.9 < np.abs(dot).max() * max(inputs.case.sm_scale, 1) / cases.LARGEST_SCORE < 1
+    assert 0.9 < np.abs(dot).max() * max(inputs.case.sm_scale, 1) / cases.LARGEST_OF_DECODE < 1
     for num_splits in (1, 2):
         out, lse, _ = decode.run(inputs, num_splits=num_splits)
         check(inputs, out, lse)
     check(inputs, *pa.decode(inputs.q, inputs.kv(), inputs.table(), return_lse=True, **inputs.options()))
     inputs = huge("huge_border", (200, 40), "bfloat16", q_lens=(70, 40), **fields)
-    check(inputs, *prefill.prepare(inputs).go())
     arguments = (inputs.q, inputs.qo_indptr, inputs.kv(), inputs.table())
     check(inputs, *pa.prefill(*arguments, return_lse=True, **inputs.options()))
 
 
-@pytest.mark.parametrize("scores", HUGE_SCORES)
+@pytest.mark.parametrize("scale", [None, 1.0, 2.0**-20])
+def test_the_largest_scores_of_all_kernels(scale: float | None) -> None:
+    """Just below 2^23, with both signs."""
+    inputs = huge("large_border", (200, 40), "bfloat16", q_lens=(70, 40), given_scale=scale)
+    dot = inputs.q[0, 0].astype(np.float64) @ inputs.k[0][:, 0].astype(np.float64).T
+    assert 0.9 < np.abs(dot).max() * inputs.case.sm_scale / cases.LARGEST_OF_ALL < 1
+    check(inputs, *prefill.prepare(inputs).go())
+
+
+@pytest.mark.parametrize("scores", [*LARGE_SCORES, *HUGE_SCORES])
 def test_the_reference(scores: str) -> None:
-    """65504 of float16 has too many bits: the reference's own sums of equal products may differ in the last one."""
     inputs = huge(scores, (130, 33, 0), "bfloat16", num_qo_heads=4, q_len=3)
     check(inputs, *pa.decode(inputs.q, inputs.kv(), inputs.table(), return_lse=True, **inputs.options()))

@@ -8,7 +8,7 @@ import pytest
 
 from paged_attn import compile as kernels
 from paged_attn import planner, tensor_map
-from tests.cases import DTYPES, OUT_TOLERANCE, SCORES, Case, Inputs, assert_close, build
+from tests.cases import DTYPES, LARGE_SCORES, OUT_TOLERANCE, SCORES, Case, Inputs, assert_close, build
 from tests.simt.driver import SimtError, launch
 from tests.simt.requests import requests_of
 from tests.simt.test_prefill import expected
@@ -217,6 +217,31 @@ def test_scores_of_every_kind(scores: str, dtype: str) -> None:
         run(build(replace(inputs.case, kv_lens=(300, 150), head_dim=256), scores=scores))
 
 
+LARGE_SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"window_left": 200},
+    "not_causal_dim64": {"causal": False, "head_dim": 64},
+    "dim256": {"head_dim": 256, "kv_lens": (300, 150)},
+    "gathered": {"page_size": 3, "head_dim": 80},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("scores", LARGE_SCORES)
+@pytest.mark.parametrize("shape", LARGE_SHAPES)
+def test_large_scores(shape: str, scores: str, dtype: str) -> None:
+    """As in test_huge_scores.py, up to the largest scores that are right on every path."""
+    base = case("large", (500, 140), (60, 140), (2, 1), dtype=dtype)
+    run(build(replace(base, **LARGE_SHAPES[shape]), scores=scores))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_token_above_others_far_above_zero(dtype: str) -> None:
+    """No block looks for its maximum: sums are scaled down, by as much as a large maximum really moves."""
+    scaled, _ = run(build(case("bump", (1300,), (20,), (2, 1), dtype=dtype), scores="large_bump"))
+    assert scaled > 0
+
+
 @pytest.mark.parametrize("scores", ["jump_by_9", "jump_by_23.3"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_token_that_makes_up_a_row_has_a_weight_of_1(dtype: str, scores: str) -> None:
@@ -302,7 +327,8 @@ def test_boxes_may_arrive_late_and_in_any_order(name: str) -> None:
         ("barrier_wait(shared + Q_EMPTY, number - 1)", "barrier_wait(shared + Q_EMPTY, number)"),
         ("release(TILE_EMPTY, number % TILE_SLOTS);", ""),
         ("left == claims_with(tile) + 1", "left == claims_with(tile) + 2"),
-        ("softmax.max[row] += shift", "softmax.max[row] += 0.f"),
+        ("softmax.max[row] = raised", "softmax.max[row] += 0.f"),
+        ("exp2_fast(softmax.max[row] - raised)", "exp2_fast(-log2_fast(top))"),
         ("repeat_scores<K_STEPS", "if (false) repeat_scores<K_STEPS"),
         ("line * 128 + (chunk ^ line) * 16", "line * 128 + chunk * 16"),
         ("raise_max(s, softmax, keep, scale);\n                    added", "added"),
@@ -331,5 +357,5 @@ def test_what_breaks_the_kernel_is_seen(right: str, wrong: str) -> None:
             "more_queries_than_keys",
         ):
             run(build(next(case for case in CASES if case.name == name)), source=source)
-        for scores in ("falling", "falling_fast"):
+        for scores in ("falling", "falling_fast", "large_bump"):
             run(build(case("scores", (650, 300), (60, 150), (2, 1)), scores=scores), source=source)
