@@ -233,34 +233,33 @@ class _Forms:
     """
 
     def __init__(self, remedy: str = "plan anew for it") -> None:
-        self._right: tuple[Any, ...] | None = None
-        self._extents: tuple[int, ...] = ()  # of the arrays of that form
+        # The forms, and the extents of arrays that have them: one tuple, because threads share what append remembers.
+        self._right: tuple[tuple[Any, ...] | None, tuple[int, ...]] = None, ()
         self._remedy = remedy
 
     def check_run(self, call: AttentionSpec, kv: PagedKV, q: Any, out: Any, lse: Any, rows: _Rows) -> tuple[Any, ...]:
         """Check a run, unless one like it has just been found right."""
         found = (getattr(kv, "form", None), spec.form_of(q), spec.form_of(out), spec.form_of(lse), call, rows)
-        right = self._right
+        right, extents = self._right
         if found != right:
             spec.check_layer(call, kv)
             spec.check_arrays(call, q, out, lse, rows, self._remedy)
-            self._extents = spec.extents_of(q, kv.k_pages, kv.v_pages, out, lse)
-            self._right = right = found
+            self._right = right, extents = found, spec.extents_of(q, kv.k_pages, kv.v_pages, out, lse)
         if out is not None or lse is not None:
-            spec.check_apart_of_run(q, kv, out, lse, self._extents)
+            spec.check_apart_of_run(q, kv, out, lse, extents)
         return right
 
     def check_append(self, kv: PagedKV, slots: Any, k: Any, v: Any) -> tuple[Any, ...]:
         """Check an append, alike."""
         found = (kv.form, spec.form_of(slots), spec.form_of(k), spec.form_of(v), kv.writable)
-        right = self._right
+        right, extents = self._right
         if found == right:
-            spec.check_apart_of_append(kv, slots, k, v, self._extents)
+            spec.check_apart_of_append(kv, slots, k, v, extents)
             return right
         spec.check_append(kv, slots, k, v)
         _check_supported("append", kv.device, kv.dtype, kv.head_dim)
         if not isinstance(slots, np.ndarray):  # whose values count, too
-            self._right, self._extents = found, spec.extents_of(k, v, slots, kv.k_pages, kv.v_pages)
+            self._right = found, spec.extents_of(k, v, slots, kv.k_pages, kv.v_pages)
         return found
 
 

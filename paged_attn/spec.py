@@ -981,8 +981,8 @@ def check_append(kv: "PagedKV", slots: Any, k: Any, v: Any) -> None:
     if slots.dtype not in (_INT64, _INT32):
         raise TypeError(f"slots must be int64 or int32, got {slots.dtype}; pass slots.astype(np.int64)")
     _check_vector(slots, "slots", slots.dtype, None, "one slot = page * page_size + offset for each token")
-    check_new_tokens(kv, k, v, slots.shape[0], slots)
     _check_metadata_device(slots, "slots", kv.device)
+    check_new_tokens(kv, k, v, slots.shape[0], slots)
     limit = kv.num_pages * kv.page_size
     if isinstance(slots, np.ndarray) and (bad := _first((slots < -1) | (slots >= limit))) is not None:
         raise PageTableError(
