@@ -387,13 +387,11 @@ class _BatchAttention:
                 table.loan.used()
         self._plan, self._step = plan, (call, rows)
 
-    def _enter(self, call: str) -> None:
-        """A call begins, which `self._in_use.release` ends."""
-        if not self._in_use.acquire(blocking=False):
-            raise RuntimeError(
-                f"{call}() was called while another call of this plan is under way in another thread, and a plan "
-                f"serves one thread at a time; make a plan for each thread, or put a lock around its calls"
-            )
+    def _is_in_use(self, call: str) -> RuntimeError:
+        return RuntimeError(
+            f"{call}() was called while another call of this plan is under way in another thread, and a plan serves "
+            f"one thread at a time; make a plan for each thread, or put a lock around its calls"
+        )
 
     def run(self, q: Any, kv: PagedKV, *, out: Any = None, lse: Any = None, return_lse: bool = False) -> Any:
         """Attend over one layer by the last plan.
@@ -403,7 +401,8 @@ class _BatchAttention:
         The other arguments, the results and the errors are those at the top of this module. With `out` (and `lse`,
         where it is wanted) nothing is allocated.
         """
-        self._enter("run")
+        if not self._in_use.acquire(False):
+            raise self._is_in_use("run")
         try:
             if self._step is None:
                 raise RuntimeError("run() was called before plan(); call plan(kv, table, ...) once a step, then run()")
@@ -451,7 +450,8 @@ class BatchDecodeWithPagedKVCache(_BatchAttention):
     ) -> None:
         """Copy a step's table. kv: any layer; it gives layout, heads, dims, dtype. q_len: causal queries a request."""
         spec.check_operands(kv, table, _PLAN_DECODE)
-        self._enter("plan")
+        if not self._in_use.acquire(False):
+            raise self._is_in_use("plan")
         try:
             self._take(
                 _decode_step(
@@ -503,7 +503,8 @@ class BatchPrefillWithPagedKVCache(_BatchAttention):
     ) -> None:
         """Copy a step's table. qo_indptr int32 [batch + 1]: request i has rows qo_indptr[i] to qo_indptr[i+1] of q."""
         spec.check_operands(kv, table, _PLAN_PREFILL)
-        self._enter("plan")
+        if not self._in_use.acquire(False):
+            raise self._is_in_use("plan")
         try:
             self._take(
                 _prefill_step(

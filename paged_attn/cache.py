@@ -23,7 +23,7 @@ from . import attention, backends, interop, spec
 from .errors import OutOfPagesError, PageTableError
 from .layout import Layout, PagedKV
 from .lifetimes import loan_of, reading
-from .page_table import PageTable
+from .page_table import PageTable, table_of_own_arrays
 
 # A sequence id is (generation << ROW_BITS) | row: a row that is used again gives another id, so a freed id stays freed.
 ROW_BITS = 32
@@ -406,17 +406,17 @@ class PagedKVCache:
             return table
         self._check_out(out, rows.size, int(indptr[-1]))
         self._lists.write_table(rows, indptr, last_page_len, out)
-        return PageTable(
-            out.indptr[: rows.size + 1], out.indices, out.last_page_len[: rows.size], page_size=self._page_size
-        )
+        return self._table_of(out.indptr[: rows.size + 1], out.indices, out.last_page_len[: rows.size])
 
     def _new_table(self, batch_size: int, num_pages: int) -> PageTable:
-        """A table of this size, whose arrays hold nothing yet."""
-        indptr, indices, last_page_len = (
-            self._backend.empty((length,), np.dtype(np.int32), self._device)
-            for length in (batch_size + 1, num_pages, batch_size)
+        """A table of this size, whose arrays hold nothing yet; they are parts of one, which takes one allocation."""
+        memory = self._backend.empty((2 * batch_size + 1 + num_pages,), np.dtype(np.int32), self._device)
+        return self._table_of(
+            memory[: batch_size + 1], memory[2 * batch_size + 1 :], memory[batch_size + 1 : 2 * batch_size + 1]
         )
-        return PageTable(indptr, indices, last_page_len, page_size=self._page_size)
+
+    def _table_of(self, indptr: Any, indices: Any, last_page_len: Any) -> PageTable:
+        return table_of_own_arrays(indptr, indices, last_page_len, self._page_size, self._device)
 
     def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> _Reservation:
         """All of a reservation that may raise. Pages that it takes are free, and entries that it writes nobody's."""

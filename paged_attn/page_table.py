@@ -78,16 +78,24 @@ class PageTable(Frozen):
         spec.check_table_arrays(indptr, indices, last_page_len, page_size, page_offset, page_stride, total_len)
         # What keeps arrays that came by DLPack until the kernels that read them are over.
         loan = loan_of(*zip((indptr, indices, last_page_len, page_offset, total_len), given, strict=True))
-        set_once(self, "indptr", indptr)
-        set_once(self, "indices", indices)
-        set_once(self, "last_page_len", last_page_len)
-        set_once(self, "page_size", int(page_size))
+        self._set(indptr, indices, last_page_len, int(page_size), device_of(indptr))
         set_once(self, "page_offset", page_offset)
         set_once(self, "page_stride", int(page_stride))
         set_once(self, "total_len", total_len)
-        set_once(self, "batch_size", last_page_len.shape[0])
-        set_once(self, "device", device_of(indptr))
         set_once(self, "loan", loan)
+
+    def _set(self, indptr: Any, indices: Any, last_page_len: Any, page_size: int, device: str) -> None:
+        """All attributes, those of a plain table, of native arrays that are right."""
+        set_once(self, "indptr", indptr)
+        set_once(self, "indices", indices)
+        set_once(self, "last_page_len", last_page_len)
+        set_once(self, "page_size", page_size)
+        set_once(self, "page_offset", None)
+        set_once(self, "page_stride", 1)
+        set_once(self, "total_len", None)
+        set_once(self, "batch_size", last_page_len.shape[0])
+        set_once(self, "device", device)
+        set_once(self, "loan", None)
 
     @classmethod
     def empty(cls, max_batch_size: int, max_pages: int, *, page_size: int, device: Any = None) -> "PageTable":
@@ -196,6 +204,13 @@ class PageTable(Frozen):
 
     def __repr__(self) -> str:
         return f"PageTable(batch_size={self.batch_size}, page_size={self.page_size}, device={self.device!r})"
+
+
+def table_of_own_arrays(indptr: Any, indices: Any, last_page_len: Any, page_size: int, device: str) -> PageTable:
+    """A plain table of native arrays that paged_attn has made itself. Checks would take as long as all the rest."""
+    table = PageTable.__new__(PageTable)
+    table._set(indptr, indices, last_page_len, page_size, device)
+    return table
 
 
 class Validation:

@@ -877,10 +877,10 @@ class Plan:
 
     def run(self, spec: AttentionSpec, q: Any, kv: PagedKV, out: Any, lse: Any, form: Any) -> None:
         """Attend. form: the same object while nothing but addresses differs from the run before."""
-        stream = cupy.cuda.get_current_stream(self._index)
-        if cupy.cuda.runtime.streamIsCapturing(stream.ptr):
+        stream: int = cupy.cuda.get_current_stream(self._index).ptr
+        if cupy.cuda.runtime.streamIsCapturing(stream):
             self._check_capturable("run")
-            self._keep_with_graph(stream.ptr)
+            self._keep_with_graph(stream)
         if form is not self._form:
             self._bind(q, kv, out)
             self._form = form
