@@ -1,13 +1,14 @@
 // attention_state: the running state of one output row, and how several of them become one.
 //
 // Attention over a set of keys is summed up by (max, sum, out):
-//   max = the largest score,  sum = sum of 2^((score - max) * scale),  out = sum of 2^((score - max) * scale) * V
+//   max = the largest score, or one not far below,  sum = sum of weights,  out = sum of weight * V,
+//   weight = 2^((score - max) * scale)
 // where a score times `scale` is what softmax takes, in base 2. The states of two disjoint sets merge into the state of
 // their union, in any order. The empty set is (-inf, 0, 0) and changes nothing. The result of a row is out / sum, its
 // log-sum-exp (max * scale + log2(sum)) * ln 2.
 //
 // Scores may be large; score * scale is then rounded by more than 1. The difference comes first here, because it is exact
-// where it matters, and a row's maximum has the weight 1 whatever its size. Prefill, which has no time to spare, takes
+// where it matters, and a score that is the maximum has the weight 1 whatever its size. Prefill, which has no time to spare, takes
 // 2^(fma(score, scale, -max)) with a max in base 2: the rounding of max is in all weights of the row alike and cancels,
 // as long as it is not so large that weights leave the range of 16 bits. Up to 2^24 in base 2 it is at most 1/2.
 #pragma once

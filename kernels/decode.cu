@@ -328,6 +328,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         turn(k_tile);
 
 #if SOFT_CAP
+        // The product is rounded by itself, not together with a difference below: its maximum must be one of its values.
         const float to_cap = p.sm_scale / p.logits_soft_cap, from_cap = p.logits_soft_cap * LOG2_E;
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n)

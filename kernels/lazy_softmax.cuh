@@ -97,7 +97,8 @@ __device__ __forceinline__ void exponentials(float (&s)[count], const Softmax& s
     for (int i = first; i < last; ++i) sum[i / 2 % 2] += s[i];
 }
 
-// P that is finite is scaled down, where it is above 1, so that the row's largest becomes 1; max goes up by as much.
+// P that is finite is scaled down, where it is above 1, so that the row's largest becomes 1, up to the rounding of max,
+// which goes up by as much.
 template <int count>
 __device__ __forceinline__ void scale_down(float (&s)[count], Softmax& softmax, float (&sum)[2], float (&keep)[2]) {
 #pragma unroll

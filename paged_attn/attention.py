@@ -7,7 +7,8 @@ layer); the one-shot functions make one and drop it. Their arguments, common to 
                  prefill [qo_indptr[-1], num_qo_heads, head_dim]; of the dtype and on the device of kv
     kv           PagedKV, one layer's pool
     table        PageTable, on kv's device or of NumPy arrays (then its values are checked)
-    sm_scale     None: 1 / sqrt(head_dim). Scores, sm_scale * <q, k>, may be up to 2**23 in size (decode: 2**127)
+    sm_scale     None: 1 / sqrt(head_dim). Scores, sm_scale * <q, k>, may be up to 2**23 in size (in decode they, and
+                 <q, k>, up to 2**127)
     window_left  w: a query sees the w keys to the left of its position, and its own; -1: all
     logits_soft_cap  c: scores become c * tanh(score / c) after sm_scale; 0: off
     out          array like q, of q's dtype or float32, that is written and returned; None: a new one like q. out and
@@ -43,8 +44,8 @@ from .interop import (
     resolve_device,
     to_caller,
 )
-from .layout import Layout, PagedKV
-from .lifetimes import Loan, loan_of, reading
+from .layout import Layout, PagedKV, as_layout
+from .lifetimes import Loan, loan_of, reading, used
 from .page_table import PageTable
 from .spec import AttentionSpec
 
@@ -106,7 +107,7 @@ def supports(
     layouts, group sizes, q_len, windows, soft caps and positions. ValueError, TypeError: what is no question, as a
     head_dim of 0 or a dtype that NumPy does not know.
     """
-    if op not in _OPS:
+    if not isinstance(op, str) or op not in _OPS:
         raise ValueError(f"op is {op!r}, which is none of {', '.join(_OPS)}; pass one of them")
     named = {"head_dim": head_dim, "page_size": page_size, "num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads}
     for name, value in named.items():
@@ -330,11 +331,9 @@ def _run(
             q_rows, out_rows, lse_rows = _as_rows(native_q), _as_rows(native_out), _as_rows(native_lse)
         try:
             attend(call, q_rows, kv, out_rows, lse_rows, form)
-        finally:
-            if loan is not None:
-                loan.used()
-            if kv.loan is not None:
-                kv.loan.used()
+        finally:  # (not by `reading`, for the host's time)
+            if loan is not None or kv.loan is not None:
+                used(loan, kv.loan)
     result = to_caller(native_out, q) if out is None else out
     if not return_lse:
         return result
@@ -381,10 +380,8 @@ class _BatchAttention:
         try:
             plan.update(call, table, qo_indptr)
         finally:
-            if loan is not None:
-                loan.used()
-            if table.loan is not None:
-                table.loan.used()
+            if loan is not None or table.loan is not None:
+                used(loan, table.loan)
         self._plan, self._step = plan, (call, rows)
 
     def _is_in_use(self, call: str) -> RuntimeError:
@@ -604,6 +601,7 @@ def single_decode(
     spec.check_q(kv, native_q, ("[num_qo_heads, head_dim]",), "single_decode(q, k, v)")
     native_out = None if out is None else native(out, "out", writable=True)
     native_lse = None if lse is None else native(lse, "lse", writable=True)
+    spec.check_single_q(kv, native_q, native_out, native_lse)
     with reading(loan, loan_of((native_q, q), (native_out, out), (native_lse, lse))):
         results = decode(
             native_q[None],
@@ -652,7 +650,7 @@ def single_prefill(
 
 def _one_request(given_k: Any, given_v: Any, layout: Layout | str) -> tuple[PagedKV, PageTable, Loan | None]:
     """Contiguous K and V as a pool of one page, the table of one request that fills it, and what is lent of them."""
-    layout = Layout(layout)
+    layout = as_layout(layout)
     k, v = native(given_k, "k"), native(given_v, "v")
     loan = loan_of((k, given_k), (v, given_v))
     spec.check_single_kv(k, v, layout)
@@ -698,10 +696,8 @@ def append(kv: PagedKV, slots: Any, k: Any, v: Any) -> None:
     try:
         backend.append(kv, backend.to_backend(native_slots, kv.device), native_k, native_v, form)
     finally:
-        if loan is not None:
-            loan.used()
-        if kv.loan is not None:
-            kv.loan.used()
+        if loan is not None or kv.loan is not None:
+            used(loan, kv.loan)
 
 
 def merge_state(

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from . import attention, backends, interop, spec
-from .errors import OutOfPagesError, PageTableError
-from .layout import Layout, PagedKV
+from .errors import OutOfPagesError
+from .layout import Layout, PagedKV, as_layout
 from .lifetimes import loan_of, reading
 from .page_table import PageTable, table_of_own_arrays
 
@@ -177,8 +177,9 @@ def _one_thread_at_a_time(method: _Method) -> _Method:
     def call(cache: PagedKVCache, *arguments: Any, **options: Any) -> Any:
         if not cache._in_use.acquire(blocking=False):
             raise RuntimeError(
-                f"{method.__name__}() was called while another call of this cache is under way in another thread, and "
-                f"a cache serves one thread at a time; put a lock around its calls, or make them in one thread"
+                f"{method.__name__}() was called while another call of this cache is under way, in another thread or "
+                f"in what a finaliser interrupted, and a cache serves one thread at a time; put a lock around its "
+                f"calls, or make them in one thread"
             )
         try:
             return method(cache, *arguments, **options)
@@ -229,7 +230,7 @@ class PagedKVCache:
                 (num_layers, "num_layers"),
             )
         )
-        layout, dtype = Layout(layout), interop.as_dtype(dtype)
+        layout, dtype = as_layout(layout), interop.as_dtype(dtype)
         self._device = interop.resolve_device(device)
         self._backend = backends.of(self._device)
         support = attention.supports("append", device=self._device, dtype=dtype, head_dim=head_dim)
@@ -306,9 +307,9 @@ class PagedKVCache:
         rows, counts = np.array([forked & ROW_MASK]), np.array([pages.size])
         entries = self._lists.stage(rows, counts, pages)
 
-        self._lists.commit(rows, counts, entries)
         self._references[pages] += 1
         self._num_references += pages.size
+        self._lists.commit(rows, counts, entries)
         self._begin(forked, length)
         return forked
 
@@ -321,19 +322,21 @@ class PagedKVCache:
         row = self._row(seq)
         length = self._check_length(seq, row, length)
         kept = self._pages_for(length)
-        self._release(self._lists.pages(row, kept))
-        self._lists.count[row] = kept
+        dropped = self._lists.pages(row, kept).copy()
         self._length[row] = length
+        self._lists.count[row] = kept
+        self._release(dropped)
 
     @_one_thread_at_a_time
     def free(self, seq: int) -> None:
         """Ends `seq`: pages that no other sequence holds become free, and the id is refused from now on."""
         row = self._row(seq)
-        self._release(self._lists.pages(row))
-        self._lists.count[row] = 0
-        self._length[row] = 0
-        self._live_id[row] = -1
+        pages = self._lists.pages(row).copy()
         self._batch = None
+        self._live_id[row] = -1
+        self._length[row] = 0
+        self._lists.count[row] = 0
+        self._release(pages)
         self._unused_ids.append(int(seq) + (1 << ROW_BITS))
 
     @_one_thread_at_a_time
@@ -355,6 +358,7 @@ class PagedKVCache:
     @_one_thread_at_a_time
     def write(self, slots: Any, k: Any, v: Any, layer: int = 0) -> None:
         """Writes k, v [tokens, num_kv_heads, head_dim] into slots [tokens] of one layer, int64 or int32; -1 skips."""
+        layer = spec.as_int(layer, "layer", minimum=-(2**31))
         if not 0 <= layer < len(self._layers):
             raise ValueError(
                 f"layer is {layer}, which is no layer of a cache with num_layers={len(self._layers)}; "
@@ -404,7 +408,7 @@ class PagedKVCache:
             table = self._new_table(rows.size, int(indptr[-1]))
             self._lists.write_table(rows, indptr, last_page_len, table)
             return table
-        self._check_out(out, rows.size, int(indptr[-1]))
+        spec.check_table_out(out, self._page_size, self._device, rows.size, int(indptr[-1]))
         self._lists.write_table(rows, indptr, last_page_len, out)
         return self._table_of(out.indptr[: rows.size + 1], out.indices, out.last_page_len[: rows.size])
 
@@ -458,18 +462,22 @@ class PagedKVCache:
         return _Reservation(slots, rows, longer, pages, *growth, staged, rows[copying], copied, copies)
 
     def _commit(self, reserved: _Reservation) -> None:
-        """The sequences have what was prepared for them. Nothing here raises."""
-        self._length[reserved.rows] = reserved.longer
-        if not reserved.pages.size:
-            return
-        self._num_free -= reserved.pages.size
-        self._references[reserved.pages] = 1
-        self._num_references += reserved.pages.size - reserved.copies.size
+        """The sequences have what was prepared for them. Nothing here raises.
+
+        An interrupt may come between two steps. Pages are taken before, and given back after, everything else, so that
+        it can lose some, but two sequences never hold one that they do not share.
+        """
+        if reserved.pages.size:
+            self._num_free -= reserved.pages.size
+            self._references[reserved.pages] = 1
+            self._num_references += reserved.pages.size - reserved.copies.size
         if reserved.copies.size:
-            np.subtract.at(self._references, reserved.copied, 1)
             self._lists.replace_last_pages(reserved.rows_copying, reserved.copies)
         if reserved.staged.size:
             self._lists.commit(reserved.rows_growing, reserved.added, reserved.staged)
+        self._length[reserved.rows] = reserved.longer
+        if reserved.copies.size:
+            np.subtract.at(self._references, reserved.copied, 1)
 
     def _copying(self, rows: np.ndarray, length: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Which of the rows, `length` tokens long and about to get `counts` more, must first copy their last page.
@@ -566,32 +574,3 @@ class PagedKVCache:
                 f"or reserve({seq}, ...) more first"
             )
         return length
-
-    def _check_out(self, out: PageTable, batch_size: int, num_pages: int) -> None:
-        spec.check_table(out, "out")
-        if out.page_offset is not None or out.total_len is not None or out.page_stride != 1:
-            raise ValueError(
-                f"out has positions of its own (page_offset, total_len or page_stride={out.page_stride}), and a cache "
-                f"writes whole sequences; pass a table of PageTable.empty"
-            )
-        if out.page_size != self._page_size:
-            raise ValueError(
-                f"out has page_size={out.page_size}, and the cache has page_size={self._page_size}; "
-                f"make out with page_size={self._page_size}"
-            )
-        if out.device != self._device:
-            raise TypeError(
-                f"out lives on {out.device} and the cache on {self._device}; make out with device={self._device!r}"
-            )
-        spec.check_apart_of_table(out)
-        for field, what, count, capacity in (
-            ("max_batch_size", "sequences", batch_size, out.batch_size),
-            ("max_pages", "pages", num_pages, out.indices.size),
-        ):
-            if count > capacity:
-                raise PageTableError(
-                    f"seqs has {count} {what}, more than {field}={capacity} of out; "
-                    f"make out with PageTable.empty and a larger {field}, or pass fewer sequences",
-                    field=field,
-                    value=count,
-                )

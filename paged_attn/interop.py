@@ -163,20 +163,19 @@ def _from_dlpack(x: Any, name: str, writable: bool) -> Any:
             f"{name} lives on a device of DLPack type {device_type}, and paged_attn knows the CPU and CUDA; "
             f"move {name} to one of them"
         )
-    bits = _Bits(x)
+    bits, device, take = _Bits(x), contextlib.nullcontext(), np.from_dlpack
+    if device_type in _CUDA_DEVICES:
+        cupy = cupy_for(f"{name} lives on a GPU")
+        device, take = cupy.cuda.Device(device_id), cupy.from_dlpack
+        if cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream(device_id).ptr):
+            raise TypeError(
+                f"{name} ({type(x).__module__}.{type(x).__qualname__}) is to be taken by DLPack while the stream is "
+                f"capturing a CUDA graph, and its library would have the stream wait for its own, which ends the "
+                f"capture; take it before, {name} = cupy.from_dlpack({name}), and keep that"
+            )
     try:
-        if device_type in _HOST_DEVICES:
-            array = np.from_dlpack(bits)
-        else:
-            cupy = cupy_for(f"{name} lives on a GPU")
-            with cupy.cuda.Device(device_id):
-                if cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr):
-                    raise TypeError(
-                        f"{name} ({type(x).__module__}.{type(x).__qualname__}) is to be taken by DLPack while the "
-                        f"stream is capturing a CUDA graph, and its library would have the stream wait for its own, "
-                        f"which ends the capture; take it before, {name} = cupy.from_dlpack({name}), and keep that"
-                    )
-                array = cupy.from_dlpack(bits)
+        with device:
+            array = take(bits)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         dtype = str(getattr(x, "dtype", "")).rpartition(".")[2]
         if dtype and dtype not in (*FLOAT_DTYPES, wanted):
@@ -202,6 +201,12 @@ def to_caller(result: Any, like: Any) -> Any:
         return jax.device_put(result, device)
     with on_device_of(result):  # JAX makes the array's device the current one, and leaves it so
         return jax.dlpack.from_dlpack(result)
+
+
+def is_writable(given: Any, array: Any) -> bool:
+    """Whether the NumPy or CuPy array made of `given` may be written: JAX arrays are immutable, also on a GPU, where
+    their CuPy view does not show it."""
+    return not is_jax(given) and (not isinstance(array, np.ndarray) or array.flags.writeable)
 
 
 def is_jax(x: Any) -> bool:
@@ -296,17 +301,19 @@ def _why_no_cuda() -> str:
 
 def parse_device(device: Any) -> tuple[str | None, int | None]:
     """What a caller says, whether it is there or not: "cpu" or "cuda" (None: whichever there is), and the index."""
-    if device is None or device == "cpu":
-        return device, None
+    if device is None:
+        return None, None
     index: int | None = None
     if isinstance(device, str):
+        if device == "cpu":
+            return "cpu", None
         kind, _, number = device.partition(":")
         known = kind == "cuda" and (device == "cuda" or number.isdecimal())
         index = int(number) if known and number else None
     elif isinstance(device, bool):
         known = False
-    elif isinstance(device, int):
-        known, index = device >= 0, device
+    elif isinstance(device, (int, np.integer)):
+        known, index = bool(device >= 0), int(device)
     else:
         index = getattr(device, "id", None)
         known = isinstance(index, int)

@@ -7,7 +7,7 @@ import numpy as np
 
 from . import spec
 from .frozen import Frozen, set_once
-from .interop import device_of, is_jax, namespace, native, on_device_of
+from .interop import device_of, is_writable, namespace, native, on_device_of
 from .lifetimes import Loan, loan_of, reading
 
 
@@ -25,6 +25,11 @@ class Layout(StrEnum):
     def _missing_(cls, value: object) -> "Layout":
         spec.as_layout(value)
         raise AssertionError("as_layout accepts what Layout does not")
+
+
+def as_layout(layout: Layout | str) -> Layout:
+    """The Layout of a name. (Layout itself compares whatever it gets, arrays too, with its names.)"""
+    return Layout(spec.as_layout(layout))
 
 
 class PagedKV(Frozen):
@@ -89,22 +94,23 @@ class PagedKV(Frozen):
     )
 
     def __init__(self, k_pages: Any, v_pages: Any, *, layout: Layout | str) -> None:
-        layout = Layout(layout)
+        layout = as_layout(layout)
         k, v = native(k_pages, "k_pages"), native(v_pages, "v_pages")
         spec.check_pool(k, v, layout)
-        writable = _is_writable(k_pages, k) and _is_writable(v_pages, v) and not spec.overlap(k, v)
+        writable = is_writable(k_pages, k) and is_writable(v_pages, v) and not spec.overlap(k, v)
         self._set(k, v, layout, writable, loan_of((k, k_pages), (v, v_pages)))
 
     @classmethod
     def combined(cls, kv_pages: Any, *, layout: Layout | str) -> "PagedKV":
         """A pool that holds K and V in one array [num_pages, 2, <page>], K first; views, no copy."""
-        layout = Layout(layout)
+        layout = as_layout(layout)
         pages = native(kv_pages, "kv_pages")
         spec.check_combined(pages, layout)
         k, v = pages[:, 0], pages[:, 1]
         spec.check_pool(k, v, layout)
         kv = cls.__new__(cls)
-        kv._set(k, v, layout, _is_writable(kv_pages, pages), loan_of((pages, kv_pages)))
+        writable = is_writable(kv_pages, pages) and not spec.overlap(k, v)  # (as they do along a stride of 0)
+        kv._set(k, v, layout, writable, loan_of((pages, kv_pages)))
         return kv
 
     def _set(self, k_pages: Any, v_pages: Any, layout: Layout, writable: bool, loan: Loan | None) -> None:
@@ -130,7 +136,7 @@ class PagedKV(Frozen):
 
     def to_layout(self, layout: Layout | str) -> "PagedKV":
         """A contiguous copy of the pool in `layout`, on the same device."""
-        layout = Layout(layout)
+        layout = as_layout(layout)
         with reading(self.loan), on_device_of(self.k_pages):
             return PagedKV(self._copy(self.k_pages, layout), self._copy(self.v_pages, layout), layout=layout)
 
@@ -157,8 +163,3 @@ def _strides(pages: Any, shape: tuple[int, ...], slot: int, head: int) -> tuple[
         strides[slot] // itemsize if shape[slot] > 1 else 0,
         strides[head] // itemsize if shape[head] > 1 else 0,
     )
-
-
-def _is_writable(given: Any, pages: Any) -> bool:
-    """JAX arrays are immutable, also on a GPU, where their CuPy view does not show it."""
-    return not is_jax(given) and (not isinstance(pages, np.ndarray) or pages.flags.writeable)

@@ -16,12 +16,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+
+MOST_BUSY = 8  # of those that wait, how many are found busy before no more are asked
+_PER_THREAD_STREAM = 2  # the address of cudaStreamPerThread
 
 # --- 1. memory that is lent -------------------------------------------------------------------------------------------
 
@@ -33,11 +37,14 @@ class Loan:
     such launch is over; a later call of ours that takes a loan finds out, without waiting.
     """
 
-    __slots__ = ("_events", "_views")
+    __slots__ = ("_events", "_last_capture", "_views")
 
     def __init__(self, views: list[Any]) -> None:
         self._views = views
-        self._events: dict[int, Any] = {}  # by stream, behind the last work there that reads the views
+        # By stream: the stream, held so that no other gets its address, and an event behind the last work there that
+        # reads the views.
+        self._events: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._last_capture = -1  # whose graph keeps the views
 
     def used(self) -> None:
         """Work that reads the views is on the current stream of their device."""
@@ -46,16 +53,26 @@ class Loan:
         with cuda.Device(self._views[0].device.id) as device:
             stream = cuda.get_current_stream(device.id)
             if cuda.runtime.streamIsCapturing(stream.ptr):
-                keep_with_graph(stream.ptr, self._views)
+                capture = capture_id(stream.ptr)
+                if capture != self._last_capture:
+                    keep_with_graph(stream.ptr, self._views)
+                    self._last_capture = capture
                 return
-            if stream.ptr not in self._events:
-                self._events[stream.ptr] = cuda.Event(disable_timing=True)
-            self._events[stream.ptr].record(stream)
+            # Every thread has a default stream of its own, and all of them have one address.
+            key = stream.ptr, threading.get_ident() if stream.ptr == _PER_THREAD_STREAM else 0
+            if key not in self._events:
+                with capture_of_others():
+                    busy = {other: held for other, held in self._events.items() if not held[1].done}
+                self._events = busy | {key: (stream, cuda.Event(disable_timing=True))}
+            self._events[key][1].record(stream)
 
     def __del__(self) -> None:
         if self._events and not sys.is_finalizing():
-            _waiting.append((list(self._events.values()), self._views))
+            _waiting.append(([event for _, event in self._events.values()], self._views))
             release_finished()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()  # the arrays of a deep copy, or of a pickle, are its own
 
 
 _waiting: deque[tuple[list[Any], list[Any]]] = deque()  # events, and what is dropped when all of them are over
@@ -76,23 +93,30 @@ def reading(*loans: Loan | None) -> Iterator[None]:
     try:
         yield
     finally:
-        for loan in loans:
-            if loan is not None:
-                loan.used()
+        used(*loans)
+
+
+def used(*loans: Loan | None) -> None:
+    """`used` of those loans that there are."""
+    for loan in loans:
+        if loan is not None:
+            loan.used()
 
 
 def release_finished() -> None:
     """Drop what no kernel and no graph needs any more. It only asks; it does not wait."""
     if _waiting:
+        busy: list[Any] = []
         with capture_of_others():
-            for _ in range(len(_waiting)):
+            while len(busy) < MOST_BUSY:
                 try:
                     events, views = _waiting.popleft()
-                except IndexError:  # another thread is at it, too
+                except IndexError:
                     break
                 if not all(event.done for event in events):
-                    _waiting.append((events, views))
-    for _ in range(len(_kept)):
+                    busy.append((events, views))
+        _waiting.extendleft(reversed(busy))
+    for _ in range(min(len(_kept), MOST_BUSY)):
         try:
             semaphore, kept = _kept.popleft()
         except IndexError:
@@ -125,12 +149,18 @@ def keep_with_graph(stream: int, kept: Any) -> None:
     """`kept` stays until the graph that the stream is capturing is destroyed, and all that was instantiated of it."""
     release_finished()
     _, graph = _capture(stream)
-    semaphore = _idle_semaphores.pop() if _idle_semaphores else _new_semaphore()
+    try:
+        semaphore = _idle_semaphores.pop()
+    except IndexError:
+        semaphore = _new_semaphore()
     user_object = ctypes.c_void_p()
     destroy = ctypes.cast(_libc().sem_post, ctypes.c_void_p)
     _check(_cuda().cuUserObjectCreate(ctypes.byref(user_object), semaphore, destroy, 1, _NO_DESTRUCTOR_SYNC))
     _kept.append((semaphore, kept))
-    _check(_cuda().cuGraphRetainUserObject(graph, user_object, 1, _GRAPH_OWNS_REFERENCE))
+    error = _cuda().cuGraphRetainUserObject(graph, user_object, 1, _GRAPH_OWNS_REFERENCE)
+    if error:
+        _cuda().cuUserObjectRelease(user_object, 1)  # which posts the semaphore
+    _check(error)
 
 
 def _capture(stream: int) -> tuple[int, int]:
@@ -183,5 +213,6 @@ def _cuda() -> Any:
     library.cuStreamGetCaptureInfo_v2.argtypes = (pointer,) * 6
     library.cuUserObjectCreate.argtypes = pointer, pointer, pointer, ctypes.c_uint, ctypes.c_uint
     library.cuGraphRetainUserObject.argtypes = pointer, pointer, ctypes.c_uint, ctypes.c_uint
+    library.cuUserObjectRelease.argtypes = pointer, ctypes.c_uint
     library.cuThreadExchangeStreamCaptureMode.argtypes = (pointer,)
     return library

@@ -7,7 +7,7 @@ import numpy as np
 
 from . import backends, spec
 from .frozen import Frozen, set_once
-from .interop import device_of, native, resolve_device
+from .interop import device_of, is_writable, native, resolve_device
 from .lifetimes import Loan, loan_of, reading
 
 _INT32 = np.dtype(np.int32)
@@ -46,6 +46,7 @@ class PageTable(Frozen):
     batch_size: int
     device: str
     loan: Loan | None
+    writable: bool  # whether a cache, or split, may write it as its `out`
     __slots__ = (
         "batch_size",
         "device",
@@ -57,6 +58,7 @@ class PageTable(Frozen):
         "page_size",
         "page_stride",
         "total_len",
+        "writable",
     )
 
     def __init__(
@@ -83,6 +85,8 @@ class PageTable(Frozen):
         set_once(self, "page_stride", int(page_stride))
         set_once(self, "total_len", total_len)
         set_once(self, "loan", loan)
+        arrays = zip(given, (indptr, indices, last_page_len, page_offset, total_len), strict=True)
+        set_once(self, "writable", all(array is None or is_writable(mine, array) for mine, array in arrays))
 
     def _set(self, indptr: Any, indices: Any, last_page_len: Any, page_size: int, device: str) -> None:
         """All attributes, those of a plain table, of native arrays that are right."""
@@ -96,6 +100,7 @@ class PageTable(Frozen):
         set_once(self, "batch_size", last_page_len.shape[0])
         set_once(self, "device", device)
         set_once(self, "loan", None)
+        set_once(self, "writable", True)
 
     @classmethod
     def empty(cls, max_batch_size: int, max_pages: int, *, page_size: int, device: Any = None) -> "PageTable":

@@ -163,7 +163,7 @@ def decode_grid(batch_size: int, splits: DecodeSplits, cluster: int) -> int:
     return _ceil_div((batch_size + splits.extra_items) * splits.ctas_an_item, cluster) * cluster
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def decode_splits(
     batch_size: int, num_kv_heads: int, shape: DecodeShape, batch_invariant: bool, max_tokens: int, num_sms: int
 ) -> DecodeSplits:

@@ -82,8 +82,8 @@ def as_int(value: Any, name: str, *, minimum: int, maximum: int = _INT_MAX) -> i
 def as_float(value: Any, name: str, *, rule: str = "", minimum: float = -math.inf) -> float:
     """`value` as a finite float of at least `minimum`; TypeError for strings, bools and arrays."""
     try:
-        number = None if isinstance(value, (bool, str)) or getattr(value, "ndim", 0) > 0 else float(value)
-    except TypeError:
+        number = None if isinstance(value, (bool, str, bytes)) or _is_array(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = None
     if number is None:
         raise TypeError(f"{name} must be a float, got {_shown(value)}; pass {_one_of(value, name, 'float')}")
@@ -101,7 +101,13 @@ def _shown(value: Any) -> str:
 
 def _one_of(value: Any, name: str, kind: str) -> str:
     """How to make the number that was wanted."""
-    return f"one {kind}" if _is_array(value) else f"{kind}({name})"
+    if _is_array(value):
+        return f"one {kind}"
+    try:
+        {"int": int, "float": float}[kind](value)
+    except Exception:  # what came is no number, in whatever way
+        return "an int" if kind == "int" else "a float"
+    return f"{kind}({name})"
 
 
 def _is_array(value: Any) -> bool:
@@ -110,7 +116,7 @@ def _is_array(value: Any) -> bool:
 
 def as_layout(layout: Any) -> str:
     """ "NHD" or "HND"; anything else is a ValueError that shows both."""
-    if layout in LAYOUTS:
+    if isinstance(layout, str) and layout in LAYOUTS:
         return str(layout)
     raise ValueError(
         f"layout must be 'NHD' (pages are [page_size, num_kv_heads, head_dim]) or 'HND' "
@@ -122,7 +128,7 @@ def as_base(base: Any) -> float:
     """The base of a logarithm: "e" (or math.e) or 2."""
     if isinstance(base, str) and base == "e":
         return math.e
-    if isinstance(base, (int, float)) and not isinstance(base, bool) and base in (2, math.e):
+    if isinstance(base, (int, float, np.number)) and not isinstance(base, bool) and base in (2, math.e):
         return float(base)
     raise ValueError(
         f"base is {base!r}; pass base='e' for natural-log states (paged_attn, JAX, FlashAttention) or base=2"
@@ -594,6 +600,41 @@ def _first(wrong: np.ndarray) -> int | None:
     return found if wrong.size and wrong[found] else None
 
 
+def check_table_out(out: Any, page_size: int, device: str, batch_size: int, num_pages: int) -> None:
+    """`out` of PagedKVCache.page_table: a plain table, of this page_size and device, with room for the batch."""
+    check_table(out, "out")
+    if out.page_offset is not None or out.total_len is not None or out.page_stride != 1:
+        raise ValueError(
+            f"out has positions of its own (page_offset, total_len or page_stride={out.page_stride}), and a cache "
+            f"writes whole sequences; pass a table of PageTable.empty"
+        )
+    if out.page_size != page_size:
+        raise ValueError(
+            f"out has page_size={out.page_size}, and the cache has page_size={page_size}; make out with "
+            f"page_size={page_size}"
+        )
+    if out.device != device:
+        raise TypeError(f"out lives on {out.device} and the cache on {device}; make out with device={device!r}")
+    _check_table_writable(out, "pass a table of PageTable.empty")
+    check_apart_of_table(out)
+    for field, what, count, capacity in (
+        ("max_batch_size", "sequences", batch_size, out.batch_size),
+        ("max_pages", "pages", num_pages, out.indices.size),
+    ):
+        if count > capacity:
+            raise PageTableError(
+                f"seqs has {count} {what}, more than {field}={capacity} of out; "
+                f"make out with PageTable.empty and a larger {field}, or pass fewer sequences",
+                field=field,
+                value=count,
+            )
+
+
+def _check_table_writable(out: "PageTable", remedy: str) -> None:
+    if not out.writable:
+        raise ValueError(f"out cannot be written: some of its arrays are JAX arrays or read-only arrays; {remedy}")
+
+
 def check_split_out(out: Any, table: "PageTable", num_chunks: int) -> None:
     """`out` of PageTable.split: num_chunks * batch_size rows, positions of its own, room for every page."""
     check_table(out, "out")
@@ -622,6 +663,7 @@ def check_split_out(out: Any, table: "PageTable", num_chunks: int) -> None:
         raise TypeError(
             f"out lives on {out.device} and the table on {table.device}; pass an out made by a table on {table.device}"
         )
+    _check_table_writable(out, "pass a table that split returned")
     check_apart_of_table(out, table)
 
 
@@ -808,6 +850,15 @@ def check_single_kv(k: Any, v: Any, layout: str) -> None:
     _check_shape(k, "k", tuple(axes[1:-1].split(", ")), f"for layout={str(layout)!r}")
     _check_shape(v, "v", k.shape, "as k")
     _check_dtype(v, "v", k.dtype, "as k is")
+
+
+def check_single_q(kv: "PagedKV", q: Any, out: Any, lse: Any) -> None:
+    """q and out [num_qo_heads, head_dim], lse [num_qo_heads] of single_decode, which adds an axis to each."""
+    _check_shape(q, "q", ("num_qo_heads", kv.head_dim), "[num_qo_heads, head_dim], as k has it")
+    if out is not None:
+        _check_shape(out, "out", q.shape, "as q gives it")
+    if lse is not None:
+        _check_shape(lse, "lse", q.shape[:1], "as q without its last axis")
 
 
 def check_qo_indptr(qo_indptr: Any, batch_size: int, total_rows: int | None, device: str = "cpu") -> None:

@@ -18,7 +18,7 @@ def folder(name: str) -> Path:
         try:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError:  # a read-only home, or none; a file or a dangling link in its place
-            if not place.is_symlink():
+            if not _is_link(place):
                 continue
         _check_private(place)
         if os.access(place, os.W_OK):
@@ -47,3 +47,11 @@ def _check_private(place: Path) -> None:
             f"{place} must be a folder of user {os.getuid()} that nobody else may enter (mode 0700), but it is "
             f"{stat.filemode(found.st_mode)} of user {found.st_uid}; remove it, or set XDG_CACHE_HOME to another folder"
         )
+
+
+def _is_link(place: Path) -> bool:
+    """Also where its folder may not be searched: then it is none of ours."""
+    try:
+        return place.is_symlink()
+    except OSError:
+        return False

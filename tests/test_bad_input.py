@@ -1382,6 +1382,24 @@ bad(
 # -- questions -------------------------------------------------------------------------------------------------------
 
 bad("supports: op", lambda w: pa.supports("fly"), ValueError, "op is 'fly'", "decode, prefill", "pass one of them")
+bad(
+    "supports: ops",
+    lambda w: pa.supports(np.zeros(2)),
+    ValueError,
+    "op is array",
+    "decode, prefill",
+    "pass one of them",
+)
+bad("device: an array", lambda w: w.make_cache(device=np.zeros(2)), ValueError, "device must be 'cpu'", "pass None")
+bad("layout: an array", lambda w: w.make_cache(layout=np.zeros(2)), ValueError, "layout must be 'NHD'", "pass the one")
+bad("decode: scale without end", attend(sm_scale=10**400), TypeError, "sm_scale must be a float", "pass a float")
+bad("decode: scale of bytes", attend(sm_scale=b"1"), TypeError, "sm_scale must be a float", "got b'1' (bytes)")
+bad(
+    "cache: layer of many",
+    lambda w: w.cache.write(w.slots, w.k, w.v, layer=np.arange(2)),
+    TypeError,
+    "layer must be an",
+)
 for name, value, error, rule in (
     ("head_dim", "x", TypeError, "head_dim must be an int"),
     ("head_dim", 0, ValueError, "head_dim is 0"),

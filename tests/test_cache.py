@@ -4,6 +4,7 @@ import threading
 import time
 import tracemalloc
 
+import jax
 import numpy as np
 import pytest
 
@@ -616,6 +617,18 @@ def test_out_must_fit_the_cache(device):
         ValueError, match="out has page_size=8, and the cache has page_size=4; make out with page_size=4"
     ):
         cache.page_table([a], out=pa.PageTable.empty(1, 4, page_size=8, device=device))
+    frozen = np.zeros(1, np.int32)
+    frozen.flags.writeable = False
+    if device == "cpu":
+        read_only = pa.PageTable(np.zeros(2, np.int32), np.zeros(4, np.int32), frozen, page_size=4)
+        with pytest.raises(ValueError, match=r"out cannot be written: .* pass a table of PageTable\.empty"):
+            cache.page_table([a], out=read_only)
+        assert not read_only.indptr.any(), "nothing is half written"
+        of_jax = pa.PageTable(
+            *map(jax.numpy.asarray, (np.zeros(2, np.int32), np.zeros(4, np.int32), frozen)), page_size=4
+        )
+        with pytest.raises(ValueError, match="out cannot be written"):
+            cache.page_table([a], out=of_jax)
     whole = pa.PageTable.empty(8, 8, page_size=4, device=device)
     mixed = pa.PageTable(whole.indptr[:4], whole.indptr, whole.last_page_len[:3], page_size=4)
     with pytest.raises(ValueError, match=r"out\.indptr overlaps out\.indices in memory"):

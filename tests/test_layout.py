@@ -294,3 +294,10 @@ def test_what_the_message_says_to_do_works(xp) -> None:
     with pytest.raises(pa.LayoutMismatchError) as raised:
         plan.run(q, pa.PagedKV(k, v, layout="HND"))
     assert "tag the pool layout='NHD'" in str(raised.value) and "to_layout" not in str(raised.value)
+
+
+def test_a_combined_pool_whose_k_and_v_are_the_same_memory_is_read_only() -> None:
+    pages = np.broadcast_to(np.ones((2, 1, 4, 1, 16), np.float32), (2, 2, 4, 1, 16))
+    same = np.lib.stride_tricks.as_strided(np.ones((2, 1, 4, 1, 16), np.float32), (2, 2, 4, 1, 16), (256, 0, 64, 64, 4))
+    for pool in (pages, same):
+        assert not pa.PagedKV.combined(pool, layout="NHD").writable

@@ -58,6 +58,19 @@ def test_without_a_home_it_is_in_the_folder_for_temporary_files(
         private_cache.folder("simt")
 
 
+def test_a_home_that_may_not_be_searched_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somebody/else")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mkdir, is_symlink = Path.mkdir, Path.is_symlink
+    foreign = lambda path: not path.is_relative_to(tmp_path)  # noqa: E731
+    monkeypatch.setattr(Path, "mkdir", lambda path, *a, **o: refuse() if foreign(path) else mkdir(path, *a, **o))
+    monkeypatch.setattr(Path, "is_symlink", lambda path: refuse() if foreign(path) else is_symlink(path))
+    assert private_cache.folder("simt").is_relative_to(tmp_path)
+
+
 @pytest.mark.shim
 def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -108,7 +108,7 @@ Q, K = np.zeros((8, 64), np.float16), np.zeros((5, 2, 64), np.float16)
         (Q, K.astype(np.int32), K, "NHD", TypeError, "k must be one of float16.*int32"),
         (Q, K, K.astype(np.float32), "NHD", TypeError, r"v must be float16.*got float32; pass v\.astype"),
         (Q.astype(np.float32), K, K, "NHD", TypeError, "q must be float16.*got float32"),
-        (Q[:, :32], K, K, "NHD", ValueError, r"q must have shape .*64\].*\(1, 8, 32\)"),
+        (Q[:, :32], K, K, "NHD", ValueError, r"q must have shape .*64\].*\(8, 32\)"),
         (Q, K.tolist(), K, "NHD", TypeError, "k must be an array.*list"),
     ],
 )
@@ -143,5 +143,21 @@ def test_one_shot_calls_do_not_speak_of_plans() -> None:
             call()
         assert "plan" not in str(raised.value)
     for call in calls[1], calls[5]:
-        with pytest.raises(ValueError, match=r"q\.shape=.*; reshape q$"):  # another table does not help
+        with pytest.raises(ValueError, match=r"q\.shape=.*; reshape( or slice)? q$"):  # another table does not help
             call()
+
+
+@pytest.mark.parametrize("given", ["q", "out", "lse"])
+def test_a_shape_of_single_decode_is_the_one_that_it_takes(given: str) -> None:
+    """Not that with the axis that the call adds."""
+    k = np.ones((4, 1, 16), np.float32)
+    arguments = {
+        "q": np.ones((2, 16), np.float32),
+        "out": np.empty((2, 16), np.float32),
+        "lse": np.empty(2, np.float32),
+    }
+    pa.single_decode(k=k, v=k, layout="NHD", **arguments)
+    wrong = {"q": np.ones((2, 8), np.float32), "out": np.empty((3, 16), np.float32), "lse": np.empty(3, np.float32)}
+    right = {"q": r"\[num_qo_heads, 16\]", "out": r"\[2, 16\]", "lse": r"\[2\]"}
+    with pytest.raises(ValueError, match=rf"{given} must have shape {right[given]}, "):
+        pa.single_decode(k=k, v=k, layout="NHD", **{**arguments, given: wrong[given]})

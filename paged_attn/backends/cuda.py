@@ -165,6 +165,9 @@ class _PinnedBlock:
     event: Any  # behind the last copy out of it
 
 
+_NO_BLOCK = _PinnedBlock(np.empty(0, np.uint8), 0, None)
+
+
 class _Staging:
     """Pinned memory for the uploads of one thread: a block is filled piece by piece, for copies on one stream.
 
@@ -174,7 +177,7 @@ class _Staging:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._block = _PinnedBlock(np.empty(0, np.uint8), 0, None)
+        self._block = _NO_BLOCK
         self._used = 0  # bytes of the block
         self._stream: Any = None  # that the block's copies are on, held so that no other gets its address
         self._full: list[_PinnedBlock] = []  # the longest waiting first
@@ -194,11 +197,11 @@ class _Staging:
         self._used = -(-end // 16) * 16
 
     def _next_block(self, num_bytes: int) -> None:
-        if self._used:
+        if self._used:  # the full block is let go first: nothing is written into it where no other can be had
             self._full.append(self._block)
-        self._used = 0
+            self._block, self._used = _NO_BLOCK, 0
         for place, block in enumerate(self._full):
-            if block.view.size >= num_bytes and block.event.done:
+            if block.view.size >= num_bytes and _is_over(block.event):
                 self._block = self._full.pop(place)
                 return
         if (left := _take_idle_block(self._device, num_bytes)) is not None:
@@ -219,23 +222,36 @@ _idle_blocks: dict[str, deque[_PinnedBlock]] = {}  # by device
 
 def _take_idle_block(device: str, num_bytes: int) -> _PinnedBlock | None:
     """A block of a thread that has ended, if there is one of that size with nothing under way."""
-    idle = _idle_blocks.get(device, ())
+    idle = _idle_blocks.setdefault(device, deque())
     for _ in range(len(idle)):
         try:
-            block = idle.popleft()  # type: ignore[union-attr]
+            block = idle.popleft()
         except IndexError:  # another thread was faster
             return None
-        if block.view.size >= num_bytes and block.event.done:
+        if block.view.size >= num_bytes and _is_over(block.event):
             return block
-        idle.append(block)  # type: ignore[union-attr]
+        idle.append(block)
     return None
 
 
 def _leave_blocks(device: str, blocks: list[_PinnedBlock]) -> None:
     idle = _idle_blocks.setdefault(device, deque())
     idle.extend(blocks)
-    while len(idle) > MOST_IDLE_BLOCKS and idle[0].event.done:
-        idle.popleft()
+    for _ in range(len(idle)):
+        if len(idle) <= MOST_IDLE_BLOCKS:
+            return
+        try:
+            block = idle.popleft()
+        except IndexError:
+            return
+        if not _is_over(block.event):  # CuPy would give its memory to others
+            idle.append(block)
+
+
+def _is_over(event: Any) -> bool:
+    """Whether what an event was recorded behind is over; asked in a way that no capture of another thread minds."""
+    with lifetimes.capture_of_others():
+        return bool(event.done)
 
 
 def _staging(device: str) -> _Staging:
@@ -579,7 +595,7 @@ class _Append:
 _thread = _Thread()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _units(strides: tuple[int, int, int]) -> tuple[int, int, int]:
     """(page, slot, head) strides of 16-bit elements in units of 16 bytes."""
     page, slot, head = strides

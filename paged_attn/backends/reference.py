@@ -206,7 +206,7 @@ def _write_rows(out: Any, indptr: np.ndarray, last_page_len: np.ndarray) -> None
 
 
 def append(kv: PagedKV, slots: np.ndarray, k: np.ndarray, v: np.ndarray, form: Any) -> None:
-    """Write k, v [tokens, num_kv_heads, head_dim] to slots int64 [tokens]; a slot outside the pool is skipped.
+    """Write k, v [tokens, num_kv_heads, head_dim] to slots [tokens]; a slot outside the pool is skipped.
 
     form: what another backend knows a repetition by.
     """

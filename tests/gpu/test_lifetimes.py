@@ -91,6 +91,16 @@ class Doors:
         cache.append([cache.new_sequence()], 48, k, v)
         return cupy.stack([cache.layers[0].k_pages[:3], cache.layers[0].v_pages[:3]])
 
+    def written_by_cache(self, k: Any, v: Any) -> Any:
+        cache = pa.PagedKVCache(8, 16, 2, 64, layout="NHD", dtype="float16", device="cuda")
+        cache.write(cache.reserve([cache.new_sequence()], 48), k, v)
+        return cupy.stack([cache.layers[0].k_pages[:3], cache.layers[0].v_pages[:3]])
+
+    def run(self, q: Any) -> Any:
+        plan = pa.BatchDecodeWithPagedKVCache()
+        plan.plan(self.kv, self.table, 8)
+        return plan.run(q, self.kv, out=cupy.empty(self.inputs.q.shape, np.float16))
+
     def planned(self, indptr: Any, indices: Any, last_page_len: Any) -> Any:
         plan = pa.BatchDecodeWithPagedKVCache()
         plan.plan(self.kv, pa.PageTable(indptr, indices, last_page_len, page_size=PAGE_SIZE), 8)
@@ -124,6 +134,8 @@ class Doors:
             ),
             "append": (lambda *given: self.written(lambda pool: pa.append(pool, *given)), kv_slots),
             "cache.append": (self.from_cache, kv_tokens),
+            "cache.write": (self.written_by_cache, kv_tokens),
+            "run q": (self.run, q),
             "merge_states": (
                 lambda v, s: pa.merge_states(v, s, out=cupy.empty((64, 8, 64), np.float16))[0],
                 self.states,
@@ -131,6 +143,12 @@ class Doors:
             "merge_state": (
                 lambda v, s: pa.merge_state(
                     v, s, self.q[:1], cupy.zeros((1, 8), np.float32), out=cupy.empty_like(self.q[:1])
+                )[0],
+                {"v": self.inputs.q[1:2], "s": np.zeros((1, 8), np.float32)},
+            ),
+            "merge_state second": (
+                lambda v, s: pa.merge_state(
+                    self.q[:1], cupy.zeros((1, 8), np.float32), v, s, out=cupy.empty_like(self.q[:1])
                 )[0],
                 {"v": self.inputs.q[1:2], "s": np.zeros((1, 8), np.float32)},
             ),
@@ -149,15 +167,18 @@ class Doors:
 DOORS = (
     "append",
     "cache.append",
+    "cache.write",
     "decode pool",
     "decode q",
     "decode table",
     "from_block_table",
     "merge_state",
+    "merge_state second",
     "merge_states",
     "plan qo_indptr",
     "plan table",
     "prefill q",
+    "run q",
     "seq_lens",
     "single_decode",
     "single_prefill",
@@ -357,7 +378,7 @@ def test_an_array_of_jax_is_refused_during_a_capture_which_survives(to_jax: Call
 
     def work() -> None:
         with pytest.raises(
-            TypeError, match=r"q .*ArrayImpl\) is to be taken by DLPack while .*q = cupy\.from_dlpack\(q\)"
+            TypeError, match=r"^q \(.*ArrayImpl\) is to be taken by DLPack while .*q = cupy\.from_dlpack\(q\)"
         ):
             plan.run(given, kv, out=out)
         plan.run(q, kv, out=out)

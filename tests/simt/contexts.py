@@ -113,14 +113,15 @@ def threads_leave_nothing() -> dict[str, Any]:
     cupy.cuda.alloc_pinned_memory = counted
     kv = pa.PagedKV(*(cupy.asarray(np.zeros((4, 4, 2, 16), np.float16)) for _ in range(2)), layout="NHD")
     tokens = cupy.asarray(np.ones((3, 2, 16), np.float16))
-    work = threading.Lock()  # the shim runs one kernel at a time
+    work, together = threading.Lock(), threading.Barrier(THREADS)  # the shim runs one kernel at a time
 
     def append() -> None:
         with work:
             pa.append(kv, np.arange(3), tokens, tokens)
-            kv.k_pages.get()
+        together.wait()  # so that each has pinned memory of its own
 
     def generation() -> int:
+        together.reset()
         before = len(pinned)
         threads = [threading.Thread(target=append) for _ in range(THREADS)]
         for thread in threads:
