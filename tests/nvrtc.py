@@ -184,7 +184,8 @@ def compile_cubin(source: str, arch: str, constants: Mapping[str, Any]) -> tuple
         return result[1] if len(result) > 1 else None
 
     program = check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
-    options = (*kernels.options(arch, **constants), *CUPY_OPTIONS, "--ptxas-options=-v")
+    # What a cache of the driver's holds is not compiled again, and ptxas does not report on it.
+    options = (*kernels.options(arch, **constants), *CUPY_OPTIONS, "--ptxas-options=-v", "--no-cache")
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     log = bytes(check(nvrtc.nvrtcGetProgramLogSize(program)))
     check(nvrtc.nvrtcGetProgramLog(program, log))
