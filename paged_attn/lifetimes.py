@@ -115,7 +115,7 @@ def release_finished() -> None:
                     break
                 if not all(event.done for event in events):
                     busy.append((events, views))
-        _waiting.extendleft(reversed(busy))
+        _waiting.extend(busy)  # behind the others, so that one stream that is stuck holds up nobody
     for _ in range(min(len(_kept), MOST_BUSY)):
         try:
             semaphore, kept = _kept.popleft()
