@@ -246,6 +246,11 @@ def device_of(array: Any) -> str:
     return "cpu" if isinstance(array, np.ndarray) else f"cuda:{array.device.id}"
 
 
+def address_of(array: Any) -> int:
+    """Where a CuPy array begins; 0 for a NumPy array, whose address nobody asks for."""
+    return 0 if isinstance(array, np.ndarray) else int(array.data.ptr)
+
+
 def on_device_of(array: Any) -> Any:
     """`with on_device_of(array)`: its GPU is the current one; nothing for an array on the CPU."""
     return contextlib.nullcontext() if isinstance(array, np.ndarray) else array.device

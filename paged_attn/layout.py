@@ -7,7 +7,7 @@ import numpy as np
 
 from . import spec
 from .frozen import Frozen, set_once
-from .interop import device_of, is_writable, namespace, native, on_device_of
+from .interop import address_of, device_of, is_writable, namespace, native, on_device_of
 from .lifetimes import Loan, loan_of, reading
 
 
@@ -54,6 +54,7 @@ class PagedKV(Frozen):
     dtype: np.dtype.    layout: Layout.    device: "cpu" or "cuda:<i>".    writable: whether append may write
         (not into JAX arrays, read-only arrays, or K and V in the same memory).
     form: a tuple of all that checks and kernels read of the pool but its addresses; equal for layers that are alike.
+    k_address, v_address: where the pages begin on a GPU; 0 on the CPU.
     loan: what keeps pages that came by DLPack until the kernels that read them are over, or None.
 
     Raises
@@ -75,12 +76,15 @@ class PagedKV(Frozen):
     k_strides: tuple[int, int, int]
     v_strides: tuple[int, int, int]
     form: tuple[Any, ...]
+    k_address: int
+    v_address: int
     loan: Loan | None
     __slots__ = (
         "device",
         "dtype",
         "form",
         "head_dim",
+        "k_address",
         "k_pages",
         "k_strides",
         "layout",
@@ -88,6 +92,7 @@ class PagedKV(Frozen):
         "num_kv_heads",
         "num_pages",
         "page_size",
+        "v_address",
         "v_pages",
         "v_strides",
         "writable",
@@ -122,6 +127,8 @@ class PagedKV(Frozen):
         set_once(self, "k_pages", k_pages)
         set_once(self, "v_pages", v_pages)
         set_once(self, "layout", layout)
+        set_once(self, "k_address", address_of(k_pages))
+        set_once(self, "v_address", address_of(v_pages))
         set_once(self, "writable", writable)
         set_once(self, "loan", loan)
         set_once(self, "dtype", dtype)

@@ -359,7 +359,7 @@ def check_apart_of_run(q: Any, kv: "PagedKV", out: Any, lse: Any, extents: tuple
     """
     if extents:
         q_size, k_size, v_size, out_size, lse_size = extents
-        q_at, k_at, v_at = q.data.ptr, kv.k_pages.data.ptr, kv.v_pages.data.ptr
+        q_at, k_at, v_at = q.data.ptr, kv.k_address, kv.v_address
         apart, out_at = True, 0
         if out is not None:
             out_at, low = out.data.ptr, -out_size
@@ -388,7 +388,7 @@ def check_apart_of_append(kv: "PagedKV", slots: Any, k: Any, v: Any, extents: tu
     k_pages, v_pages = kv.k_pages, kv.v_pages
     if extents := extents or extents_of(k, v, slots, k_pages, v_pages):
         k_size, v_size, slots_size, k_pool_size, v_pool_size = extents
-        k_at, v_at, k_pool, v_pool = k.data.ptr, v.data.ptr, k_pages.data.ptr, v_pages.data.ptr
+        k_at, v_at, k_pool, v_pool = k.data.ptr, v.data.ptr, kv.k_address, kv.v_address
         slots_at = slots.data.ptr if slots_size else 0
         apart = not (
             -k_size < k_at - k_pool < k_pool_size

@@ -556,7 +556,7 @@ class _Append:
         if form is not self._form:
             self._bind(kv, slots, k.strides, v.strides)
             self._form = form
-        self._write(k.data.ptr, v.data.ptr, kv.k_pages.data.ptr, kv.v_pages.data.ptr, slots.data.ptr)
+        self._write(k.data.ptr, v.data.ptr, kv.k_address, kv.v_address, slots.data.ptr)
         _start(self._launch, self._grid)
 
     def _bind(self, kv: PagedKV, slots: Any, k_strides: tuple[int, ...], v_strides: tuple[int, ...]) -> None:
@@ -905,7 +905,7 @@ class Plan:
             self._hopper.run(q.data.ptr, kv, out.data.ptr, lse_address)
             return
         launches = self._launches
-        launches.write_addresses(q.data.ptr, kv.k_pages.data.ptr, kv.v_pages.data.ptr, out.data.ptr, lse_address)
+        launches.write_addresses(q.data.ptr, kv.k_address, kv.v_address, out.data.ptr, lse_address)
         _start(launches.attend, self._grid)
 
     def _bind(self, q: Any, kv: PagedKV, out: Any) -> None:
@@ -1030,7 +1030,7 @@ class _HopperPrefill:
         rows, heads, _ = q.shape
         q_row, q_head = (q.strides[0] // 16 if rows > 1 else 0), (q.strides[1] // 16 if heads > 1 else 0)
         self._sends = self._may_send and out.dtype.itemsize == 2
-        layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, kv.form, self._sends)
+        layer = self._layer(kv.k_address, kv.v_address, kv.form, self._sends)
         if layer is None or min(q_row, q_head) < 0 or rows * q_row + heads * q_head >= NOWHERE:
             return False
         itemsize = out.dtype.itemsize
@@ -1045,7 +1045,7 @@ class _HopperPrefill:
     def run(self, q: int, kv: PagedKV, out: int, lse: int) -> None:
         """Launch, for arrays at these addresses."""
         geometry = self._out_geometry
-        layer = self._layer(kv.k_pages.data.ptr, kv.v_pages.data.ptr, kv.form, self._sends)
+        layer = self._layer(kv.k_address, kv.v_address, kv.form, self._sends)
         assert layer is not None  # a matter of the form, which bind has seen
         layer.write(q, *self._q_strides, out, lse, *self._out_form)
         layer.tile_list["q_rows"], layer.tile_list["num_tiles"] = self._rows, self._tiles
