@@ -347,14 +347,14 @@ def _launch(
         launch(stream, *grid)
 
 
-def _start(launch: compile.Launch, grid: int) -> None:
-    """A prepared launch on the current stream of its kernel's device."""
+def _start(launch: compile.Launch, stream: int, grid: int) -> None:
+    """A prepared launch on a stream of its kernel's device."""
     index = launch.kernel.device_index
     if cupy.cuda.runtime.getDevice() == index:
-        launch(cupy.cuda.get_current_stream(index).ptr, grid)
+        launch(stream, grid)
     else:
         with _on(f"cuda:{index}"):
-            launch(cupy.cuda.get_current_stream(index).ptr, grid)
+            launch(stream, grid)
 
 
 def _row_blocks(rows: int, entries: int) -> int:
@@ -557,7 +557,7 @@ class _Append:
             self._bind(kv, slots, k.strides, v.strides)
             self._form = form
         self._write(k.data.ptr, v.data.ptr, kv.k_address, kv.v_address, slots.data.ptr)
-        _start(self._launch, self._grid)
+        _start(self._launch, cupy.cuda.get_current_stream(self._launch.kernel.device_index).ptr, self._grid)
 
     def _bind(self, kv: PagedKV, slots: Any, k_strides: tuple[int, ...], v_strides: tuple[int, ...]) -> None:
         """Write what the form of an append decides."""
@@ -902,11 +902,11 @@ class Plan:
             self._form = form
         lse_address = 0 if lse is None else lse.data.ptr
         if self._hopper:
-            self._hopper.run(q.data.ptr, kv, out.data.ptr, lse_address)
+            self._hopper.run(stream, q.data.ptr, kv, out.data.ptr, lse_address)
             return
         launches = self._launches
         launches.write_addresses(q.data.ptr, kv.k_address, kv.v_address, out.data.ptr, lse_address)
-        _start(launches.attend, self._grid)
+        _start(launches.attend, stream, self._grid)
 
     def _bind(self, q: Any, kv: PagedKV, out: Any) -> None:
         """Write what the form of a run decides."""
@@ -1042,7 +1042,7 @@ class _HopperPrefill:
         self._grid = min(self._num_sms, self._tiles * self._spec.num_kv_heads)
         return True
 
-    def run(self, q: int, kv: PagedKV, out: int, lse: int) -> None:
+    def run(self, stream: int, q: int, kv: PagedKV, out: int, lse: int) -> None:
         """Launch, for arrays at these addresses."""
         geometry = self._out_geometry
         layer = self._layer(kv.k_address, kv.v_address, kv.form, self._sends)
@@ -1052,7 +1052,7 @@ class _HopperPrefill:
         if self._sends and geometry is not None and layer.sends_to != (out, geometry):
             layer.out_map["words"] = tensor_map.out_map(out, geometry, self._spec.dtype == _BFLOAT16)
             layer.sends_to = out, geometry
-        _start(layer.launch, self._grid)
+        _start(layer.launch, stream, self._grid)
 
 
 @dataclass
