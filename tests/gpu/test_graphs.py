@@ -8,6 +8,7 @@ import pytest
 import paged_attn as pa
 from tests import cases
 from tests.gpu.answers import assert_right, on_gpu
+from tests.gpu.busy import Busy
 from tests.gpu.capture import captured, no_allocation
 
 cupy = pytest.importorskip("cupy")
@@ -288,26 +289,19 @@ def test_nothing_waits_for_the_device_and_run_allocates_nothing() -> None:
     server.table.validate(NUM_PAGES)
     server.cache.append(sequences, 1, keys, values)
 
-    spin = cupy.RawKernel(
-        'extern "C" __global__ void spin(long long ns) { long long from, now; asm volatile("mov.u64 %0, %globaltimer;"'
-        ' : "=l"(from)); do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)); while (now - from < ns); }',
-        "spin",
-    )
-    spin((1,), (1,), (np.int64(1000),))
+    Busy(0)
     cupy.cuda.Device().synchronize()
-    spin((1,), (1,), (np.int64(300_000_000),))
-    busy = cupy.cuda.Event()
-    busy.record()
+    busy = Busy(300)
     server.cache.append(sequences, 1, keys, values)
     server.cache.page_table(sequences)
     server.table.split(2, out=chunks)
     server.table.validate(NUM_PAGES)
-    server.replan()
     with no_allocation():
+        server.replan()
         server.append()
         server.run()
         pa.merge_states(states, logs, out=merged, lse=merged_lse)
-    assert not busy.done, "a call waited for the device"
+    assert not busy.is_over(), "a call waited for the device"
     busy.synchronize()
 
 

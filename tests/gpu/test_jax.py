@@ -1,13 +1,10 @@
 """JAX arrays on the GPU, eagerly: they come and go by DLPack, and nothing is copied on the way in."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX takes three quarters of the card otherwise
 
 import paged_attn as pa
 from tests import cases
@@ -17,15 +14,6 @@ cupy = pytest.importorskip("cupy")
 jax = pytest.importorskip("jax")
 
 DTYPES = ("float16", "bfloat16")
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Any:
-    """The first GPU as JAX knows it."""
-    try:
-        return jax.devices("gpu")[0]
-    except RuntimeError as error:
-        pytest.skip(f"JAX sees no GPU, install jax[cuda12] or jax[cuda13]: {error}")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import paged_attn as pa
 from paged_attn import lifetimes
 from tests import cases, child
 from tests.gpu.answers import on_gpu
-from tests.gpu.capture import captured, no_allocation
+from tests.gpu.busy import Busy
+from tests.gpu.capture import captured
 
 cupy = pytest.importorskip("cupy")
 jax = pytest.importorskip("jax")
@@ -22,35 +23,9 @@ CASE = cases.Case("lifetimes", (70, 33, 128, 1), num_qo_heads=8, num_kv_heads=2,
 PAGE_SIZE = CASE.page_size
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Any:
-    try:
-        return jax.devices("gpu")[0]
-    except RuntimeError as error:
-        pytest.skip(f"JAX sees no GPU: {error}")
-
-
 @pytest.fixture
 def to_jax(gpu: Any) -> Callable[[np.ndarray], Any]:
     return lambda array: jax.block_until_ready(jax.device_put(array, gpu))
-
-
-class Busy:
-    """The current stream waits for a kernel that spins, so that whatever is launched behind it is late."""
-
-    _spin = cupy.RawKernel(
-        'extern "C" __global__ void spin(long long ns) { long long from, now; asm volatile("mov.u64 %0, %globaltimer;"'
-        ' : "=l"(from)); do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)); while (now - from < ns); }',
-        "spin",
-    )
-
-    def __init__(self, milliseconds: int = 250) -> None:
-        self._spin((1,), (1,), (np.int64(1_000_000 * milliseconds),))
-        self._event = cupy.cuda.Event(disable_timing=True)
-        self._event.record()
-
-    def is_over(self) -> bool:
-        return bool(self._event.done)
 
 
 def bits(array: Any) -> bytes:
@@ -489,15 +464,3 @@ def test_many_threads_with_streams_of_their_own() -> None:
         for thread in threads:
             thread.join()
     assert not wrong
-
-
-def test_a_run_that_is_not_captured_allocates_nothing() -> None:
-    inputs = cases.build(CASE)
-    kv, table, q = inputs.kv(on_gpu), inputs.table(on_gpu), on_gpu(inputs.q)
-    out = cupy.empty_like(q)
-    plan = pa.BatchDecodeWithPagedKVCache(max_batch_size=4, max_pages=64)
-    plan.plan(kv, table, 8)
-    plan.run(q, kv, out=out)
-    with no_allocation():
-        plan.plan(kv, table, 8)
-        plan.run(q, kv, out=out)

@@ -1,14 +1,11 @@
 """The second card of a machine: everything lives, runs and ends there, whichever card is the current one."""
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX takes three quarters of each card otherwise
 
 import paged_attn as pa
 from tests import cases
