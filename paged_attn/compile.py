@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from paged_attn import install
+from . import install
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _INCLUDE = re.compile(r'\s*#\s*include\s*"([^"]+)"')

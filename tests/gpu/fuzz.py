@@ -3,14 +3,16 @@
     python -m tests.gpu.fuzz --rounds 63 --seed 0
 
 A round makes one corrupted input for every operation. Each must come to its end, within SLOWEST times what right inputs
-take; leave the canaries around all arrays (the library's own too) and the inputs as they were; give finite results; and
-name a culprit in a status word, exactly where the input breaks a rule. A line of JSON is printed before every input and
-one at the end. The first thing that is wrong ends the process: the last line says which input it was.
+take and a slice of time for each other process of the test run; leave the canaries around all arrays (the library's own
+too) and the inputs as they were; give finite results; and name a culprit in a status word, exactly where the input
+breaks a rule. A line of JSON is printed before every input and one at the end. The first thing that is wrong ends the
+process: the last line says which input it was.
 """
 
 import argparse
 import itertools
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +35,7 @@ LIST_ENTRIES = 200  # of the cache's page lists
 SPARE_REQUESTS = 2
 TOP = 2**31 - 1
 SLOWEST = 10
+TIME_SLICE_MS = 5.0  # what each other process on the card may take of a run's time: the driver's slices are of 2 ms
 WARM_UP = 7
 
 Fault = tuple[str, int | None, int | None]  # field, index, value; None: any
@@ -684,6 +687,7 @@ def main(arguments: Sequence[str] | None = None, memory: Any = None, *, timed: b
     memory = memory or Arena()
     pa.status()  # makes the device's status word
     memory.keep()
+    others = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - 1
     healthy: dict[str, float] = {}
     for name in options.operations:
         times = []
@@ -704,7 +708,7 @@ def main(arguments: Sequence[str] | None = None, memory: Any = None, *, timed: b
             random = np.random.default_rng((options.seed, number, place))
             given = corrupted(random, right_input(random, options.head_dim), operation.corruptible)
             faults = operation.faults(given)
-            limit = SLOWEST * healthy[name] if timed else np.inf
+            limit = SLOWEST * healthy[name] + TIME_SLICE_MS * others if timed else np.inf
             # A slow input is slow every time; a hiccup of the host is not.
             for _ in range(5):
                 outcome = run(operation, given, memory)
