@@ -582,6 +582,7 @@ class Arena:
         self._memory = cupy.cuda.Memory(num_bytes)
         self._bytes = cupy.ndarray((num_bytes,), np.uint8, cupy.cuda.MemoryPointer(self._memory, 0))
         self._bytes.data.memset_async(self.CANARY, num_bytes)
+        cupy.cuda.get_current_stream().synchronize()  # the status word is zeroed on a stream that does not wait
         self._taken: list[tuple[int, int]] = []
         self._kept = 0
         cupy.cuda.set_allocator(self)
