@@ -53,7 +53,7 @@ class Guard:
 
     def allocate(self, size: int) -> Any:
         memory = cupy.cuda.Memory(size + 2 * BAND)
-        cupy.cuda.MemoryPointer(memory, 0).memset(PATTERN, size + 2 * BAND)
+        cupy.cuda.MemoryPointer(memory, 0).memset_async(PATTERN, size + 2 * BAND)  # on the stream that asks
         self._regions.append((memory, size))
         return cupy.cuda.MemoryPointer(memory, BAND)
 
