@@ -1,7 +1,7 @@
 """A stand-in for CuPy whose cards are the SIMT shim: the CUDA backend, host code and kernels, on a CPU.
 
 `install()` makes it the module `cupy` of this process (one that does nothing else: a child process). It has what
-paged_attn/backends/cuda.py and the tests of corrupted inputs use. Every array stands in guarded memory of its own:
+paged_attn/backends/cuda/ and the tests of corrupted inputs use. Every array stands in guarded memory of its own:
 whoever leaves it ends the process (behind it) or is found by `check` (before it). New arrays are full of 0xFF bytes:
 -1 as page ids, NaN as floats. Launches are done when they return, so streams and events have nothing to do; `launched`
 says where each went, and `current` which card and streams are the current ones, as CuPy has it for each thread.

@@ -1,0 +1,105 @@
+"""What writes to a pool: append, and the copies that a cache makes of shared pages."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import cupy
+import numpy as np
+
+from ... import compile
+from .launch import THREADS, launch, launch_prepared, prepared_launches, row_blocks
+from .memory import current_device
+from .per_thread import PerThread
+from .status import device_word
+from .uploads import to_backend
+
+if TYPE_CHECKING:
+    from ...layout import PagedKV
+
+APPEND_THREADS = 256
+MOST_APPEND_BLOCKS = 4096
+_INT32 = np.dtype(np.int32)
+
+
+def copy_pages(storage: Any, source: np.ndarray[Any, Any], target: np.ndarray[Any, Any]) -> None:
+    device = f"cuda:{storage.device.id}"
+    num_layers, num_pages = storage.shape[:2]
+    pairs = to_backend(np.stack([source, target]).astype(np.int32, copy=False), device)
+    page_units = storage.strides[1] // 16
+    with current_device(device):
+        launch("copy_pages", device, (row_blocks(source.size, source.size * page_units), num_layers), THREADS, {
+            "storage": storage, "source": pairs[0], "target": pairs[1], "status": device_word(device),
+            "layer_units": storage.strides[0] // 16, "page_units": page_units, "num_pages": num_pages,
+            "num_pairs": source.size,
+        })  # fmt: skip
+
+
+def append(kv: PagedKV, slots: Any, k: Any, v: Any, form: Any) -> None:
+    """Write new tokens. form: the same object while nothing but addresses differs from the append before."""
+    last = _appends.items.get(kv.device)
+    if last is None:
+        last = _appends.items[kv.device] = AppendLaunch(kv.device)
+    last.run(kv, slots, k, v, form)
+
+
+class AppendLaunch:
+    """The append of one thread on one device: all but addresses stays written while the form is the same."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._form: Any = None
+        self._launch: compile.Launch
+        self._write: Callable[..., None]
+        self._grid = 0
+
+    def run(self, kv: PagedKV, slots: Any, k: Any, v: Any, form: Any) -> None:
+        if form is not self._form:
+            self._bind(kv, slots, k.strides, v.strides)
+            self._form = form
+        self._write(k.data.ptr, v.data.ptr, kv.k_address, kv.v_address, slots.data.ptr)
+        launch_prepared(self._launch, cupy.cuda.get_current_stream(self._launch.kernel.device_index).ptr, self._grid)
+
+    def _bind(self, kv: PagedKV, slots: Any, k_strides: tuple[int, ...], v_strides: tuple[int, ...]) -> None:
+        """Write what the form of an append decides."""
+        self._form = None
+        pieces = kv.num_kv_heads * kv.head_dim // 8
+        across = min(APPEND_THREADS, -(-pieces // 32) * 32)
+        tokens_a_block = max(1, APPEND_THREADS // across)
+        self._launch, self._write, write_rest = self._prepared((across, tokens_a_block), kv.head_dim)
+        self._grid = min(-(-slots.size // tokens_a_block), MOST_APPEND_BLOCKS)
+        write_rest(
+            *units_of_16_bytes(kv.k_strides),
+            *units_of_16_bytes(kv.v_strides),
+            *compile.fast_divide(kv.page_size),
+            *(stride // 16 for stride in (*k_strides[:2], *v_strides[:2])),
+            slots.size,
+            kv.num_kv_heads,
+            kv.num_pages,
+            slots.dtype == _INT32,
+        )
+
+    def _prepared(
+        self, block: tuple[int, int], head_dim: int
+    ) -> tuple[compile.Launch, Callable[..., None], Callable[..., None]]:
+        """The launch, and what writes its addresses and all else."""
+        key = "append", self._device, block, head_dim
+        prepared = prepared_launches.items.get(key)
+        if prepared is None:
+            kernel = compile.kernel("append", self._device, HEAD_DIM=head_dim)
+            launch = compile.Launch(kernel, block, kernel.params({"status": device_word(self._device)}))
+            prepared = launch, launch.writer("k", "slots"), launch.writer("k_pool_strides")
+            prepared_launches.items[key] = prepared
+        return prepared
+
+
+_appends = PerThread()  # by device
+
+
+@functools.lru_cache(maxsize=1024)
+def units_of_16_bytes(strides: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(page, slot, head) strides of 16-bit elements in units of 16 bytes."""
+    page, slot, head = strides
+    return page // 8, slot // 8, head // 8

@@ -1,0 +1,170 @@
+"""Page tables on the device: PageTable's methods, and the table that a cache writes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import cupy
+import numpy as np
+
+from ... import compile, lifetimes
+from .launch import SCAN_BYTES, SCAN_THREADS, THREADS, launch, row_blocks
+from .memory import current_device, empty, is_capturing, zeros
+from .status import STATUS_BYTES, device_word
+from .uploads import upload_together
+
+if TYPE_CHECKING:
+    from ...page_table import PageTable
+
+
+def seq_lens(table: PageTable) -> Any:
+    lens = empty((table.batch_size,), np.int32, table.device)
+    if table.batch_size:
+        with current_device(table.device):
+            launch("seq_lens", table.device, -(-table.batch_size // THREADS), THREADS, {
+                "indptr": table.indptr, "last_page_len": table.last_page_len, "seq_lens": lens,
+                "batch": table.batch_size, "page_size": table.page_size,
+            })  # fmt: skip
+    return lens
+
+
+def split_table(table: PageTable, num_chunks: int, out: PageTable) -> None:
+    fields = {
+        **_table_fields(table),
+        "out_indptr": out.indptr,
+        "out_indices": out.indices,
+        "out_last_page_len": out.last_page_len,
+        "out_page_offset": out.page_offset,
+        "out_total_len": out.total_len,
+        "status": device_word(table.device),
+        "num_chunks": num_chunks,
+        "out_num_indices": out.indices.size,
+        "page_size": table.page_size,
+        "page_stride": table.page_stride,
+    }
+    rows = num_chunks * table.batch_size
+    with current_device(table.device):
+        launch("split_rows", table.device, 1, SCAN_THREADS, fields, shared_bytes=SCAN_BYTES)
+        launch("split_pages", table.device, row_blocks(rows, out.indices.size), THREADS, fields)
+
+
+def from_block_table(block_table: Any, seq_lens: Any, page_size: int, out: PageTable) -> None:
+    device = out.device
+    batch, width = block_table.shape
+    fields = {
+        "block_table": block_table,
+        "seq_lens": seq_lens,
+        "out_indptr": out.indptr,
+        "out_indices": out.indices,
+        "out_last_page_len": out.last_page_len,
+        "status": device_word(device),
+        "row_stride": block_table.strides[0] // 4,
+        "column_stride": block_table.strides[1] // 4,
+        "batch": batch,
+        "width": width,
+        "out_num_indices": out.indices.size,
+        "page_size": page_size,
+    }
+    with current_device(device):
+        launch("block_table_rows", device, 1, SCAN_THREADS, fields, shared_bytes=SCAN_BYTES)
+        launch("block_table_pages", device, row_blocks(batch, out.indices.size), THREADS, fields)
+
+
+def to_block_table(table: PageTable, max_pages_per_seq: int) -> Any:
+    block_table = empty((table.batch_size, max_pages_per_seq), np.int32, table.device)
+    if block_table.size:
+        with current_device(table.device):
+            launch("to_block_table", table.device, -(-block_table.size // THREADS), THREADS, {
+                "indptr": table.indptr, "indices": table.indices, "block_table": block_table,
+                "status": device_word(table.device), "batch": table.batch_size,
+                "num_indices": table.indices.size, "width": max_pages_per_seq,
+            })  # fmt: skip
+    return block_table
+
+
+def table_slots(table: PageTable, batch_indices: Any, positions: Any) -> Any:
+    slots = empty(positions.shape, np.int64, table.device)
+    if slots.size:
+        with current_device(table.device):
+            launch("table_slots", table.device, -(-slots.size // THREADS), THREADS, {
+                "indptr": table.indptr, "indices": table.indices, "page_offset": table.page_offset,
+                "batch_indices": batch_indices, "positions": positions, "slots": slots,
+                "status": device_word(table.device), "page_size": compile.fast_divide(table.page_size),
+                "batch": table.batch_size, "num_indices": table.indices.size, "tokens": slots.size,
+                "page_stride": table.page_stride,
+            })  # fmt: skip
+    return slots
+
+
+def check_table(table: PageTable, num_pages: int) -> Any:
+    """The status word that a kernel fills, now or at every replay of a graph."""
+    word = zeros((STATUS_BYTES,), np.uint8, table.device)
+    fields = {
+        **_table_fields(table),
+        "status": word,
+        "page_size": table.page_size,
+        "page_stride": table.page_stride,
+        "num_pages": num_pages,
+    }
+    with current_device(table.device):
+        stream = cupy.cuda.get_current_stream()
+        if is_capturing(stream):
+            lifetimes.keep_with_graph(stream.ptr, word)
+        blocks = row_blocks(table.batch_size, table.indices.size) if table.batch_size else 1
+        launch("check_table", table.device, blocks, THREADS, fields)
+    return word
+
+
+def update_table(
+    page_lists: Any,
+    update_index: np.ndarray[Any, Any],
+    update_value: np.ndarray[Any, Any],
+    starts: np.ndarray[Any, Any],
+    indptr: np.ndarray[Any, Any],
+    last_page_len: np.ndarray[Any, Any],
+    out: Any,
+) -> None:
+    device = out.device
+    status = device_word(device)
+    num_updates, num_entries, batch = update_index.size, page_lists.size, starts.size
+    with current_device(device):
+        parts = (update_index, update_value, starts, indptr, last_page_len)
+        _memory, (index, value, start, row, last) = upload_together(parts, device)
+        if num_updates:
+            fields = {
+                "page_lists": page_lists,
+                "update_index": index,
+                "update_value": value,
+                "status": status,
+                "num_entries": num_entries,
+                "num_updates": num_updates,
+            }
+            launch("update_page_lists", device, -(-num_updates // THREADS), THREADS, fields)
+        fields = {
+            "page_lists": page_lists,
+            "starts": start,
+            "indptr": row,
+            "last_page_len": last,
+            "out_indptr": out.indptr,
+            "out_last_page_len": out.last_page_len,
+            "out_indices": out.indices,
+            "status": status,
+            "num_entries": num_entries,
+            "batch": batch,
+            "capacity": out.last_page_len.size,
+            "out_num_indices": out.indices.size,
+        }
+        launch("build_table", device, row_blocks(batch, int(indptr[-1])) if batch else 1, THREADS, fields)
+
+
+def _table_fields(table: PageTable) -> dict[str, Any]:
+    """The table's arrays, on its kv's device, as the fields that kernels know them by."""
+    return {
+        "indptr": table.indptr,
+        "indices": table.indices,
+        "last_page_len": table.last_page_len,
+        "page_offset": table.page_offset,
+        "total_len": table.total_len,
+        "num_indices": table.indices.size,
+        "batch": table.batch_size,
+    }
