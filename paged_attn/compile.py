@@ -1,7 +1,8 @@
 """From ``kernels/*.cu`` to a function that can be launched.
 
-A kernel is known by the name of its ``extern "C" __global__`` function. Its text is flattened (quoted includes are put
-in place), compiled by CuPy's own ``RawModule``, and launched with one struct of parameters, which is filled by name.
+A kernel is known by the name of its ``extern "C" __global__`` function. The text of its file is flattened (quoted
+includes are put in place), compiled by CuPy's own ``RawModule`` for a ``Recipe``, and launched with one struct of
+parameters, which is filled by name.
 CuPy and the driver are imported inside functions only.
 """
 
@@ -9,9 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import re
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from . import install
+from .card import card_of
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _INCLUDE = re.compile(r'\s*#\s*include\s*"([^"]+)"')
@@ -198,6 +202,21 @@ def fast_divide(divisor: int) -> tuple[int, int, int]:
 # --- 3. the function and its launches --------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a kernel is compiled and launched: all but its parameters, the grid and the stream."""
+
+    kernel: str
+    constants: tuple[tuple[str, int], ...] = ()  # -D
+    threads: int | tuple[int, ...]  # of a block
+    shared_bytes: int = 0  # dynamic shared memory of a block
+    cluster: int = 1  # neighbouring blocks that start together
+
+    @property
+    def num_threads(self) -> int:
+        return self.threads if isinstance(self.threads, int) else math.prod(self.threads)
+
+
 class _LaunchAttribute(ctypes.Structure):
     """``CUlaunchAttribute`` of cuda.h; ``value`` is a union of 64 bytes."""
 
@@ -304,18 +323,14 @@ class Kernel:
     ``dtype`` is that of its parameters, ``function_pointer`` the driver's ``CUfunction``.
     """
 
-    def __init__(self, name: str, device: str, shared_bytes: int, defines: Mapping[str, Any]) -> None:
-        import cupy
-
-        _check_nvrtc()
+    def __init__(self, name: str, device: str, shared_bytes: int, constants: tuple[tuple[str, int], ...]) -> None:
         source = load_source(name)
         self.name = name
         self.device_index = int(device.removeprefix("cuda:"))
         self.shared_bytes = shared_bytes
         self.dtype = params_dtype(source, params_name(source, name))
-        with cupy.cuda.Device(self.device_index) as current:
-            arch = "sm_90a" if current.compute_capability == "90" else None
-            module = cupy.RawModule(code=source, options=options(arch, **defines))
+        module = _module(kernel_files()[name], device, constants)
+        with _device(device):
             self._function = module.get_function(name)  # keeps the module loaded
             if shared_bytes > 48 * 1024:  # what a launch gets without asking
                 self._function.max_dynamic_shared_size_bytes = shared_bytes
@@ -343,13 +358,31 @@ class Kernel:
 
 
 @cache
-def kernel(name: str, device: str, *, shared_bytes: int = 0, **defines: Any) -> Kernel:
-    """Kernel ``name`` compiled for ``device`` ("cuda:0") with the constants ``defines``; the same object every time.
+def _module(path: Path, device: str, constants: tuple[tuple[str, int], ...]) -> Any:
+    """A file of kernels, compiled once a device and set of constants."""
+    import cupy
 
-    ``shared_bytes`` is the dynamic shared memory of its launches. Raises ImportError where CuPy or an NVRTC of 12.9 or
-    later is missing, with the command that installs it.
+    _check_nvrtc()
+    with _device(device):
+        given = options(card_of(device).arch, **dict(constants))
+        return cupy.RawModule(code=load_source(path.name), options=given)
+
+
+def kernel(recipe: Recipe, device: str) -> Kernel:
+    """The kernel of a recipe compiled for ``device`` ("cuda:0"); the same object every time.
+
+    Raises ImportError where CuPy or an NVRTC of 12.9 or later is missing, with the command that installs it.
     """
-    return Kernel(name, device, shared_bytes, defines)
+    return _kernel(recipe.kernel, device, recipe.shared_bytes, recipe.constants)
+
+
+_kernel = cache(Kernel)
+
+
+def _device(device: str) -> Any:
+    import cupy
+
+    return cupy.cuda.Device(int(device.removeprefix("cuda:")))
 
 
 def _extent(extent: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -5,13 +5,20 @@ for one architecture. Layouts, windows, positions, page and group sizes are run-
 features only the soft cap is a constant. Texts without constants are compiled once an architecture.
 """
 
+import functools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from paged_attn import compile as kernels
-from paged_attn import planner
+from paged_attn import recipes
+from paged_attn.card import H100, Card
+from paged_attn.compile import Recipe
+from tests.cases import DTYPES, Case
+from tests.specs import decode_recipe, spec_of
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 HEAD_DIMS = (64, 80, 128, 256)
@@ -85,33 +92,26 @@ def kernels_of(file: str) -> tuple[str, ...]:
     return tuple(name for name, path in kernels.kernel_files().items() if path.stem == file)
 
 
-def variants() -> dict[str, list[dict[str, Any]]]:
-    """The sets of constants with which each file is compiled."""
-    kinds = [{"BFLOAT16": bfloat16, "SOFT_CAP": soft_cap} for bfloat16 in (0, 1) for soft_cap in (0, 1)]
-    return {
-        "append": [{"HEAD_DIM": head_dim} for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS)],
-        "check": [{}],
-        "decode": [shape | kind for key in _keys("decode") for shape in _decode(*key) for kind in kinds],
-        # Loads of 16 bytes and of one number; partial states in float32, and the result in both.
-        "merge": [
-            {"HEAD_DIM": head_dim, "VEC": vector, "BFLOAT16": bfloat16, "V_FLOAT32": v_float32, "OUT_FLOAT32": out}
-            for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS)
-            for vector, v_float32, out in ((8, 0, 0), (8, 0, 1), (1, 0, 0), (4, 1, 0), (4, 1, 1))
-            for bfloat16 in ((0,) if v_float32 and out else (0, 1))
-        ],
-        "prefill": [_prefill(key) | kind for key in _keys("prefill") for kind in kinds],
-        "prefill_hopper": [
-            _prefill_hopper(key) | kind | {"GATHER": gather, "TMA_OUT": tma_out}
-            for key in _keys("prefill_hopper")
-            for kind in kinds
-            for gather in (0, 1)
-            for tma_out in ((0, 1) if key == 128 else (0,))
-        ],
-        "schedule": [{}],
-        "splits": [{}],
-        "table": [{}],
-        "tiles": [{}],
-    }
+@functools.cache
+def variants() -> dict[str, list[dict[str, int]]]:
+    """The sets of constants with which each file is compiled: those of recipes for a choice of shapes."""
+    dtypes = ("float16", "bfloat16")
+    features = [{"dtype": dtype, "logits_soft_cap": soft_cap} for dtype in dtypes for soft_cap in (0.0, 30.0)]
+    made: list[Recipe] = [*recipes.TABLES, recipes.PLAN_REQUESTS, recipes.PLAN_SPLITS, recipes.PLAN_TILES]
+    for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS):
+        made.append(recipes.append_recipe(8, head_dim))
+        for dtype in (np.dtype(DTYPES[name]) for name in dtypes):
+            made += recipes.merge_recipes(8, head_dim, dtype)
+            made.append(recipes.merge_recipe("merge_state", 8, head_dim, 1, dtype, dtype))
+        for feature in features:
+            made += _prefill(H100, head_dim, **feature)
+    for head_dim, columns in _keys("decode"):
+        for feature in features:
+            made += _decode(head_dim, columns, **feature)
+    files: dict[str, dict[tuple[tuple[str, int], ...], None]] = {}
+    for recipe in made:
+        files.setdefault(kernels.kernel_files()[recipe.kernel].stem, {})[recipe.constants] = None
+    return {file: [dict(constants) for constants in sets] for file, sets in sorted(files.items())}
 
 
 def _keys(kernel: str) -> list[Any]:
@@ -120,38 +120,25 @@ def _keys(kernel: str) -> list[Any]:
     return list(limits)
 
 
-def _decode(head_dim: int, columns: int) -> list[dict[str, Any]]:
-    """CTAs that have an SM for themselves, with one block of columns and with two, that share one, and that are many,
-    where those are others; those of batch-invariant plans; and those of a card with little shared memory."""
-    shapes = {
-        planner.decode_shape(1, rows, head_dim, num_pairs, batch_invariant, card)
+def _decode(head_dim: int, columns: int, **fields: Any) -> list[Recipe]:
+    """CTAs that have an SM for themselves, with one block of columns and with two, that share one, and that are many;
+    those of batch-invariant plans; and those of a card with little shared memory."""
+    made = (
+        decode_recipe(rows, head_dim, num_pairs, batch_invariant=batch_invariant, card=card, **fields)
         for rows in (columns, 2 * columns)
-        for num_pairs in (1, planner.MANY_PAIRS - 1, planner.MANY_PAIRS)
+        for num_pairs in (1, recipes.MANY_PAIRS - 1, recipes.MANY_PAIRS)
         for batch_invariant in (False, True)
-        for card in (planner.H100, planner.Card(84, 100 * 1024, False))
-    }
-    shapes = {replace(shape, column_blocks=1, ctas_an_sm=1, cluster=1) for shape in shapes if shape.columns == columns}
-    return [
-        {
-            "HEAD_DIM": head_dim,
-            "COLUMNS": columns,
-            "WARPS": shape.warps,
-            "STAGES": shape.stages,
-            "SHARED_BYTES": shape.shared_bytes,
-        }
-        for shape in sorted(shapes, key=lambda shape: (shape.warps, shape.stages))
-    ]
+        for card in (H100, Card(84, 100 * 1024, 89))
+    )
+    return [recipe for recipe in made if recipe.columns == columns]
 
 
-def _prefill(head_dim: int) -> dict[str, Any]:
-    shape = planner.prefill_shape(head_dim)
-    return {"HEAD_DIM": head_dim, "TILE_ROWS": shape.tile_rows, "SHARED_BYTES": shape.shared_bytes}
-
-
-def _prefill_hopper(head_dim: int) -> dict[str, Any]:
-    shape = planner.prefill_hopper_shape(head_dim)
-    assert shape is not None
-    return {"HEAD_DIM": head_dim, "SHARED_BYTES": shape.shared_bytes}
+def _prefill(card: Card, head_dim: int, **fields: Any) -> Iterator[Recipe]:
+    """What kernels/prefill*.cu are compiled for: pages that TMA takes and such that it does not."""
+    for page_size in (16, 1):
+        for is_long in (False, True):
+            case = Case("recipe", (1,), q_lens=(1,), head_dim=head_dim, page_size=page_size, **fields)
+            yield from recipes.prefill_recipes(spec_of(case), card, is_long=is_long)
 
 
 def matrix(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Build]:

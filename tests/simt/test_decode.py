@@ -7,10 +7,11 @@ import pytest
 
 import paged_attn as pa
 from paged_attn import compile as kernels
-from paged_attn import planner
+from paged_attn import recipes
 from tests.cases import DTYPES, LSE_TOLERANCE, LSE_TOLERANCE_SOFT_CAP, OUT_TOLERANCE, Case, Inputs, assert_close, build
 from tests.simt.driver import launch
 from tests.simt.requests import requests_of, seen_of
+from tests.specs import decode_recipe
 
 
 def run(
@@ -25,7 +26,7 @@ def run(
     """(out, lse, arrivals) of one launch. A plan may have room for more requests than the batch has."""
     case = inputs.case
     group_size = case.num_qo_heads // case.num_kv_heads
-    shape = planner.decode_shape(case.q_len, group_size, case.head_dim, num_pairs)
+    shape = decode_recipe(case.q_len * group_size, case.head_dim, num_pairs)
     rows = case.batch_size + spare_requests
     items = np.zeros((rows, num_splits), kernels.params_dtype(kernels.load_source("decode"), "DecodeItem"))
     requests = requests_of(inputs, rows)
@@ -84,7 +85,7 @@ def run(
     launch(
         "decode",
         grid=items.size * shape.column_blocks * case.num_kv_heads,
-        block=shape.threads,
+        block=shape.num_threads,
         params=params,
         shared_bytes=shape.shared_bytes,
         reverse=reverse,
@@ -184,20 +185,20 @@ FEW_WARPS = ("pages_of_3", "group5", "group16_dim128", "dim128", "window20", "q_
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in FEW_WARPS], ids=str)
 def test_ctas_for_many_requests(case: Case, num_splits: int) -> None:
     inputs = build(case)
-    check(inputs, *run(inputs, num_splits=num_splits, num_pairs=planner.MANY_PAIRS))
+    check(inputs, *run(inputs, num_splits=num_splits, num_pairs=recipes.MANY_PAIRS))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in ("pages_of_3", "group5")], ids=str)
 def test_ctas_that_share_a_multiprocessor(case: Case) -> None:
     inputs = build(case)
-    check(inputs, *run(inputs, num_splits=3, num_pairs=planner.MANY_PAIRS - 1))
+    check(inputs, *run(inputs, num_splits=3, num_pairs=recipes.MANY_PAIRS - 1))
 
 
 def test_rings_of_all_sizes_are_gone_round() -> None:
     """The cases named so have tiles for more than two rounds of a warp, with as many stages as they say."""
     for case in CASES:
         if "round_a_ring_of" in case.name:
-            shape = planner.decode_shape(case.q_len, case.num_qo_heads // case.num_kv_heads, case.head_dim)
+            shape = decode_recipe(case.q_len * case.num_qo_heads // case.num_kv_heads, case.head_dim)
             tiles_a_warp = max(case.kv_lens) / 16 / shape.warps
             assert shape.stages == int(case.name[-1]) and 2 * tiles_a_warp >= 2 * shape.stages
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from paged_attn import compile as kernels
-from paged_attn import planner
+from paged_attn.recipes import portable_prefill_recipe
 from tests.cases import DTYPES, LSE_TOLERANCE, LSE_TOLERANCE_SOFT_CAP, OUT_TOLERANCE, Case, Inputs, assert_close, build
 from tests.simt.driver import launch
 from tests.simt.requests import requests_of
+from tests.specs import spec_of
 
 
 def expected(inputs: Inputs, sm_scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -52,11 +53,11 @@ class Run:
 
     def go(self, *, reverse: bool = False, **defines: int) -> tuple[np.ndarray, np.ndarray]:
         case = self.case
-        shape = planner.prefill_shape(case.head_dim)
+        shape = portable_prefill_recipe(spec_of(case))
         launch(
             "prefill",
             grid=self.params["num_tiles"] * case.num_kv_heads,
-            block=shape.threads,
+            block=shape.num_threads,
             params=self.params,
             shared_bytes=shape.shared_bytes,
             reverse=reverse,
@@ -85,7 +86,7 @@ def prepare(
     case = inputs.case
     group_size = case.num_qo_heads // case.num_kv_heads
     capacity = case.batch_size + spare_requests
-    tile_rows = planner.prefill_shape(case.head_dim).tile_rows
+    tile_rows = portable_prefill_recipe(spec_of(case)).tile_rows
     tiles = np.concatenate([[0], np.cumsum([-(-n * group_size // tile_rows) for n in case.queries])])
     requests = requests_of(inputs, capacity + 1)
     requests["first_query"] = np.pad(inputs.qo_indptr, (0, spare_requests), "edge")

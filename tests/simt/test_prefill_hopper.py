@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 from paged_attn import compile as kernels
-from paged_attn import planner, tensor_map
+from paged_attn import tensor_map
+from paged_attn.card import H100
+from paged_attn.recipes import prefill_recipes
 from tests.cases import DTYPES, LARGE_SCORES, OUT_TOLERANCE, SCORES, Case, Inputs, assert_close, build
 from tests.simt.driver import SimtError, launch
 from tests.simt.requests import requests_of
 from tests.simt.test_prefill import expected
+from tests.specs import spec_of
 
 TILES_BYTES = 256 * 4 + 256  # shared memory of plan_tiles
 
@@ -50,8 +53,7 @@ def run(
 ) -> tuple[int, int]:
     """One launch, checked; how many blocks warps have scaled down, and how many they have repeated."""
     case = inputs.case
-    shape = planner.prefill_hopper_shape(case.head_dim)
-    assert shape is not None
+    shape = prefill_recipes(spec_of(case), H100)[0]
     capacity = case.batch_size + spare_requests
     group_size = case.num_qo_heads // case.num_kv_heads
     requests = requests_of(inputs, capacity + 1)
@@ -111,7 +113,7 @@ def run(
     launch(
         "prefill_hopper",
         ctas,
-        shape.threads,
+        shape.num_threads,
         params,
         shape.shared_bytes,
         source=source,

@@ -1,43 +1,42 @@
-"""Launches of kernels by name, each prepared once a thread and then repeated."""
+"""Launches of kernels: prepared once a thread, then repeated with other parameters."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import cupy
 
-from ... import compile
+from ... import compile, lifetimes
+from ...compile import Launch, Recipe
+from ...recipes import THREADS
 from .memory import current_device
 from .per_thread import PerThread
 
-THREADS = 256
-SCAN_THREADS = 1024  # the one block of kernels that scan over a batch
-SCAN_BYTES = 256  # its shared memory (table_rows.cuh)
 MOST_ROW_BLOCKS = 1024
 
-prepared_launches = PerThread()
+_launches = PerThread()
 
 
-def launch(
-    name: str,
-    device: str,
-    grid: int | tuple[int, ...],
-    block: int | tuple[int, ...],
-    fields: dict[str, Any],
-    *,
-    shared_bytes: int = 0,
-    **constants: Any,
-) -> None:
-    """Launch kernel `name` with the fields of its struct; an array gives its address, None is a null pointer."""
-    key = name, device, block, shared_bytes, *constants.items()
-    prepared = prepared_launches.items.get(key)
+def prepare(recipe: Recipe, device: str, fields: Mapping[str, Any]) -> Launch:
+    """A launch whose parameters are `fields` by name, and zero for the rest.
+
+    A kernel that is compiled and loaded does no harm to a capture that is under way.
+    """
+    with lifetimes.capture_of_others():
+        kernel = compile.kernel(recipe, device)
+    return Launch(kernel, recipe.threads, kernel.params(fields), recipe.cluster)
+
+
+def launch(recipe: Recipe, device: str, grid: int | tuple[int, ...], fields: dict[str, Any]) -> None:
+    """Launch a kernel with all the fields of its struct; an array gives its address, None is a null pointer."""
+    prepared = _launches.items.get((recipe, device))
     if prepared is None:
-        kernel = compile.kernel(name, device, shared_bytes=shared_bytes, **constants)
-        launch = compile.Launch(kernel, block, kernel.params())
-        in_order = operator.itemgetter(*launch.params.dtype.names or ())
-        prepared = prepared_launches.items[key] = launch, launch.writer(), in_order
-    launch, write, in_order = prepared
+        made = prepare(recipe, device, {})
+        in_order = operator.itemgetter(*made.params.dtype.names or ())
+        prepared = _launches.items[recipe, device] = made, made.writer(), in_order
+    made, write, in_order = prepared
     values: list[Any] = []
     for value in in_order(fields):
         kind = type(value)
@@ -50,12 +49,12 @@ def launch(
     write(*values)
     stream = cupy.cuda.get_current_stream().ptr
     if isinstance(grid, int):
-        launch(stream, grid)
+        made(stream, grid)
     else:
-        launch(stream, *grid)
+        made(stream, *grid)
 
 
-def launch_prepared(launch: compile.Launch, stream: int, grid: int) -> None:
+def launch_prepared(launch: Launch, stream: int, grid: int) -> None:
     """A prepared launch on a stream of its kernel's device."""
     index = launch.kernel.device_index
     if cupy.cuda.runtime.getDevice() == index:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
-from ...interop import FLOAT_DTYPES
+from ...recipes import merge_recipe
 from .launch import launch
 from .memory import current_device
 
-MERGE_WARPS = 4
 MAX_GRID_Y = 65535  # and z: CUDA's limit
-_BFLOAT16 = FLOAT_DTYPES["bfloat16"]
 
 
 def merge_states(v: Any, s: Any, out: Any, lse: Any, base: float) -> None:
@@ -44,7 +40,7 @@ def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any, out: Any, lse: Any, base
 
 
 def _merge(
-    name: str, states: tuple[Any, ...], rows: int, heads: int, out: Any, row_major: bool, fields: dict[str, Any]
+    kernel: str, states: tuple[Any, ...], rows: int, heads: int, out: Any, row_major: bool, fields: dict[str, Any]
 ) -> None:
     """Row-major: the blocks of a row run one after the other, else the blocks of all rows for the same heads."""
     v = states[0]
@@ -53,16 +49,12 @@ def _merge(
     spots = [head_dim * itemsize, 16]
     spots += [number for array in states for number in (array.data.ptr, *array.strides[:-1])]
     vector = math.gcd(*spots, out.data.ptr // out.dtype.itemsize * itemsize) // itemsize
-    warps = min(MERGE_WARPS, heads)
-    groups, layers = -(-heads // warps), -(-rows // MAX_GRID_Y)
+    recipe = merge_recipe(kernel, heads, head_dim, vector, v.dtype, out.dtype)
+    groups, layers = -(-heads * 32 // recipe.num_threads), -(-rows // MAX_GRID_Y)
     grid = (groups, -(-rows // layers), layers) if row_major else (rows, groups)
     device = f"cuda:{v.device.id}"
     with current_device(device):
-        launch(
-            name, device, grid, warps * 32, fields,
-            HEAD_DIM=head_dim, VEC=vector, BFLOAT16=_BFLOAT16 in (v.dtype, out.dtype),
-            V_FLOAT32=v.dtype == np.float32, OUT_FLOAT32=out.dtype == np.float32,
-        )  # fmt: skip
+        launch(recipe, device, grid, fields)
 
 
 def _stride(array: Any, axis: int) -> int:

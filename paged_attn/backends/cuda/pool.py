@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import cupy
 import numpy as np
 
-from ... import compile
-from .launch import THREADS, launch, launch_prepared, prepared_launches, row_blocks
+from ...compile import Launch, Recipe, fast_divide
+from ...recipes import COPY_PAGES, append_recipe
+from .launch import launch, launch_prepared, prepare, row_blocks
 from .memory import current_device
 from .per_thread import PerThread
 from .status import device_word
@@ -19,7 +20,6 @@ from .uploads import to_backend
 if TYPE_CHECKING:
     from ...layout import PagedKV
 
-APPEND_THREADS = 256
 MOST_APPEND_BLOCKS = 4096
 _INT32 = np.dtype(np.int32)
 
@@ -30,7 +30,7 @@ def copy_pages(storage: Any, source: np.ndarray[Any, Any], target: np.ndarray[An
     pairs = to_backend(np.stack([source, target]).astype(np.int32, copy=False), device)
     page_units = storage.strides[1] // 16
     with current_device(device):
-        launch("copy_pages", device, (row_blocks(source.size, source.size * page_units), num_layers), THREADS, {
+        launch(COPY_PAGES, device, (row_blocks(source.size, source.size * page_units), num_layers), {
             "storage": storage, "source": pairs[0], "target": pairs[1], "status": device_word(device),
             "layer_units": storage.strides[0] // 16, "page_units": page_units, "num_pages": num_pages,
             "num_pairs": source.size,
@@ -51,7 +51,8 @@ class AppendLaunch:
     def __init__(self, device: str) -> None:
         self._device = device
         self._form: Any = None
-        self._launch: compile.Launch
+        self._launch: Launch
+        self._launches: dict[Recipe, tuple[Launch, Callable[..., None], Callable[..., None]]] = {}
         self._write: Callable[..., None]
         self._grid = 0
 
@@ -65,15 +66,13 @@ class AppendLaunch:
     def _bind(self, kv: PagedKV, slots: Any, k_strides: tuple[int, ...], v_strides: tuple[int, ...]) -> None:
         """Write what the form of an append decides."""
         self._form = None
-        pieces = kv.num_kv_heads * kv.head_dim // 8
-        across = min(APPEND_THREADS, -(-pieces // 32) * 32)
-        tokens_a_block = max(1, APPEND_THREADS // across)
-        self._launch, self._write, write_rest = self._prepared((across, tokens_a_block), kv.head_dim)
-        self._grid = min(-(-slots.size // tokens_a_block), MOST_APPEND_BLOCKS)
+        recipe = append_recipe(kv.num_kv_heads, kv.head_dim)
+        self._launch, self._write, write_rest = self._prepared(recipe)
+        self._grid = min(-(-slots.size // recipe.tokens_per_block), MOST_APPEND_BLOCKS)
         write_rest(
             *units_of_16_bytes(kv.k_strides),
             *units_of_16_bytes(kv.v_strides),
-            *compile.fast_divide(kv.page_size),
+            *fast_divide(kv.page_size),
             *(stride // 16 for stride in (*k_strides[:2], *v_strides[:2])),
             slots.size,
             kv.num_kv_heads,
@@ -81,17 +80,13 @@ class AppendLaunch:
             slots.dtype == _INT32,
         )
 
-    def _prepared(
-        self, block: tuple[int, int], head_dim: int
-    ) -> tuple[compile.Launch, Callable[..., None], Callable[..., None]]:
+    def _prepared(self, recipe: Recipe) -> tuple[Launch, Callable[..., None], Callable[..., None]]:
         """The launch, and what writes its addresses and all else."""
-        key = "append", self._device, block, head_dim
-        prepared = prepared_launches.items.get(key)
+        prepared = self._launches.get(recipe)
         if prepared is None:
-            kernel = compile.kernel("append", self._device, HEAD_DIM=head_dim)
-            launch = compile.Launch(kernel, block, kernel.params({"status": device_word(self._device)}))
+            launch = prepare(recipe, self._device, {"status": device_word(self._device)})
             prepared = launch, launch.writer("k", "slots"), launch.writer("k_pool_strides")
-            prepared_launches.items[key] = prepared
+            self._launches[recipe] = prepared
         return prepared
 
 

@@ -8,7 +8,20 @@ import cupy
 import numpy as np
 
 from ... import compile, lifetimes
-from .launch import SCAN_BYTES, SCAN_THREADS, THREADS, launch, row_blocks
+from ...recipes import (
+    BLOCK_TABLE_PAGES,
+    BLOCK_TABLE_ROWS,
+    BUILD_TABLE,
+    CHECK_TABLE,
+    SEQ_LENS,
+    SPLIT_PAGES,
+    SPLIT_ROWS,
+    TABLE_SLOTS,
+    THREADS,
+    TO_BLOCK_TABLE,
+    UPDATE_PAGE_LISTS,
+)
+from .launch import launch, row_blocks
 from .memory import current_device, empty, is_capturing, zeros
 from .status import STATUS_BYTES, device_word
 from .uploads import upload_together
@@ -21,7 +34,7 @@ def seq_lens(table: PageTable) -> Any:
     lens = empty((table.batch_size,), np.int32, table.device)
     if table.batch_size:
         with current_device(table.device):
-            launch("seq_lens", table.device, -(-table.batch_size // THREADS), THREADS, {
+            launch(SEQ_LENS, table.device, -(-table.batch_size // THREADS), {
                 "indptr": table.indptr, "last_page_len": table.last_page_len, "seq_lens": lens,
                 "batch": table.batch_size, "page_size": table.page_size,
             })  # fmt: skip
@@ -44,8 +57,8 @@ def split_table(table: PageTable, num_chunks: int, out: PageTable) -> None:
     }
     rows = num_chunks * table.batch_size
     with current_device(table.device):
-        launch("split_rows", table.device, 1, SCAN_THREADS, fields, shared_bytes=SCAN_BYTES)
-        launch("split_pages", table.device, row_blocks(rows, out.indices.size), THREADS, fields)
+        launch(SPLIT_ROWS, table.device, 1, fields)
+        launch(SPLIT_PAGES, table.device, row_blocks(rows, out.indices.size), fields)
 
 
 def from_block_table(block_table: Any, seq_lens: Any, page_size: int, out: PageTable) -> None:
@@ -66,15 +79,15 @@ def from_block_table(block_table: Any, seq_lens: Any, page_size: int, out: PageT
         "page_size": page_size,
     }
     with current_device(device):
-        launch("block_table_rows", device, 1, SCAN_THREADS, fields, shared_bytes=SCAN_BYTES)
-        launch("block_table_pages", device, row_blocks(batch, out.indices.size), THREADS, fields)
+        launch(BLOCK_TABLE_ROWS, device, 1, fields)
+        launch(BLOCK_TABLE_PAGES, device, row_blocks(batch, out.indices.size), fields)
 
 
 def to_block_table(table: PageTable, max_pages_per_seq: int) -> Any:
     block_table = empty((table.batch_size, max_pages_per_seq), np.int32, table.device)
     if block_table.size:
         with current_device(table.device):
-            launch("to_block_table", table.device, -(-block_table.size // THREADS), THREADS, {
+            launch(TO_BLOCK_TABLE, table.device, -(-block_table.size // THREADS), {
                 "indptr": table.indptr, "indices": table.indices, "block_table": block_table,
                 "status": device_word(table.device), "batch": table.batch_size,
                 "num_indices": table.indices.size, "width": max_pages_per_seq,
@@ -86,7 +99,7 @@ def table_slots(table: PageTable, batch_indices: Any, positions: Any) -> Any:
     slots = empty(positions.shape, np.int64, table.device)
     if slots.size:
         with current_device(table.device):
-            launch("table_slots", table.device, -(-slots.size // THREADS), THREADS, {
+            launch(TABLE_SLOTS, table.device, -(-slots.size // THREADS), {
                 "indptr": table.indptr, "indices": table.indices, "page_offset": table.page_offset,
                 "batch_indices": batch_indices, "positions": positions, "slots": slots,
                 "status": device_word(table.device), "page_size": compile.fast_divide(table.page_size),
@@ -111,7 +124,7 @@ def check_table(table: PageTable, num_pages: int) -> Any:
         if is_capturing(stream):
             lifetimes.keep_with_graph(stream.ptr, word)
         blocks = row_blocks(table.batch_size, table.indices.size) if table.batch_size else 1
-        launch("check_table", table.device, blocks, THREADS, fields)
+        launch(CHECK_TABLE, table.device, blocks, fields)
     return word
 
 
@@ -139,7 +152,7 @@ def update_table(
                 "num_entries": num_entries,
                 "num_updates": num_updates,
             }
-            launch("update_page_lists", device, -(-num_updates // THREADS), THREADS, fields)
+            launch(UPDATE_PAGE_LISTS, device, -(-num_updates // THREADS), fields)
         fields = {
             "page_lists": page_lists,
             "starts": start,
@@ -154,7 +167,7 @@ def update_table(
             "capacity": out.last_page_len.size,
             "out_num_indices": out.indices.size,
         }
-        launch("build_table", device, row_blocks(batch, int(indptr[-1])) if batch else 1, THREADS, fields)
+        launch(BUILD_TABLE, device, row_blocks(batch, int(indptr[-1])) if batch else 1, fields)
 
 
 def _table_fields(table: PageTable) -> dict[str, Any]:
