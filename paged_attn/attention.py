@@ -32,7 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from . import backends, spec
+from . import backends
+from .checks import arrays, calls, overlaps, pools, scalars, states, tables, tokens
 from .interop import (
     FLOAT_DTYPES,
     any_dtype,
@@ -47,7 +48,7 @@ from .interop import (
 from .layout import Layout, PagedKV, as_layout
 from .lifetimes import Loan, loan_of, reading, used
 from .page_table import PageTable
-from .spec import AttentionSpec
+from .spec import AttentionSpec, RunArrays, Scoring
 
 _FLOAT32 = FLOAT_DTYPES["float32"]
 # The arguments in their order, for messages.
@@ -112,9 +113,9 @@ def supports(
     named = {"head_dim": head_dim, "page_size": page_size, "num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads}
     for name, value in named.items():
         if value is not None:
-            spec.as_int(value, name, minimum=1)
+            scalars.as_int(value, name, minimum=1)
     if layout is not None:
-        spec.as_layout(layout)
+        scalars.as_layout(layout)
     kind, _ = parse_device(device)
     dtype_name = None if dtype is None else any_dtype(dtype).name
     try:
@@ -188,83 +189,66 @@ class _Specs:
         self._offsets: tuple[Any, ...] | None = None  # the form of a device qo_indptr that was last found right
 
     def get(
-        self,
-        kv: PagedKV,
-        table: PageTable,
-        num_qo_heads: int,
-        q_len: int | None,
-        causal: bool,
-        sm_scale: float | None,
-        window_left: int,
-        logits_soft_cap: float,
+        self, kv: PagedKV, table: PageTable, num_qo_heads: int, scoring: Scoring, q_len: int | None
     ) -> AttentionSpec:
-        numbers = (num_qo_heads, q_len, causal, sm_scale, window_left, logits_soft_cap)
+        numbers = (num_qo_heads, q_len, *scoring)
         # Types first: 8.0 == 8, but is no count, and an array is not to be compared.
-        made_from = (kv.form, table.page_size, table.device, *map(type, numbers), numbers)
+        made_from = (kv.signature, table.page_size, table.device, *map(type, numbers), numbers)
         if made_from != self._made_from:
-            call = spec.attention_spec(
-                kv,
-                table,
-                num_qo_heads,
-                q_len=q_len,
-                causal=causal,
-                sm_scale=sm_scale,
-                window_left=window_left,
-                logits_soft_cap=logits_soft_cap,
-            )
+            call = calls.attention_spec(kv, table, num_qo_heads, scoring, q_len)
             _check_supported("prefill" if q_len is None else "decode", call.device, call.dtype, call.head_dim)
             is_constant = not any(hasattr(number, "__dlpack__") for number in numbers)
             self._made_from, self._spec = made_from if is_constant else None, call
-        spec.check_table_values(table, self._spec.num_pages)
+        tables.check_table_values(table, self._spec.num_pages)
         return self._spec
 
     def check_qo_indptr(self, qo_indptr: Any, batch_size: int, total_rows: int | None, device: str) -> None:
         """A host array in full; one on a device, whose values are not seen, while its form is new."""
-        found = None if isinstance(qo_indptr, np.ndarray) else (spec.form_of(qo_indptr), batch_size, device)
+        found = None if isinstance(qo_indptr, np.ndarray) else (arrays.signature_of(qo_indptr), batch_size, device)
         if found is None or found != self._offsets:
-            spec.check_qo_indptr(qo_indptr, batch_size, total_rows, device)
+            calls.check_qo_indptr(qo_indptr, batch_size, total_rows, device)
             self._offsets = found
 
 
-class _Forms:
-    """The forms of the pool and the arrays that were last found to be right.
+class _CheckedCall:
+    """Signatures of the last call that passed the checks; a call with equal ones skips them.
 
-    While calls have the same they get the same tuple, by which a backend knows that only addresses may have changed.
     remedy: what else a caller with a q of another shape can do.
     """
 
     def __init__(self, remedy: str = "plan anew for it") -> None:
-        # The forms, and the extents of arrays that have them: one tuple, because threads share what append remembers.
-        self._right: tuple[tuple[Any, ...] | None, tuple[int, ...]] = None, ()
+        # The signatures, and the extents of arrays that have them: one tuple, because threads share what append keeps.
+        self._passed: tuple[tuple[Any, ...] | None, tuple[int, ...]] = None, ()
         self._remedy = remedy
 
-    def check_run(self, call: AttentionSpec, kv: PagedKV, q: Any, out: Any, lse: Any, rows: _Rows) -> tuple[Any, ...]:
-        """Check a run, unless one like it has just been found right."""
-        found = (getattr(kv, "form", None), spec.form_of(q), spec.form_of(out), spec.form_of(lse), call, rows)
-        right, extents = self._right
-        if found != right:
-            spec.check_layer(call, kv)
-            spec.check_arrays(call, q, out, lse, rows, self._remedy)
-            self._right = right, extents = found, spec.extents_of(q, kv.k_pages, kv.v_pages, out, lse)
-        if out is not None or lse is not None:
-            spec.check_apart_of_run(q, kv, out, lse, extents)
-        return right
+    def check_run(self, call: AttentionSpec, given: RunArrays, kv: PagedKV, rows: _Rows) -> tuple[Any, ...]:
+        """The run's signature."""
+        signature = (getattr(kv, "signature", None), *map(arrays.signature_of, given), call, rows)
+        passed, extents = self._passed
+        if signature != passed:
+            calls.check_layer(call, kv)
+            calls.check_arrays(call, given, rows, self._remedy)
+            extents = overlaps.extents_of(given.q, kv.k_pages, kv.v_pages, given.out, given.lse)
+            self._passed = signature, extents
+        if given.out is not None or given.lse is not None:
+            overlaps.check_apart_of_run(given.q, kv, given.out, given.lse, extents)
+        return signature
 
     def check_append(self, kv: PagedKV, slots: Any, k: Any, v: Any) -> tuple[Any, ...]:
-        """Check an append, alike."""
-        found = (kv.form, spec.form_of(slots), spec.form_of(k), spec.form_of(v), kv.writable)
-        right, extents = self._right
-        if found == right:
-            spec.check_apart_of_append(kv, slots, k, v, extents)
-            return right
-        spec.check_append(kv, slots, k, v)
+        """The append's signature."""
+        signature = (kv.signature, *map(arrays.signature_of, (slots, k, v)), kv.writable)
+        passed, extents = self._passed
+        if signature == passed:
+            overlaps.check_apart_of_append(kv, slots, k, v, extents)
+            return signature
+        tokens.check_append(kv, slots, k, v)
         _check_supported("append", kv.device, kv.dtype, kv.head_dim)
         if not isinstance(slots, np.ndarray):  # whose values count, too
-            self._right = found, spec.extents_of(k, v, slots, kv.k_pages, kv.v_pages)
-        return found
+            self._passed = signature, overlaps.extents_of(k, v, slots, kv.k_pages, kv.v_pages)
+        return signature
 
 
-_appended = _Forms()  # of all pools and threads
+_appended = _CheckedCall()  # of all pools and threads
 
 
 def _decode_step(
@@ -272,11 +256,11 @@ def _decode_step(
     kv: PagedKV,
     table: PageTable,
     num_qo_heads: int,
+    scoring: Scoring,
     q_len: int,
-    max_batch_size: int | None,
-    *options: Any,
+    max_batch_size: int | None = None,
 ) -> _Step:
-    call = specs.get(kv, table, num_qo_heads, q_len, True, *options)
+    call = specs.get(kv, table, num_qo_heads, scoring, q_len)
     rows = (table.batch_size,) if max_batch_size is None else (table.batch_size, max_batch_size)
     return call, table, None, rows, None
 
@@ -287,12 +271,12 @@ def _prefill_step(
     table: PageTable,
     qo_indptr: Any,
     num_qo_heads: int,
-    causal: bool,
-    total_rows: int | None,
-    max_tokens: int | None,
-    *options: Any,
+    scoring: Scoring,
+    *,
+    total_rows: int | None = None,
+    max_tokens: int | None = None,
 ) -> _Step:
-    call = specs.get(kv, table, num_qo_heads, None, causal, *options)
+    call = specs.get(kv, table, num_qo_heads, scoring, None)
     indptr = native(qo_indptr, "qo_indptr")
     specs.check_qo_indptr(indptr, table.batch_size, total_rows, call.device)
     if not isinstance(indptr, np.ndarray):  # then only the device knows how many rows q has
@@ -305,7 +289,7 @@ def _prefill_step(
 def _run(
     call: AttentionSpec,
     rows: _Rows,
-    forms: _Forms,
+    checked: _CheckedCall,
     attend: Callable[..., None],
     q: Any,
     kv: PagedKV,
@@ -317,12 +301,12 @@ def _run(
     native_q = native(q, "q")
     native_out = None if out is None else native(out, "out", writable=True)
     native_lse = None if lse is None else native(lse, "lse", writable=True)
-    form = forms.check_run(call, kv, native_q, native_out, native_lse, rows)
+    signature = checked.check_run(call, RunArrays(native_q, native_out, native_lse), kv, rows)
     loan = None
     if native_q is not q or native_out is not out or native_lse is not lse:
         loan = loan_of((native_q, q), (native_out, out), (native_lse, lse))
     if native_out is None:
-        native_out = backends.of(call.device).empty(native_q.shape, call.dtype, call.device)
+        native_out = backends.of(call.device).empty(call.out_shape(native_q.shape), call.dtype, call.device)
     if native_lse is None and return_lse:
         native_lse = backends.of(call.device).empty(native_q.shape[:-1], _FLOAT32, call.device)
     if native_q.size:
@@ -330,7 +314,7 @@ def _run(
         if native_q.ndim == 4:
             q_rows, out_rows, lse_rows = _as_rows(native_q), _as_rows(native_out), _as_rows(native_lse)
         try:
-            attend(call, q_rows, kv, out_rows, lse_rows, form)
+            attend(call, RunArrays(q_rows, out_rows, lse_rows), kv, signature)
         finally:  # (not by `reading`, for the host's time)
             if loan is not None or kv.loan is not None:
                 used(loan, kv.loan)
@@ -348,15 +332,15 @@ def _as_rows(array: Any) -> Any:
 def _run_once(step: _Step, q: Any, kv: PagedKV, out: Any, lse: Any, return_lse: bool) -> Any:
     call, table, qo_indptr, rows, loan = step
 
-    def attend(call: AttentionSpec, q_rows: Any, *arguments: Any) -> None:
+    def attend(call: AttentionSpec, rows: RunArrays, *arguments: Any) -> None:
         # A device qo_indptr must not point behind q.
-        plan = _new_plan(call.device, one_shot=True, max_tokens=None if qo_indptr is None else q_rows.shape[0])
+        plan = _new_plan(call.device, one_shot=True, max_tokens=None if qo_indptr is None else rows.q.shape[0])
         with reading(table.loan, loan):
             plan.update(call, table, qo_indptr)
-        plan.run(call, q_rows, *arguments)
+        plan.run(call, rows, *arguments)
 
-    forms = _Forms("pass a table of that batch" if qo_indptr is None else "pass a qo_indptr that ends there")
-    return _run(call, rows, forms, attend, q, kv, out, lse, return_lse)
+    checked = _CheckedCall("pass a table of that batch" if qo_indptr is None else "pass a qo_indptr that ends there")
+    return _run(call, rows, checked, attend, q, kv, out, lse, return_lse)
 
 
 class _BatchAttention:
@@ -365,9 +349,9 @@ class _BatchAttention:
     def __init__(self, *, batch_invariant: bool, **capacities: int | None) -> None:
         for name, value in capacities.items():
             if value is not None:
-                spec.as_int(value, name, minimum=1)
-        self._options = {**capacities, "batch_invariant": batch_invariant}
-        self._specs, self._forms = _Specs(), _Forms()
+                scalars.as_int(value, name, minimum=1)
+        self._capacities, self._batch_invariant = capacities, batch_invariant
+        self._specs, self._checked = _Specs(), _CheckedCall()
         self._plan: Any = None
         self._step: tuple[AttentionSpec, _Rows] | None = None
         self._in_use = threading.Lock()  # held by the call that a thread is in
@@ -375,14 +359,18 @@ class _BatchAttention:
     def _take(self, step: _Step) -> None:
         """Have the plan take over a step; where that raises, the step before stays."""
         call, table, qo_indptr, rows, loan = step
+        tables.check_capacities(table, qo_indptr, call.q_len, **self._capacities)
         moved = self._step is None or self._step[0].device != call.device
-        plan = _new_plan(call.device, **self._options) if moved else self._plan
+        plan = self._new_plan(call.device) if moved else self._plan
         try:
             plan.update(call, table, qo_indptr)
         finally:
             if loan is not None or table.loan is not None:
                 used(loan, table.loan)
         self._plan, self._step = plan, (call, rows)
+
+    def _new_plan(self, device: str) -> Any:
+        return _new_plan(device, **self._capacities, batch_invariant=self._batch_invariant)
 
     def _is_in_use(self, call: str) -> RuntimeError:
         return RuntimeError(
@@ -404,7 +392,7 @@ class _BatchAttention:
             if self._step is None:
                 raise RuntimeError("run() was called before plan(); call plan(kv, table, ...) once a step, then run()")
             call, rows = self._step
-            return _run(call, rows, self._forms, self._plan.run, q, kv, out, lse, return_lse)
+            return _run(call, rows, self._checked, self._plan.run, q, kv, out, lse, return_lse)
         finally:
             self._in_use.release()
 
@@ -446,23 +434,13 @@ class BatchDecodeWithPagedKVCache(_BatchAttention):
         logits_soft_cap: float = 0.0,
     ) -> None:
         """Copy a step's table. kv: any layer; it gives layout, heads, dims, dtype. q_len: causal queries a request."""
-        spec.check_operands(kv, table, _PLAN_DECODE)
+        pools.check_operands(kv, table, _PLAN_DECODE)
         if not self._in_use.acquire(False):
             raise self._is_in_use("plan")
         try:
-            self._take(
-                _decode_step(
-                    self._specs,
-                    kv,
-                    table,
-                    num_qo_heads,
-                    q_len,
-                    self._options["max_batch_size"],
-                    sm_scale,
-                    window_left,
-                    logits_soft_cap,
-                )
-            )
+            scoring = Scoring(sm_scale, True, window_left, logits_soft_cap)
+            capacity = self._capacities["max_batch_size"]
+            self._take(_decode_step(self._specs, kv, table, num_qo_heads, scoring, q_len, capacity))
         finally:
             self._in_use.release()
 
@@ -499,25 +477,13 @@ class BatchPrefillWithPagedKVCache(_BatchAttention):
         logits_soft_cap: float = 0.0,
     ) -> None:
         """Copy a step's table. qo_indptr int32 [batch + 1]: request i has rows qo_indptr[i] to qo_indptr[i+1] of q."""
-        spec.check_operands(kv, table, _PLAN_PREFILL)
+        pools.check_operands(kv, table, _PLAN_PREFILL)
         if not self._in_use.acquire(False):
             raise self._is_in_use("plan")
         try:
-            self._take(
-                _prefill_step(
-                    self._specs,
-                    kv,
-                    table,
-                    qo_indptr,
-                    num_qo_heads,
-                    causal,
-                    None,
-                    self._options["max_tokens"],
-                    sm_scale,
-                    window_left,
-                    logits_soft_cap,
-                )
-            )
+            scoring = Scoring(sm_scale, causal, window_left, logits_soft_cap)
+            capacity = self._capacities["max_tokens"]
+            self._take(_prefill_step(self._specs, kv, table, qo_indptr, num_qo_heads, scoring, max_tokens=capacity))
         finally:
             self._in_use.release()
 
@@ -538,12 +504,12 @@ def decode(
 
     Arguments, results and errors are those at the top of this module.
     """
-    spec.check_operands(kv, table, _DECODE)
+    pools.check_operands(kv, table, _DECODE)
     native_q = native(q, "q")
-    spec.check_q(kv, native_q, _DECODE_AXES, _DECODE)
+    calls.check_q(kv, native_q, _DECODE_AXES, _DECODE)
     q_len = native_q.shape[1] if native_q.ndim == 4 else 1
-    options = sm_scale, window_left, logits_soft_cap
-    step = _decode_step(_Specs(), kv, table, native_q.shape[-2], q_len, None, *options)
+    scoring = Scoring(sm_scale, True, window_left, logits_soft_cap)
+    step = _decode_step(_Specs(), kv, table, native_q.shape[-2], scoring, q_len)
     return _run_once(step, q, kv, out, lse, return_lse)
 
 
@@ -566,11 +532,11 @@ def prefill(
     qo_indptr int32 [batch + 1]: request i has rows qo_indptr[i] to qo_indptr[i+1] of q. causal: its query i of n sees
     the positions up to total_len - n + i. Other arguments, results and errors are those at the top of this module.
     """
-    spec.check_operands(kv, table, _PREFILL)
+    pools.check_operands(kv, table, _PREFILL)
     native_q = native(q, "q")
-    spec.check_q(kv, native_q, _PREFILL_AXES, _PREFILL)
-    options = sm_scale, window_left, logits_soft_cap
-    step = _prefill_step(_Specs(), kv, table, qo_indptr, native_q.shape[1], causal, native_q.shape[0], None, *options)
+    calls.check_q(kv, native_q, _PREFILL_AXES, _PREFILL)
+    scoring = Scoring(sm_scale, causal, window_left, logits_soft_cap)
+    step = _prefill_step(_Specs(), kv, table, qo_indptr, native_q.shape[1], scoring, total_rows=native_q.shape[0])
     return _run_once(step, q, kv, out, lse, return_lse)
 
 
@@ -598,10 +564,10 @@ def single_decode(
     """
     kv, table, loan = _one_request(k, v, layout)
     native_q = native(q, "q")
-    spec.check_q(kv, native_q, ("[num_qo_heads, head_dim]",), "single_decode(q, k, v)")
+    calls.check_q(kv, native_q, ("[num_qo_heads, head_dim]",), "single_decode(q, k, v)")
     native_out = None if out is None else native(out, "out", writable=True)
     native_lse = None if lse is None else native(lse, "lse", writable=True)
-    spec.check_single_q(kv, native_q, native_out, native_lse)
+    calls.check_single_q(kv, native_q, native_out, native_lse)
     with reading(loan, loan_of((native_q, q), (native_out, out), (native_lse, lse))):
         results = decode(
             native_q[None],
@@ -640,10 +606,10 @@ def single_prefill(
     """
     kv, table, loan = _one_request(k, v, layout)
     native_q = native(q, "q")
-    spec.check_q(kv, native_q, _PREFILL_AXES, "single_prefill(q, k, v)")
+    calls.check_q(kv, native_q, _PREFILL_AXES, "single_prefill(q, k, v)")
     qo_indptr = np.array([0, native_q.shape[0]], np.int32)
-    options = sm_scale, window_left, logits_soft_cap
-    step = _prefill_step(_Specs(), kv, table, qo_indptr, native_q.shape[1], causal, None, None, *options)
+    scoring = Scoring(sm_scale, causal, window_left, logits_soft_cap)
+    step = _prefill_step(_Specs(), kv, table, qo_indptr, native_q.shape[1], scoring)
     with reading(loan):
         return _run_once(step, q, kv, out, lse, return_lse)
 
@@ -653,7 +619,7 @@ def _one_request(given_k: Any, given_v: Any, layout: Layout | str) -> tuple[Page
     layout = as_layout(layout)
     k, v = native(given_k, "k"), native(given_v, "v")
     loan = loan_of((k, given_k), (v, given_v))
-    spec.check_single_kv(k, v, layout)
+    calls.check_single_kv(k, v, layout)
     length = k.shape[0 if layout is Layout.NHD else 1]
     if length == 0:  # a page has at least one slot: an unused one
         num_heads, head_dim = k.shape[1 if layout is Layout.NHD else 0], k.shape[2]
@@ -684,9 +650,9 @@ def append(kv: PagedKV, slots: Any, k: Any, v: Any) -> None:
     ValueError: shapes, a pool that cannot be written; TypeError: dtypes, devices; NotImplementedError: see `supports`.
     PageTableError: a NumPy slot outside the pool. One in a device array is skipped and recorded: `status` raises it.
     """
-    spec.check_kv(kv, _APPEND)
+    pools.check_kv(kv, _APPEND)
     native_slots, native_k, native_v = native(slots, "slots"), native(k, "k"), native(v, "v")
-    form = _appended.check_append(kv, native_slots, native_k, native_v)
+    signature = _appended.check_append(kv, native_slots, native_k, native_v)
     if not native_slots.size:
         return
     loan = None
@@ -694,7 +660,7 @@ def append(kv: PagedKV, slots: Any, k: Any, v: Any) -> None:
         loan = loan_of((native_slots, slots), (native_k, k), (native_v, v))
     backend = backends.of(kv.device)
     try:
-        backend.append(kv, backend.to_backend(native_slots, kv.device), native_k, native_v, form)
+        backend.append(kv, backend.to_backend(native_slots, kv.device), native_k, native_v, signature)
     finally:
         if loan is not None or kv.loan is not None:
             used(loan, kv.loan)
@@ -711,7 +677,7 @@ def merge_state(
     and lse may be s_a, else they overlap none of the others.
     """
     given = {"v_a": v_a, "s_a": s_a, "v_b": v_b, "s_b": s_b}
-    return _merge("merge_state", spec.check_merge_state, given, lambda shape: shape, base, out, lse)
+    return _merge("merge_state", states.check_merge_state, given, lambda shape: shape, base, out, lse)
 
 
 def merge_states(v: Any, s: Any, *, base: Any = "e", out: Any = None, lse: Any = None) -> tuple[Any, Any]:
@@ -722,7 +688,7 @@ def merge_states(v: Any, s: Any, *, base: Any = "e", out: Any = None, lse: Any =
     """
     given = {"v": v, "s": s}
     return _merge(
-        "merge_states", spec.check_merge_states, given, lambda shape: (*shape[:1], *shape[2:]), base, out, lse
+        "merge_states", states.check_merge_states, given, lambda shape: (*shape[:1], *shape[2:]), base, out, lse
     )
 
 

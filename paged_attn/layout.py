@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from . import spec
+from .checks import overlaps, pools, scalars
 from .frozen import Frozen, set_once
 from .interop import address_of, device_of, is_writable, namespace, native, on_device_of
 from .lifetimes import Loan, loan_of, reading
@@ -23,13 +23,13 @@ class Layout(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> "Layout":
-        spec.as_layout(value)
+        scalars.as_layout(value)
         raise AssertionError("as_layout accepts what Layout does not")
 
 
 def as_layout(layout: Layout | str) -> Layout:
     """The Layout of a name. (Layout itself compares whatever it gets, arrays too, with its names.)"""
-    return Layout(spec.as_layout(layout))
+    return Layout(scalars.as_layout(layout))
 
 
 class PagedKV(Frozen):
@@ -48,12 +48,14 @@ class PagedKV(Frozen):
     Attributes (read-only)
     ----------
     k_pages, v_pages: the pages as NumPy or CuPy arrays.
-    num_pages, page_size, num_kv_heads, head_dim: ints.
-    k_strides, v_strides: (page, slot, head) strides in elements, whatever the layout; 0 for an axis of extent 1, and
-        for a pool of no page.
+    num_pages, page_size, num_kv_heads, head_dim, v_head_dim: ints; v_head_dim is V's, head_dim K's and that of q.
+    k_strides, v_strides: (page, slot, head) strides in bytes, whatever the layout; 0 for an axis of extent 1, and for a
+        pool of no page.
     dtype: np.dtype.    layout: Layout.    device: "cpu" or "cuda:<i>".    writable: whether append may write
         (not into JAX arrays, read-only arrays, or K and V in the same memory).
-    form: a tuple of all that checks and kernels read of the pool but its addresses; equal for layers that are alike.
+    signature: all that checks and kernels read of the pool but its addresses, as a tuple: layout, dtype, device,
+        (num_pages, page_size, num_kv_heads, head_dim, v_head_dim), k_strides, v_strides. Layers with equal signatures
+        pass or fail checks together.
     k_address, v_address: where the pages begin on a GPU; 0 on the CPU.
     loan: what keeps pages that came by DLPack until the kernels that read them are over, or None.
 
@@ -73,16 +75,16 @@ class PagedKV(Frozen):
     page_size: int
     num_kv_heads: int
     head_dim: int
+    v_head_dim: int
     k_strides: tuple[int, int, int]
     v_strides: tuple[int, int, int]
-    form: tuple[Any, ...]
+    signature: tuple[Any, ...]
     k_address: int
     v_address: int
     loan: Loan | None
     __slots__ = (
         "device",
         "dtype",
-        "form",
         "head_dim",
         "k_address",
         "k_pages",
@@ -92,7 +94,9 @@ class PagedKV(Frozen):
         "num_kv_heads",
         "num_pages",
         "page_size",
+        "signature",
         "v_address",
+        "v_head_dim",
         "v_pages",
         "v_strides",
         "writable",
@@ -101,8 +105,8 @@ class PagedKV(Frozen):
     def __init__(self, k_pages: Any, v_pages: Any, *, layout: Layout | str) -> None:
         layout = as_layout(layout)
         k, v = native(k_pages, "k_pages"), native(v_pages, "v_pages")
-        spec.check_pool(k, v, layout)
-        writable = is_writable(k_pages, k) and is_writable(v_pages, v) and not spec.overlap(k, v)
+        pools.check_pool(k, v, layout)
+        writable = is_writable(k_pages, k) and is_writable(v_pages, v) and not overlaps.overlap(k, v)
         self._set(k, v, layout, writable, loan_of((k, k_pages), (v, v_pages)))
 
     @classmethod
@@ -110,11 +114,11 @@ class PagedKV(Frozen):
         """A pool that holds K and V in one array [num_pages, 2, <page>], K first; views, no copy."""
         layout = as_layout(layout)
         pages = native(kv_pages, "kv_pages")
-        spec.check_combined(pages, layout)
+        pools.check_combined(pages, layout)
         k, v = pages[:, 0], pages[:, 1]
-        spec.check_pool(k, v, layout)
+        pools.check_pool(k, v, layout)
         kv = cls.__new__(cls)
-        writable = is_writable(kv_pages, pages) and not spec.overlap(k, v)  # (as they do along a stride of 0)
+        writable = is_writable(kv_pages, pages) and not overlaps.overlap(k, v)  # (as they do along a stride of 0)
         kv._set(k, v, layout, writable, loan_of((pages, kv_pages)))
         return kv
 
@@ -122,7 +126,8 @@ class PagedKV(Frozen):
         """All attributes, of native arrays that have been checked."""
         slot, head = (1, 2) if layout is Layout.NHD else (2, 1)
         shape, dtype, device = k_pages.shape, k_pages.dtype, device_of(k_pages)
-        extents = num_pages, page_size, num_kv_heads, head_dim = shape[0], shape[slot], shape[head], shape[3]
+        extents = shape[0], shape[slot], shape[head], shape[3], v_pages.shape[3]
+        num_pages, page_size, num_kv_heads, head_dim, v_head_dim = extents
         k_strides, v_strides = (_strides(pages, shape, slot, head) for pages in (k_pages, v_pages))
         set_once(self, "k_pages", k_pages)
         set_once(self, "v_pages", v_pages)
@@ -137,9 +142,10 @@ class PagedKV(Frozen):
         set_once(self, "page_size", page_size)
         set_once(self, "num_kv_heads", num_kv_heads)
         set_once(self, "head_dim", head_dim)
+        set_once(self, "v_head_dim", v_head_dim)
         set_once(self, "k_strides", k_strides)
         set_once(self, "v_strides", v_strides)
-        set_once(self, "form", (layout, dtype, device, extents, k_strides, v_strides))
+        set_once(self, "signature", (layout, dtype, device, extents, k_strides, v_strides))
 
     def to_layout(self, layout: Layout | str) -> "PagedKV":
         """A contiguous copy of the pool in `layout`, on the same device."""
@@ -161,12 +167,12 @@ class PagedKV(Frozen):
 
 
 def _strides(pages: Any, shape: tuple[int, ...], slot: int, head: int) -> tuple[int, int, int]:
-    """(page, slot, head) strides in elements; 0 where there is nothing to find by them."""
+    """(page, slot, head) strides in bytes; 0 where there is nothing to find by them."""
     if not shape[0]:
         return 0, 0, 0
-    strides, itemsize = pages.strides, pages.dtype.itemsize
+    strides = pages.strides
     return (
-        strides[0] // itemsize if shape[0] > 1 else 0,
-        strides[slot] // itemsize if shape[slot] > 1 else 0,
-        strides[head] // itemsize if shape[head] > 1 else 0,
+        strides[0] if shape[0] > 1 else 0,
+        strides[slot] if shape[slot] > 1 else 0,
+        strides[head] if shape[head] > 1 else 0,
     )

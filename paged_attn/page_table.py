@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from . import backends, spec
+from . import backends
+from .checks import scalars, tables
 from .frozen import Frozen, set_once
 from .interop import device_of, is_writable, native, resolve_device
 from .lifetimes import Loan, loan_of, reading
@@ -77,7 +78,7 @@ class PageTable(Frozen):
         last_page_len = native(last_page_len, "last_page_len")
         page_offset = None if page_offset is None else native(page_offset, "page_offset")
         total_len = None if total_len is None else native(total_len, "total_len")
-        spec.check_table_arrays(indptr, indices, last_page_len, page_size, page_offset, page_stride, total_len)
+        tables.check_table_arrays(indptr, indices, last_page_len, page_size, page_offset, page_stride, total_len)
         # What keeps arrays that came by DLPack until the kernels that read them are over.
         loan = loan_of(*zip((indptr, indices, last_page_len, page_offset, total_len), given, strict=True))
         self._set(indptr, indices, last_page_len, int(page_size), device_of(indptr))
@@ -108,9 +109,9 @@ class PageTable(Frozen):
 
         device: None is the current CUDA device where CuPy sees one, else the CPU.
         """
-        spec.as_int(max_batch_size, "max_batch_size", minimum=0)
-        spec.as_int(max_pages, "max_pages", minimum=0)
-        spec.as_int(page_size, "page_size", minimum=1)
+        scalars.as_int(max_batch_size, "max_batch_size", minimum=0)
+        scalars.as_int(max_pages, "max_pages", minimum=0)
+        scalars.as_int(page_size, "page_size", minimum=1)
         return cls(*_zeros(resolve_device(device), max_batch_size + 1, max_pages, max_batch_size), page_size=page_size)
 
     @classmethod
@@ -119,10 +120,10 @@ class PageTable(Frozen):
 
         Row i begins with the page ids of request i; what stands past its last page is not read.
         """
-        spec.as_int(page_size, "page_size", minimum=1)
+        scalars.as_int(page_size, "page_size", minimum=1)
         given = block_table, seq_lens
         block_table, seq_lens = native(block_table, "block_table"), native(seq_lens, "seq_lens")
-        spec.check_block_table(block_table, seq_lens, page_size)
+        tables.check_block_table(block_table, seq_lens, page_size)
         batch_size, max_pages_per_seq = block_table.shape
         device = device_of(block_table)
         arrays = _zeros(device, batch_size + 1, batch_size * max_pages_per_seq, batch_size)
@@ -134,9 +135,9 @@ class PageTable(Frozen):
 
     def to_block_table(self, max_pages_per_seq: int) -> Any:
         """The dense form: int32 [batch_size, max_pages_per_seq], -1 where there is no page."""
-        spec.as_int(max_pages_per_seq, "max_pages_per_seq", minimum=0)
-        spec.check_table_values(self, None)
-        spec.check_block_width(self, max_pages_per_seq)
+        scalars.as_int(max_pages_per_seq, "max_pages_per_seq", minimum=0)
+        tables.check_table_values(self, None)
+        tables.check_block_width(self, max_pages_per_seq)
         with reading(self.loan):
             return self._backend.to_block_table(self, max_pages_per_seq)
 
@@ -155,8 +156,8 @@ class PageTable(Frozen):
         out: the table that an earlier split of a batch of this size returned; written instead of a new one. Its arrays
             overlap neither each other nor those of this table.
         """
-        spec.as_int(num_chunks, "num_chunks", minimum=1)
-        spec.check_table_values(self, None)
+        scalars.as_int(num_chunks, "num_chunks", minimum=1)
+        tables.check_table_values(self, None)
         rows = num_chunks * self.batch_size
         if out is None:
             indptr, indices, last_page_len, page_offset, total_len = _zeros(
@@ -172,7 +173,7 @@ class PageTable(Frozen):
                 total_len=total_len,
             )
         else:
-            spec.check_split_out(out, self, num_chunks)
+            tables.check_split_out(out, self, num_chunks)
         if rows:
             with reading(self.loan, out.loan):
                 self._backend.split_table(self, num_chunks, out)
@@ -188,8 +189,8 @@ class PageTable(Frozen):
         """
         given = batch_indices, positions
         batch_indices, positions = native(batch_indices, "batch_indices"), native(positions, "positions")
-        spec.check_table_values(self, None)
-        spec.check_token_places(batch_indices, positions, self)
+        tables.check_table_values(self, None)
+        tables.check_token_places(batch_indices, positions, self)
         upload = self._backend.to_backend
         with reading(self.loan, loan_of((batch_indices, given[0]), (positions, given[1]))):
             return self._backend.table_slots(self, upload(batch_indices, self.device), upload(positions, self.device))
@@ -199,7 +200,7 @@ class PageTable(Frozen):
 
         Nothing waits for the device, so that a CUDA graph can hold it; Validation.raise_if_bad does.
         """
-        spec.as_int(num_pages, "num_pages", minimum=0)
+        scalars.as_int(num_pages, "num_pages", minimum=0)
         with reading(self.loan):
             return Validation(self._backend, self._backend.check_table(self, num_pages))
 

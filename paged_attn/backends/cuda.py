@@ -23,12 +23,11 @@ import numpy as np
 from .. import compile, lifetimes, planner, tensor_map
 from ..errors import fault_error
 from ..interop import FLOAT_DTYPES
-from ..spec import check_capacities
 
 if TYPE_CHECKING:
     from ..layout import PagedKV
     from ..page_table import PageTable
-    from ..spec import AttentionSpec
+    from ..spec import AttentionSpec, RunArrays
 
 STATUS_BYTES = 16  # struct Status {int field; int index; i64 value;}
 REQUEST_BYTES, ITEM_BYTES = 32, 64  # structs Request, DecodeItem
@@ -534,34 +533,34 @@ def copy_pages(storage: Any, source: np.ndarray[Any, Any], target: np.ndarray[An
         })  # fmt: skip
 
 
-def append(kv: PagedKV, slots: Any, k: Any, v: Any, form: Any) -> None:
-    """Write new tokens. form: the same object while nothing but addresses differs from the append before."""
+def append(kv: PagedKV, slots: Any, k: Any, v: Any, signature: tuple[Any, ...]) -> None:
+    """Write new tokens. signature: equal to that of the append before where nothing but addresses differs from it."""
     last = _thread.appends.get(kv.device)
     if last is None:
         last = _thread.appends[kv.device] = _Append(kv.device)
-    last.run(kv, slots, k, v, form)
+    last.run(kv, slots, k, v, signature)
 
 
 class _Append:
-    """The append of one thread on one device: all but addresses stays written while the form is the same."""
+    """The append of one thread on one device: all but addresses stays written while the signature is the same."""
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._form: Any = None
+        self._signature: Any = None
         self._launch: compile.Launch
         self._write: Callable[..., None]
         self._grid = 0
 
-    def run(self, kv: PagedKV, slots: Any, k: Any, v: Any, form: Any) -> None:
-        if form is not self._form:
+    def run(self, kv: PagedKV, slots: Any, k: Any, v: Any, signature: tuple[Any, ...]) -> None:
+        if signature != self._signature:
             self._bind(kv, slots, k.strides, v.strides)
-            self._form = form
+            self._signature = signature
         self._write(k.data.ptr, v.data.ptr, kv.k_address, kv.v_address, slots.data.ptr)
         _start(self._launch, cupy.cuda.get_current_stream(self._launch.kernel.device_index).ptr, self._grid)
 
     def _bind(self, kv: PagedKV, slots: Any, k_strides: tuple[int, ...], v_strides: tuple[int, ...]) -> None:
-        """Write what the form of an append decides."""
-        self._form = None
+        """Write what the signature of an append decides."""
+        self._signature = None
         pieces = kv.num_kv_heads * kv.head_dim // 8
         across = min(APPEND_THREADS, -(-pieces // 32) * 32)
         tokens_a_block = max(1, APPEND_THREADS // across)
@@ -597,9 +596,9 @@ _thread = _Thread()
 
 @functools.lru_cache(maxsize=1024)
 def _units(strides: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(page, slot, head) strides of 16-bit elements in units of 16 bytes."""
+    """(page, slot, head) strides in bytes as units of 16 bytes."""
     page, slot, head = strides
-    return page // 8, slot // 8, head // 8
+    return page // 16, slot // 16, head // 16
 
 
 # -- merging ---------------------------------------------------------------------------------------------------------
@@ -703,21 +702,13 @@ class Plan:
         self._last_capture = -1  # whose graph keeps the buffers
         self._shape: Any = None  # what the launches were prepared for
         self._batch_size, self._parts = -1, 0  # of the last step; the blocks that copy its pages
-        self._form: Any = None  # of the last run: all but addresses stays written while it is the same
+        self._signature: Any = None  # of the last run: all but addresses stays written while it is the same
         self._grid = 0
         self._hopper: _HopperPrefill | None = None  # for that form
         self._launches: _Launches
 
     def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: Any) -> None:
         """Copy and clean a step's table on the device, and prepare the launch that run() repeats."""
-        check_capacities(
-            table,
-            qo_indptr,
-            spec.q_len,
-            max_batch_size=self._max_batch_size,
-            max_pages=self._max_pages,
-            max_tokens=self._max_tokens,
-        )
         if cupy.cuda.runtime.getDevice() == self._index:
             self._update(spec, table, qo_indptr)
         else:
@@ -748,7 +739,7 @@ class Plan:
             except BaseException:
                 self._buffers = before  # the step before is still to be run
                 raise
-            self._shape, self._form, self._batch_size = shape, None, -1
+            self._shape, self._signature, self._batch_size = shape, None, -1
         if not self._one_shot:
             self._status.data.memset_async(0, STATUS_BYTES, stream)
         launches, stream_address = self._launches, stream.ptr
@@ -798,19 +789,19 @@ class Plan:
             "positions": {
                 "page_size": compile.fast_divide(spec.page_size),
                 "page_stride": page_stride,
-                "causal": spec.causal,
-                "window_left": spec.window_left,
+                "causal": spec.scoring.causal,
+                "window_left": spec.scoring.window_left,
             },
             "num_qo_heads": spec.num_qo_heads,
             "num_kv_heads": spec.num_kv_heads,
             "group_size": spec.group_size,
-            "sm_scale": spec.sm_scale,
-            "logits_soft_cap": spec.logits_soft_cap,
+            "sm_scale": spec.scoring.sm_scale,
+            "logits_soft_cap": spec.scoring.logits_soft_cap,
         }
         constants: dict[str, Any] = {
             "HEAD_DIM": spec.head_dim,
             "BFLOAT16": spec.dtype == _BFLOAT16,
-            "SOFT_CAP": spec.logits_soft_cap > 0,
+            "SOFT_CAP": spec.scoring.logits_soft_cap > 0,
         }
         kernel_shape: planner.DecodeShape | planner.PrefillShape
         hopper, plan_splits, cluster = None, None, 1
@@ -891,15 +882,21 @@ class Plan:
             hopper=hopper,
         )
 
-    def run(self, spec: AttentionSpec, q: Any, kv: PagedKV, out: Any, lse: Any, form: Any) -> None:
-        """Attend. form: the same object while nothing but addresses differs from the run before."""
+    def run(self, spec: AttentionSpec, arrays: RunArrays, kv: PagedKV, signature: tuple[Any, ...]) -> None:
+        """Attend. signature: equal to that of the run before where nothing but addresses differs from it."""
+        q, out, lse, sinks = arrays
+        if sinks is not None:
+            raise NotImplementedError(
+                "sinks on a GPU are not built yet; pass NumPy arrays to compute on the CPU, or merge the result with "
+                "a state of v = 0 and s = sinks by merge_state"
+            )
         stream: int = cupy.cuda.get_current_stream(self._index).ptr
         if cupy.cuda.runtime.streamIsCapturing(stream):
             self._check_capturable("run")
             self._keep_with_graph(stream)
-        if form is not self._form:
+        if signature != self._signature:
             self._bind(q, kv, out)
-            self._form = form
+            self._signature = signature
         lse_address = 0 if lse is None else lse.data.ptr
         if self._hopper:
             self._hopper.run(stream, q.data.ptr, kv, out.data.ptr, lse_address)
@@ -909,8 +906,8 @@ class Plan:
         _start(launches.attend, stream, self._grid)
 
     def _bind(self, q: Any, kv: PagedKV, out: Any) -> None:
-        """Write what the form of a run decides."""
-        self._form = None
+        """Write what the signature of a run decides."""
+        self._signature = None
         launches, q_strides, out_strides, out_itemsize = self._launches, q.strides, out.strides, out.dtype.itemsize
         self._hopper = launches.hopper if launches.hopper and launches.hopper.bind(q, kv, out) else None
         self._grid, *extents = launches.grid(q.shape[0])
@@ -989,7 +986,7 @@ class _HopperPrefill:
                     "requests": fields["requests"],
                     "sorted": ordered,
                     "max_batch_size": self._num_requests,
-                    "window_left": spec.window_left,
+                    "window_left": spec.scoring.window_left,
                     "group_size": spec.group_size,
                     "tile_rows": shape.tile_rows,
                 }
@@ -1014,8 +1011,8 @@ class _HopperPrefill:
                 "num_kv_heads": spec.num_kv_heads,
             },
             "box_tokens": tensor_map.box_tokens(spec.page_size),
-            "sm_scale": spec.sm_scale,
-            "logits_soft_cap": spec.logits_soft_cap,
+            "sm_scale": spec.scoring.sm_scale,
+            "logits_soft_cap": spec.scoring.logits_soft_cap,
         }
         pool_of = _gathered_pool if gather else functools.partial(_mapped_pool, spec.dtype == _BFLOAT16)
         make_layer = functools.partial(_HopperLayer.make, kernel_of, shape.threads, own, pool_of)
@@ -1026,11 +1023,11 @@ class _HopperPrefill:
         self._rows, self._tiles, self._grid = 0, 0, 0
 
     def bind(self, q: Any, kv: PagedKV, out: Any) -> bool:
-        """Take over what the form of a run decides; or say no, where the kernel cannot count in q or in the pool."""
+        """Take over what a run's signature decides; or say no, where the kernel cannot count in q or in the pool."""
         rows, heads, _ = q.shape
         q_row, q_head = (q.strides[0] // 16 if rows > 1 else 0), (q.strides[1] // 16 if heads > 1 else 0)
         self._sends = self._may_send and out.dtype.itemsize == 2
-        layer = self._layer(kv.k_address, kv.v_address, kv.form, self._sends)
+        layer = self._layer(kv.k_address, kv.v_address, kv.signature, self._sends)
         if layer is None or min(q_row, q_head) < 0 or rows * q_row + heads * q_head >= NOWHERE:
             return False
         itemsize = out.dtype.itemsize
@@ -1045,8 +1042,8 @@ class _HopperPrefill:
     def run(self, stream: int, q: int, kv: PagedKV, out: int, lse: int) -> None:
         """Launch, for arrays at these addresses."""
         geometry = self._out_geometry
-        layer = self._layer(kv.k_address, kv.v_address, kv.form, self._sends)
-        assert layer is not None  # a matter of the form, which bind has seen
+        layer = self._layer(kv.k_address, kv.v_address, kv.signature, self._sends)
+        assert layer is not None  # a matter of the signature, which bind has seen
         layer.write(q, *self._q_strides, out, lse, *self._out_form)
         layer.tile_list["q_rows"], layer.tile_list["num_tiles"] = self._rows, self._tiles
         if self._sends and geometry is not None and layer.sends_to != (out, geometry):
@@ -1073,12 +1070,12 @@ class _HopperLayer:
         pool_of: Callable[[int, tuple[int, int, int, int], tuple[int, int, int]], dict[str, Any] | None],
         k: int,
         v: int,
-        form: Any,
+        signature: tuple[Any, ...],
         tma_out: bool,
     ) -> _HopperLayer | None:
-        """For pools at k and v, made once; None where the kernel cannot count in their form."""
-        *_, extents, k_strides, v_strides = form
-        pools = pool_of(k, extents, k_strides), pool_of(v, extents, v_strides)
+        """For pools at k and v, made once; None where the kernel cannot count in them."""
+        *_, (*extents, head_dim, v_head_dim), k_strides, v_strides = signature
+        pools = pool_of(k, (*extents, head_dim), k_strides), pool_of(v, (*extents, v_head_dim), v_strides)
         if None in pools:
             return None
         kernel = kernel_of(TMA_OUT=tma_out)
@@ -1099,8 +1096,7 @@ def _mapped_pool(
     bfloat16: bool, pointer: int, shape: tuple[int, int, int, int], strides: tuple[int, int, int]
 ) -> dict[str, Any] | None:
     """The fields of the kernel's Pool where TMA copies from it."""
-    page, slot, head = strides
-    geometry = tensor_map.pool_geometry(*shape, (page * 2, slot * 2, head * 2))
+    geometry = tensor_map.pool_geometry(*shape, strides)
     return None if geometry is None else tensor_map.pool_map(pointer, geometry, bfloat16)
 
 

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checks.tables import check_table_values
 from ..errors import PageTableError
-from ..spec import check_capacities, check_table_values
 
 if TYPE_CHECKING:
     from ..layout import PagedKV
     from ..page_table import PageTable
-    from ..spec import AttentionSpec
+    from ..spec import AttentionSpec, RunArrays
 
 ANY_PAGE = 2**31 - 1  # a num_pages for checks of a table whose pool is not at hand
 SCORES_AT_ONCE = 1 << 24  # a long prefill is done in blocks of queries, so that its scores stay under 64 MB
@@ -205,10 +205,10 @@ def _write_rows(out: Any, indptr: np.ndarray, last_page_len: np.ndarray) -> None
 # -- the pool ----------------------------------------------------------------------------------------------------------
 
 
-def append(kv: PagedKV, slots: np.ndarray, k: np.ndarray, v: np.ndarray, form: Any) -> None:
+def append(kv: PagedKV, slots: np.ndarray, k: np.ndarray, v: np.ndarray, signature: Any) -> None:
     """Write k, v [tokens, num_kv_heads, head_dim] to slots [tokens]; a slot outside the pool is skipped.
 
-    form: what another backend knows a repetition by.
+    signature: by which the other backend knows a repetition.
     """
     valid = (slots >= 0) & (slots < kv.num_pages * kv.page_size)
     page, offset = np.divmod(slots[valid], kv.page_size)
@@ -245,12 +245,10 @@ class Plan:
         batch_invariant: bool = False,
         one_shot: bool = False,
     ) -> None:
-        self._capacity = {"max_batch_size": max_batch_size, "max_pages": max_pages, "max_tokens": max_tokens}
         self._requests: list[Request] = []
 
     def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: np.ndarray | None) -> None:
-        """Take over a step's table. PageTableError where it exceeds a capacity; the old step then stays."""
-        check_capacities(table, qo_indptr, spec.q_len, **self._capacity)
+        """Take over a step's table."""
         batch_size, indptr = table.batch_size, table.indptr
         if qo_indptr is None:
             assert spec.q_len is not None
@@ -273,13 +271,9 @@ class Plan:
         ]
 
     @np.errstate(all="ignore")
-    def run(
-        self, spec: AttentionSpec, q: np.ndarray, kv: PagedKV, out: np.ndarray, lse: np.ndarray | None, form: Any
-    ) -> None:
-        """q, out [rows, num_qo_heads, head_dim], lse float32 [rows, num_qo_heads]; rows past the batch: 0, -inf.
-
-        form: what another backend knows a repetition by.
-        """
+    def run(self, spec: AttentionSpec, arrays: RunArrays, kv: PagedKV, signature: Any) -> None:
+        """Rows past the batch become out = 0, lse = -inf. signature: by which the other backend knows a repetition."""
+        q, out, lse, _ = arrays
         out[...] = 0
         if lse is not None:
             lse[...] = -np.inf
@@ -297,7 +291,7 @@ class Plan:
 
 def _blocks(spec: AttentionSpec, request: Request) -> Iterator[tuple[slice, slice, np.ndarray, np.ndarray]]:
     """Query rows, the local tokens that one of them at least sees, and their limits, block by block."""
-    begin, end = kv_limits(request, causal=spec.causal, window_left=spec.window_left)
+    begin, end = kv_limits(request, causal=spec.scoring.causal, window_left=spec.scoring.window_left)
     step = max(1, SCORES_AT_ONCE // (spec.num_qo_heads * max(request.kv_len, 1)))
     for first in range(0, request.num_queries, step):
         last = min(first + step, request.num_queries)
@@ -324,9 +318,9 @@ def _attend(
     q = q.reshape(n, num_kv_heads, group, spec.head_dim).transpose(1, 2, 0, 3)  # [kv head, group, n, dim]
     k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)  # [kv head, t, dim]
     scores = q.reshape(num_kv_heads, group * n, spec.head_dim) @ k.swapaxes(1, 2)
-    scores = scores.reshape(num_kv_heads, group, n, num_tokens) * spec.sm_scale
-    if spec.logits_soft_cap > 0:
-        scores = spec.logits_soft_cap * np.tanh(scores / spec.logits_soft_cap)
+    scores = scores.reshape(num_kv_heads, group, n, num_tokens) * spec.scoring.sm_scale
+    if (soft_cap := spec.scoring.logits_soft_cap) > 0:
+        scores = soft_cap * np.tanh(scores / soft_cap)
     token = np.arange(num_tokens)
     seen = (token >= begin[:, None]) & (token < end[:, None])  # [n, t]
     row_max, weights, total = _exponentials(np.where(seen, scores, -np.inf), axis=-1)

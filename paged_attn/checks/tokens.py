@@ -1,0 +1,70 @@
+"""New tokens that are written into a pool."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import LayoutMismatchError, PageTableError
+from .arrays import (
+    INT32,
+    INT64,
+    check_device,
+    check_dtype,
+    check_metadata_device,
+    check_shape,
+    check_strides,
+    check_vector,
+    first_true,
+)
+from .overlaps import check_apart_of_append
+from .pools import other_layout
+
+if TYPE_CHECKING:
+    from ..layout import PagedKV
+
+
+def check_append(kv: "PagedKV", slots: Any, k: Any, v: Any) -> None:
+    """New tokens: k, v [tokens, num_kv_heads, head_dim] whatever the layout, slots int64 or int32 [tokens].
+
+    Host slots are checked by value: -1 skips the token, others lie in [0, num_pages * page_size).
+    """
+    if not kv.writable:
+        raise ValueError(
+            "kv cannot be written: its pages are JAX arrays or read-only arrays, or its K and V overlap in memory; "
+            "keep the pool as NumPy (CPU) or CuPy (GPU) arrays, K and V apart, and let JAX read them through "
+            "jax.dlpack.from_dlpack"
+        )
+    if slots.dtype not in (INT64, INT32):
+        raise TypeError(f"slots must be int64 or int32, got {slots.dtype}; pass slots.astype(np.int64)")
+    check_vector(slots, "slots", slots.dtype, None, "one slot = page * page_size + offset for each token")
+    check_metadata_device(slots, "slots", kv.device)
+    check_new_tokens(kv, k, v, slots.shape[0], slots)
+    limit = kv.num_pages * kv.page_size
+    if isinstance(slots, np.ndarray) and (bad := first_true((slots < -1) | (slots >= limit))) is not None:
+        raise PageTableError(
+            f"slots[{bad}] = {slots[bad]} is no slot of a pool of {kv.num_pages} pages of {kv.page_size} tokens; "
+            f"pass slots in [0, {limit}), or -1 to skip a token",
+            field="slots",
+            index=bad,
+            value=int(slots[bad]),
+        )
+
+
+def check_new_tokens(kv: "PagedKV", k: Any, v: Any, tokens: int, slots: Any = None) -> None:
+    """k, v [tokens, num_kv_heads, head_dim], of the pool's dtype and on its device; like slots, not in its memory."""
+    for array, name in ((k, "k"), (v, "v")):
+        check_dtype(array, name, kv.dtype, "as kv is")
+        wrong_heads = array.ndim == 3 and array.shape[1] != kv.num_kv_heads and array.shape[2] == kv.head_dim
+        if wrong_heads and array.shape[1] == kv.page_size:
+            other = other_layout(kv.layout)
+            raise LayoutMismatchError(
+                f"{name} has {array.shape[1]} heads ({name}.shape={array.shape}), and kv, tagged {kv.layout}, has "
+                f"num_kv_heads={kv.num_kv_heads} (k_pages.shape={kv.k_pages.shape}); the shapes fit layout {other} "
+                f"(page_size={kv.num_kv_heads}, num_kv_heads={kv.page_size}): if the pool was written so, tag the "
+                f"pool layout='{other}'; if it was written as {kv.layout}, pass a {name} of shape "
+                f"[{tokens}, {kv.num_kv_heads}, {kv.head_dim}]"
+            )
+        check_shape(array, name, (tokens, kv.num_kv_heads, kv.head_dim), "[tokens, num_kv_heads, head_dim]")
+        check_device(array, name, kv.device, "kv")
+        check_strides(array, name)
+    check_apart_of_append(kv, slots, k, v)
