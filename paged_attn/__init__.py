@@ -20,8 +20,9 @@ from .attention import (
 )
 from .cache import PagedKVCache
 from .errors import LayoutMismatchError, OutOfPagesError, PageTableError
-from .layout import Layout, PagedKV
+from .layout import Layout
 from .page_table import PageTable
+from .paged_kv import PagedKV
 
 __version__ = "0.1.0"
 

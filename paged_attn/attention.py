@@ -45,9 +45,10 @@ from .interop import (
     resolve_device,
     to_caller,
 )
-from .layout import Layout, PagedKV, as_layout
+from .layout import Layout, as_layout
 from .lifetimes import Loan, loan_of, reading, used
 from .page_table import PageTable
+from .paged_kv import PagedKV
 from .spec import AttentionSpec, RunArrays, Scoring
 
 _FLOAT32 = FLOAT_DTYPES["float32"]
@@ -115,7 +116,7 @@ def supports(
         if value is not None:
             scalars.as_int(value, name, minimum=1)
     if layout is not None:
-        scalars.as_layout(layout)
+        as_layout(layout)
     kind, _ = parse_device(device)
     dtype_name = None if dtype is None else any_dtype(dtype).name
     try:

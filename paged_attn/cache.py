@@ -22,9 +22,10 @@ import numpy as np
 from . import attention, backends, interop
 from .checks import scalars, sequences, tables, tokens
 from .errors import OutOfPagesError
-from .layout import Layout, PagedKV, as_layout
+from .layout import Layout, as_layout
 from .lifetimes import loan_of, reading
-from .page_table import PageTable, table_of_own_arrays
+from .page_table import PageTable
+from .paged_kv import PagedKV
 
 # A sequence id is (generation << ROW_BITS) | row: a row that is used again gives another id, so a freed id stays freed.
 ROW_BITS = 32
@@ -421,7 +422,7 @@ class PagedKVCache:
         )
 
     def _table_of(self, indptr: Any, indices: Any, last_page_len: Any) -> PageTable:
-        return table_of_own_arrays(indptr, indices, last_page_len, self._page_size, self._device)
+        return PageTable.of_own_arrays(indptr, indices, last_page_len, self._page_size, self._device)
 
     def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> _Reservation:
         """All of a reservation that may raise. Pages that it takes are free, and entries that it writes nobody's."""

@@ -25,8 +25,7 @@ from ..errors import fault_error
 from ..interop import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from ..layout import PagedKV
-    from ..page_table import PageTable
+    from ..holders import KVPages, TableArrays
     from ..spec import AttentionSpec, RunArrays
 
 STATUS_BYTES = 16  # struct Status {int field; int index; i64 value;}
@@ -361,7 +360,7 @@ def _row_blocks(rows: int, entries: int) -> int:
     return rows * max(1, min(-(-entries // (rows * 8 * THREADS)), MOST_ROW_BLOCKS // rows))
 
 
-def _table_fields(table: PageTable) -> dict[str, Any]:
+def _table_fields(table: TableArrays) -> dict[str, Any]:
     """The table's arrays, on its kv's device, as the fields that kernels know them by."""
     return {
         "indptr": table.indptr,
@@ -377,7 +376,7 @@ def _table_fields(table: PageTable) -> dict[str, Any]:
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
-def seq_lens(table: PageTable) -> Any:
+def seq_lens(table: TableArrays) -> Any:
     lens = empty((table.batch_size,), np.int32, table.device)
     if table.batch_size:
         with _on(table.device):
@@ -388,7 +387,7 @@ def seq_lens(table: PageTable) -> Any:
     return lens
 
 
-def split_table(table: PageTable, num_chunks: int, out: PageTable) -> None:
+def split_table(table: TableArrays, num_chunks: int, out: TableArrays) -> None:
     fields = {
         **_table_fields(table),
         "out_indptr": out.indptr,
@@ -408,7 +407,7 @@ def split_table(table: PageTable, num_chunks: int, out: PageTable) -> None:
         _launch("split_pages", table.device, _row_blocks(rows, out.indices.size), THREADS, fields)
 
 
-def from_block_table(block_table: Any, seq_lens: Any, page_size: int, out: PageTable) -> None:
+def from_block_table(block_table: Any, seq_lens: Any, page_size: int, out: TableArrays) -> None:
     device = out.device
     batch, width = block_table.shape
     fields = {
@@ -430,7 +429,7 @@ def from_block_table(block_table: Any, seq_lens: Any, page_size: int, out: PageT
         _launch("block_table_pages", device, _row_blocks(batch, out.indices.size), THREADS, fields)
 
 
-def to_block_table(table: PageTable, max_pages_per_seq: int) -> Any:
+def to_block_table(table: TableArrays, max_pages_per_seq: int) -> Any:
     block_table = empty((table.batch_size, max_pages_per_seq), np.int32, table.device)
     if block_table.size:
         with _on(table.device):
@@ -442,7 +441,7 @@ def to_block_table(table: PageTable, max_pages_per_seq: int) -> Any:
     return block_table
 
 
-def table_slots(table: PageTable, batch_indices: Any, positions: Any) -> Any:
+def table_slots(table: TableArrays, batch_indices: Any, positions: Any) -> Any:
     slots = empty(positions.shape, np.int64, table.device)
     if slots.size:
         with _on(table.device):
@@ -456,7 +455,7 @@ def table_slots(table: PageTable, batch_indices: Any, positions: Any) -> Any:
     return slots
 
 
-def check_table(table: PageTable, num_pages: int) -> Any:
+def check_table(table: TableArrays, num_pages: int) -> Any:
     """The status word that a kernel fills, now or at every replay of a graph."""
     word = zeros((STATUS_BYTES,), np.uint8, table.device)
     fields = {
@@ -533,7 +532,7 @@ def copy_pages(storage: Any, source: np.ndarray[Any, Any], target: np.ndarray[An
         })  # fmt: skip
 
 
-def append(kv: PagedKV, slots: Any, k: Any, v: Any, signature: tuple[Any, ...]) -> None:
+def append(kv: KVPages, slots: Any, k: Any, v: Any, signature: tuple[Any, ...]) -> None:
     """Write new tokens. signature: equal to that of the append before where nothing but addresses differs from it."""
     last = _thread.appends.get(kv.device)
     if last is None:
@@ -551,14 +550,14 @@ class _Append:
         self._write: Callable[..., None]
         self._grid = 0
 
-    def run(self, kv: PagedKV, slots: Any, k: Any, v: Any, signature: tuple[Any, ...]) -> None:
+    def run(self, kv: KVPages, slots: Any, k: Any, v: Any, signature: tuple[Any, ...]) -> None:
         if signature != self._signature:
             self._bind(kv, slots, k.strides, v.strides)
             self._signature = signature
         self._write(k.data.ptr, v.data.ptr, kv.k_address, kv.v_address, slots.data.ptr)
         _start(self._launch, cupy.cuda.get_current_stream(self._launch.kernel.device_index).ptr, self._grid)
 
-    def _bind(self, kv: PagedKV, slots: Any, k_strides: tuple[int, ...], v_strides: tuple[int, ...]) -> None:
+    def _bind(self, kv: KVPages, slots: Any, k_strides: tuple[int, ...], v_strides: tuple[int, ...]) -> None:
         """Write what the signature of an append decides."""
         self._signature = None
         pieces = kv.num_kv_heads * kv.head_dim // 8
@@ -707,7 +706,7 @@ class Plan:
         self._hopper: _HopperPrefill | None = None  # for that form
         self._launches: _Launches
 
-    def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: Any) -> None:
+    def update(self, spec: AttentionSpec, table: TableArrays, qo_indptr: Any) -> None:
         """Copy and clean a step's table on the device, and prepare the launch that run() repeats."""
         if cupy.cuda.runtime.getDevice() == self._index:
             self._update(spec, table, qo_indptr)
@@ -715,7 +714,7 @@ class Plan:
             with _on(self._device):
                 self._update(spec, table, qo_indptr)
 
-    def _update(self, spec: AttentionSpec, table: PageTable, qo_indptr: Any) -> None:
+    def _update(self, spec: AttentionSpec, table: TableArrays, qo_indptr: Any) -> None:
         """The update, with the plan's device as the current one."""
         device, batch_size = self._device, table.batch_size
         stream = cupy.cuda.get_current_stream(self._index)
@@ -882,7 +881,7 @@ class Plan:
             hopper=hopper,
         )
 
-    def run(self, spec: AttentionSpec, arrays: RunArrays, kv: PagedKV, signature: tuple[Any, ...]) -> None:
+    def run(self, spec: AttentionSpec, arrays: RunArrays, kv: KVPages, signature: tuple[Any, ...]) -> None:
         """Attend. signature: equal to that of the run before where nothing but addresses differs from it."""
         q, out, lse, sinks = arrays
         if sinks is not None:
@@ -905,7 +904,7 @@ class Plan:
         launches.write_addresses(q.data.ptr, kv.k_address, kv.v_address, out.data.ptr, lse_address)
         _start(launches.attend, stream, self._grid)
 
-    def _bind(self, q: Any, kv: PagedKV, out: Any) -> None:
+    def _bind(self, q: Any, kv: KVPages, out: Any) -> None:
         """Write what the signature of a run decides."""
         self._signature = None
         launches, q_strides, out_strides, out_itemsize = self._launches, q.strides, out.strides, out.dtype.itemsize
@@ -1022,7 +1021,7 @@ class _HopperPrefill:
         self._out_geometry: tensor_map.OutGeometry | None = None  # None: too few rows for a box, so none is sent
         self._rows, self._tiles, self._grid = 0, 0, 0
 
-    def bind(self, q: Any, kv: PagedKV, out: Any) -> bool:
+    def bind(self, q: Any, kv: KVPages, out: Any) -> bool:
         """Take over what a run's signature decides; or say no, where the kernel cannot count in q or in the pool."""
         rows, heads, _ = q.shape
         q_row, q_head = (q.strides[0] // 16 if rows > 1 else 0), (q.strides[1] // 16 if heads > 1 else 0)
@@ -1039,7 +1038,7 @@ class _HopperPrefill:
         self._grid = min(self._num_sms, self._tiles * self._spec.num_kv_heads)
         return True
 
-    def run(self, stream: int, q: int, kv: PagedKV, out: int, lse: int) -> None:
+    def run(self, stream: int, q: int, kv: KVPages, out: int, lse: int) -> None:
         """Launch, for arrays at these addresses."""
         geometry = self._out_geometry
         layer = self._layer(kv.k_address, kv.v_address, kv.signature, self._sends)

@@ -23,8 +23,7 @@ from ..checks.tables import check_table_values
 from ..errors import PageTableError
 
 if TYPE_CHECKING:
-    from ..layout import PagedKV
-    from ..page_table import PageTable
+    from ..holders import KVPages, TableArrays
     from ..spec import AttentionSpec, RunArrays
 
 ANY_PAGE = 2**31 - 1  # a num_pages for checks of a table whose pool is not at hand
@@ -86,13 +85,13 @@ def kv_limits(request: Request, *, causal: bool, window_left: int) -> tuple[np.n
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def seq_lens(table: PageTable) -> np.ndarray:
+def seq_lens(table: TableArrays) -> np.ndarray:
     """Tokens that the table's pages hold, int32 [batch]: a request without pages has none."""
     pages = np.diff(table.indptr)
     return np.where(pages > 0, (pages - 1) * table.page_size + table.last_page_len, 0).astype(np.int32)
 
 
-def split_table(table: PageTable, num_chunks: int, out: PageTable) -> None:
+def split_table(table: TableArrays, num_chunks: int, out: TableArrays) -> None:
     """Row c*batch + i of `out` is chunk c of request i: pages [c*n // num_chunks, (c+1)*n // num_chunks) of its n."""
     check_table_values(table, ANY_PAGE)
     pages = np.diff(table.indptr).astype(np.int64)
@@ -111,7 +110,7 @@ def split_table(table: PageTable, num_chunks: int, out: PageTable) -> None:
     out.total_len[: counts.size] = total_len.ravel()
 
 
-def from_block_table(block_table: np.ndarray, seq_lens: np.ndarray, page_size: int, out: PageTable) -> None:
+def from_block_table(block_table: np.ndarray, seq_lens: np.ndarray, page_size: int, out: TableArrays) -> None:
     """Write the CSR form of block_table int32 [batch, max_pages_per_seq] with seq_lens int32 [batch] into `out`."""
     counts = -(-seq_lens.astype(np.int64) // page_size)
     indptr = _indptr(counts)
@@ -119,7 +118,7 @@ def from_block_table(block_table: np.ndarray, seq_lens: np.ndarray, page_size: i
     _write_rows(out, indptr, np.where(counts > 0, seq_lens - (counts - 1) * page_size, 0))
 
 
-def to_block_table(table: PageTable, max_pages_per_seq: int) -> np.ndarray:
+def to_block_table(table: TableArrays, max_pages_per_seq: int) -> np.ndarray:
     """The dense form: int32 [batch, max_pages_per_seq], -1 where there is no page."""
     check_table_values(table, ANY_PAGE)
     pages = np.diff(table.indptr)
@@ -137,7 +136,7 @@ def to_block_table(table: PageTable, max_pages_per_seq: int) -> np.ndarray:
     return block_table
 
 
-def table_slots(table: PageTable, batch_indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def table_slots(table: TableArrays, batch_indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Slot (page*page_size + offset, int64 [n]) of each position of its request; -1 where the table lacks that page."""
     check_table_values(table, ANY_PAGE)
     page, slot = np.divmod(positions.astype(np.int64), table.page_size)
@@ -150,7 +149,7 @@ def table_slots(table: PageTable, batch_indices: np.ndarray, positions: np.ndarr
     return slots
 
 
-def check_table(table: PageTable, num_pages: int) -> PageTableError | None:
+def check_table(table: TableArrays, num_pages: int) -> PageTableError | None:
     """Check the table in full; what is wrong with it is kept for raise_word."""
     try:
         check_table_values(table, num_pages)
@@ -205,7 +204,7 @@ def _write_rows(out: Any, indptr: np.ndarray, last_page_len: np.ndarray) -> None
 # -- the pool ----------------------------------------------------------------------------------------------------------
 
 
-def append(kv: PagedKV, slots: np.ndarray, k: np.ndarray, v: np.ndarray, signature: Any) -> None:
+def append(kv: KVPages, slots: np.ndarray, k: np.ndarray, v: np.ndarray, signature: Any) -> None:
     """Write k, v [tokens, num_kv_heads, head_dim] to slots [tokens]; a slot outside the pool is skipped.
 
     signature: by which the other backend knows a repetition.
@@ -221,7 +220,7 @@ def copy_pages(storage: np.ndarray, source: np.ndarray, target: np.ndarray) -> N
     storage[:, target] = storage[:, source]
 
 
-def _by_token(pages: np.ndarray, kv: PagedKV) -> np.ndarray:
+def _by_token(pages: np.ndarray, kv: KVPages) -> np.ndarray:
     """View of the pool as [page, slot, head, dim], whatever its layout."""
     return pages if kv.layout == "NHD" else pages.swapaxes(1, 2)
 
@@ -247,7 +246,7 @@ class Plan:
     ) -> None:
         self._requests: list[Request] = []
 
-    def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: np.ndarray | None) -> None:
+    def update(self, spec: AttentionSpec, table: TableArrays, qo_indptr: np.ndarray | None) -> None:
         """Take over a step's table."""
         batch_size, indptr = table.batch_size, table.indptr
         if qo_indptr is None:
@@ -271,7 +270,7 @@ class Plan:
         ]
 
     @np.errstate(all="ignore")
-    def run(self, spec: AttentionSpec, arrays: RunArrays, kv: PagedKV, signature: Any) -> None:
+    def run(self, spec: AttentionSpec, arrays: RunArrays, kv: KVPages, signature: Any) -> None:
         """Rows past the batch become out = 0, lse = -inf. signature: by which the other backend knows a repetition."""
         q, out, lse, _ = arrays
         out[...] = 0
@@ -300,7 +299,7 @@ def _blocks(spec: AttentionSpec, request: Request) -> Iterator[tuple[slice, slic
         yield rows, tokens, begin[first:last], end[first:last]
 
 
-def _gather(pages: np.ndarray, kv: PagedKV, request: Request, tokens: slice) -> np.ndarray:
+def _gather(pages: np.ndarray, kv: KVPages, request: Request, tokens: slice) -> np.ndarray:
     """The request's local tokens [tokens.start, tokens.stop) as [tokens, head, dim]; no other page is read."""
     first_page = tokens.start // kv.page_size
     page_ids = request.page_ids[first_page : -(-tokens.stop // kv.page_size)]

@@ -5,7 +5,7 @@ and for mixed libraries and devices, LayoutMismatchError and PageTableError for 
 the argument, the rule with its numbers, what came, and what to do. NumPy and CuPy arrays share the attributes that are
 read here (shape, dtype, strides), so nothing here imports CuPy.
 
-    scalars     ints, floats, layouts, bases of logarithms
+    scalars     ints, floats, bases of logarithms
     arrays      dtype, shape, strides, device and alignment of one array, and its signature
     overlaps    memory that is written while other memory is read
     pools       PagedKV

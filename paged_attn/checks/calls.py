@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..errors import LayoutMismatchError, PageTableError
+from ..holders import KVPages, TableArrays
 from ..spec import RUN_ARRAYS, AttentionSpec, RunArrays, Scoring
 from .arrays import (
     INT32,
@@ -21,18 +22,14 @@ from .arrays import (
     check_whole,
     first_true,
 )
-from .pools import check_heads, check_kv, check_page_size, other_layout
+from .pools import check_heads, check_kv, check_page_size
 from .scalars import as_float, as_int
-
-if TYPE_CHECKING:
-    from ..layout import PagedKV
-    from ..page_table import PageTable
 
 FLOAT_RANGE = 2.0**-126, 2.0**127  # normal float32 numbers, the largest of them even times log2(e)
 
 
 def attention_spec(
-    kv: "PagedKV", table: "PageTable", num_qo_heads: Any, scoring: Scoring, q_len: Any = None
+    kv: KVPages, table: TableArrays, num_qo_heads: Any, scoring: Scoring, q_len: Any = None
 ) -> AttentionSpec:
     """The checked spec of one attention call over `kv` by `table` (check_operands has seen both).
 
@@ -106,7 +103,7 @@ def _check_range(number: float, name: str, remedy: str) -> None:
         raise ValueError(f"{name} is {number:g}, and it must be in [2**-126, 2**127], as float32 holds it; {remedy}")
 
 
-def check_q(kv: "PagedKV", q: Any, axes: Sequence[str], call: str) -> None:
+def check_q(kv: KVPages, q: Any, axes: Sequence[str], call: str) -> None:
     """A q from which a one-shot call takes its heads and batch: rank (one of those that `axes` describe) and heads."""
     if q.ndim not in {form.count(",") + 1 for form in axes}:
         raise ValueError(f"q must be {' or '.join(axes)}, got q.shape={q.shape}; reshape q, and pass {call}")
@@ -124,7 +121,7 @@ def check_single_kv(k: Any, v: Any, layout: str) -> None:
     check_dtype(v, "v", k.dtype, "as k is")
 
 
-def check_single_q(kv: "PagedKV", q: Any, out: Any, lse: Any) -> None:
+def check_single_q(kv: KVPages, q: Any, out: Any, lse: Any) -> None:
     """q and out [num_qo_heads, head_dim], lse [num_qo_heads] of single_decode, which adds an axis to each."""
     check_shape(q, "q", ("num_qo_heads", kv.head_dim), "[num_qo_heads, head_dim], as k has it")
     if out is not None:
@@ -163,7 +160,7 @@ def check_qo_indptr(qo_indptr: Any, batch_size: int, total_rows: int | None, dev
         )
 
 
-def check_layer(spec: AttentionSpec, kv: "PagedKV") -> None:
+def check_layer(spec: AttentionSpec, kv: KVPages) -> None:
     """One run of a plan: the layer against the spec."""
     check_kv(kv, "run(q, kv)")
     if (
@@ -178,8 +175,8 @@ def check_layer(spec: AttentionSpec, kv: "PagedKV") -> None:
         _refuse_layer(spec, kv)
 
 
-def _refuse_layer(spec: AttentionSpec, kv: "PagedKV") -> None:
-    other, wanted = other_layout(kv.layout), (spec.page_size, spec.num_kv_heads)
+def _refuse_layer(spec: AttentionSpec, kv: KVPages) -> None:
+    other, wanted = kv.layout.other, (spec.page_size, spec.num_kv_heads)
     fits, fits_other = (kv.page_size, kv.num_kv_heads) == wanted, (kv.num_kv_heads, kv.page_size) == wanted
     retag = f"the shape fits layout {other}: if the pool was written so, tag the pool layout='{other}'"
     if kv.layout != spec.layout:

@@ -6,12 +6,11 @@ strides of a call may be known to be right; addresses are new each time, so this
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from ..layout import PagedKV
+from ..holders import KVPages
 
 _MOST_WORK = 10_000  # steps of np.shares_memory: far more than strides that divide each other take
 
@@ -98,7 +97,7 @@ def extents_of(*arrays: Any) -> tuple[int, ...]:
     )
 
 
-def check_apart_of_run(q: Any, kv: "PagedKV", out: Any, lse: Any, extents: tuple[int, ...]) -> None:
+def check_apart_of_run(q: Any, kv: KVPages, out: Any, lse: Any, extents: tuple[int, ...]) -> None:
     """out and lse, one of which was given, overlap neither each other nor q nor the pool.
 
     extents: extents_of(q, k_pages, v_pages, out, lse), made once for all calls with arrays of one form.
@@ -129,7 +128,7 @@ def check_apart_of_run(q: Any, kv: "PagedKV", out: Any, lse: Any, extents: tuple
         check_apart(((out, "out"), (lse, "lse")), ((q, "q"), (kv.k_pages, "kv.k_pages"), (kv.v_pages, "kv.v_pages")))
 
 
-def check_apart_of_append(kv: "PagedKV", slots: Any, k: Any, v: Any, extents: tuple[int, ...] = ()) -> None:
+def check_apart_of_append(kv: KVPages, slots: Any, k: Any, v: Any, extents: tuple[int, ...] = ()) -> None:
     """The pool overlaps neither k, v nor slots. extents: extents_of(k, v, slots, k_pages, v_pages), if made before."""
     k_pages, v_pages = kv.k_pages, kv.v_pages
     if extents := extents or extents_of(k, v, slots, k_pages, v_pages):

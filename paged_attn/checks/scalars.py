@@ -1,4 +1,4 @@
-"""Scalars: ints, floats, layouts and bases of logarithms."""
+"""Scalars: ints, floats and bases of logarithms."""
 
 import math
 import operator
@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-LAYOUTS = ("NHD", "HND")
 INT_MAX = 2**31 - 1
 
 
@@ -62,16 +61,6 @@ def _one_of(value: Any, name: str, kind: str) -> str:
 
 def _is_array(value: Any) -> bool:
     return getattr(value, "ndim", 0) > 0
-
-
-def as_layout(layout: Any) -> str:
-    """ "NHD" or "HND"; anything else is a ValueError that shows both."""
-    if isinstance(layout, str) and layout in LAYOUTS:
-        return str(layout)
-    raise ValueError(
-        f"layout must be 'NHD' (pages are [page_size, num_kv_heads, head_dim]) or 'HND' "
-        f"([num_kv_heads, page_size, head_dim]), got {layout!r}; pass the one that the pool was written in"
-    )
 
 
 def as_base(base: Any) -> float:

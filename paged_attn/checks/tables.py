@@ -1,22 +1,20 @@
 """Page tables: their arrays, their values where the host has them, and what fits into a plan."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..errors import PageTableError
+from ..holders import TableArrays
 from ..interop import device_of
 from .arrays import INT32, check_device, check_shape, check_vector, first_true, moved
 from .overlaps import check_apart
 from .scalars import INT_MAX, as_int
 
-if TYPE_CHECKING:
-    from ..page_table import PageTable
-
 
 def check_table(table: Any, name: str = "table", call: str = "") -> None:
     """`table` is a PageTable. `call` shows the arguments in their order."""
-    if not hasattr(table, "page_stride"):
+    if not isinstance(table, TableArrays):
         raise TypeError(
             f"{name} must be a PageTable, got {type(table).__name__}; "
             f"pass PageTable(indptr, indices, last_page_len, page_size=...){f' in {call}' if call else ''}"
@@ -52,7 +50,7 @@ def check_table_arrays(
             check_device(array, name, device, "indptr")
 
 
-def check_table_values(table: "PageTable", num_pages: int | None) -> None:
+def check_table_values(table: TableArrays, num_pages: int | None) -> None:
     """A host table in full, against a pool of `num_pages` pages (None: of any size). A device table is not read."""
     if table.device != "cpu":
         return
@@ -146,12 +144,12 @@ def check_table_out(out: Any, page_size: int, device: str, batch_size: int, num_
             )
 
 
-def _check_table_writable(out: "PageTable", remedy: str) -> None:
+def _check_table_writable(out: TableArrays, remedy: str) -> None:
     if not out.writable:
         raise ValueError(f"out cannot be written: some of its arrays are JAX arrays or read-only arrays; {remedy}")
 
 
-def check_split_out(out: Any, table: "PageTable", num_chunks: int) -> None:
+def check_split_out(out: Any, table: TableArrays, num_chunks: int) -> None:
     """`out` of PageTable.split: num_chunks * batch_size rows, positions of its own, room for every page."""
     check_table(out, "out")
     rows = num_chunks * table.batch_size
@@ -183,7 +181,7 @@ def check_split_out(out: Any, table: "PageTable", num_chunks: int) -> None:
     check_apart_of_table(out, table)
 
 
-def check_apart_of_table(out: "PageTable", *sources: "PageTable") -> None:
+def check_apart_of_table(out: TableArrays, *sources: TableArrays) -> None:
     """The arrays of a table that is written overlap neither each other nor those of tables it is written from."""
     names = ("indptr", "indices", "last_page_len", "page_offset", "total_len")
     read = [(getattr(source, name), f"the table's {name}") for source in sources for name in names]
@@ -223,7 +221,7 @@ def check_block_table(block_table: Any, seq_lens: Any, page_size: int) -> None:
         )
 
 
-def check_block_width(table: "PageTable", max_pages_per_seq: int) -> None:
+def check_block_width(table: TableArrays, max_pages_per_seq: int) -> None:
     """No request of a host table has more pages than a row of its dense form."""
     if table.device == "cpu" and (bad := first_true(np.diff(table.indptr) > max_pages_per_seq)) is not None:
         pages = int(table.indptr[bad + 1] - table.indptr[bad])
@@ -236,7 +234,7 @@ def check_block_width(table: "PageTable", max_pages_per_seq: int) -> None:
         )
 
 
-def check_token_places(batch_indices: Any, positions: Any, table: "PageTable") -> None:
+def check_token_places(batch_indices: Any, positions: Any, table: TableArrays) -> None:
     """The arguments of PageTable.slots: int32 [n] both, beside the table or on the host, where values are checked."""
     check_vector(batch_indices, "batch_indices", INT32, None, "the request of each token")
     check_vector(positions, "positions", INT32, batch_indices.shape[0], "one for each entry of batch_indices")
@@ -258,7 +256,7 @@ def check_token_places(batch_indices: Any, positions: Any, table: "PageTable") -
 
 
 def check_capacities(
-    table: "PageTable",
+    table: TableArrays,
     qo_indptr: Any,
     q_len: int | None,
     *,

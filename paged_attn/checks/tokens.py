@@ -1,10 +1,11 @@
 """New tokens that are written into a pool."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..errors import LayoutMismatchError, PageTableError
+from ..holders import KVPages
 from .arrays import (
     INT32,
     INT64,
@@ -17,13 +18,9 @@ from .arrays import (
     first_true,
 )
 from .overlaps import check_apart_of_append
-from .pools import other_layout
-
-if TYPE_CHECKING:
-    from ..layout import PagedKV
 
 
-def check_append(kv: "PagedKV", slots: Any, k: Any, v: Any) -> None:
+def check_append(kv: KVPages, slots: Any, k: Any, v: Any) -> None:
     """New tokens: k, v [tokens, num_kv_heads, head_dim] whatever the layout, slots int64 or int32 [tokens].
 
     Host slots are checked by value: -1 skips the token, others lie in [0, num_pages * page_size).
@@ -50,13 +47,13 @@ def check_append(kv: "PagedKV", slots: Any, k: Any, v: Any) -> None:
         )
 
 
-def check_new_tokens(kv: "PagedKV", k: Any, v: Any, tokens: int, slots: Any = None) -> None:
+def check_new_tokens(kv: KVPages, k: Any, v: Any, tokens: int, slots: Any = None) -> None:
     """k, v [tokens, num_kv_heads, head_dim], of the pool's dtype and on its device; like slots, not in its memory."""
     for array, name in ((k, "k"), (v, "v")):
         check_dtype(array, name, kv.dtype, "as kv is")
         wrong_heads = array.ndim == 3 and array.shape[1] != kv.num_kv_heads and array.shape[2] == kv.head_dim
         if wrong_heads and array.shape[1] == kv.page_size:
-            other = other_layout(kv.layout)
+            other = kv.layout.other
             raise LayoutMismatchError(
                 f"{name} has {array.shape[1]} heads ({name}.shape={array.shape}), and kv, tagged {kv.layout}, has "
                 f"num_kv_heads={kv.num_kv_heads} (k_pages.shape={kv.k_pages.shape}); the shapes fit layout {other} "
