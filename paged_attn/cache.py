@@ -19,13 +19,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from . import attention, backends, interop
+from . import backends, interop
+from .append import append
 from .checks import scalars, sequences, tables, tokens
 from .errors import OutOfPagesError
 from .layout import Layout, as_layout
 from .lifetimes import loan_of, reading
 from .page_table import PageTable
 from .paged_kv import PagedKV
+from .support import supports
 
 # A sequence id is (generation << ROW_BITS) | row: a row that is used again gives another id, so a freed id stays freed.
 ROW_BITS = 32
@@ -235,7 +237,7 @@ class PagedKVCache:
         layout, dtype = as_layout(layout), interop.as_dtype(dtype)
         self._device = interop.resolve_device(device)
         self._backend = backends.of(self._device)
-        support = attention.supports("append", device=self._device, dtype=dtype, head_dim=head_dim)
+        support = supports("append", device=self._device, dtype=dtype, head_dim=head_dim)
         if not support:
             raise NotImplementedError(support.reason)
         page = (page_size, num_kv_heads, head_dim) if layout is Layout.NHD else (num_kv_heads, page_size, head_dim)
@@ -366,7 +368,7 @@ class PagedKVCache:
                 f"layer is {layer}, which is no layer of a cache with num_layers={len(self._layers)}; "
                 f"pass an int in [0, {len(self._layers)})"
             )
-        attention.append(self._layers[layer], slots, k, v)
+        append(self._layers[layer], slots, k, v)
 
     @_one_thread_at_a_time
     def append(
@@ -387,7 +389,7 @@ class PagedKVCache:
         tokens.check_new_tokens(self._layers[0], native_k, native_v, int(counts.sum()))
         reserved = self._prepare(rows, counts)
         with reading(loan_of((native_k, k), (native_v, v))):
-            attention.append(self._layers[0], reserved.slots, native_k, native_v)  # where nobody's tokens are
+            append(self._layers[0], reserved.slots, native_k, native_v)  # where nobody's tokens are
         self._commit(reserved)
 
     @_one_thread_at_a_time

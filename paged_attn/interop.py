@@ -266,6 +266,15 @@ def on_device_of(array: Any) -> Any:
     return contextlib.nullcontext() if isinstance(array, np.ndarray) else array.device
 
 
+def current_stream(device: str) -> tuple[Any, int]:
+    """CuPy's current stream of a GPU and its address; None and 0 on the CPU, where a call returns when its work is
+    done."""
+    if device == "cpu":
+        return None, 0
+    stream = sys.modules["cupy"].cuda.get_current_stream(int(device.removeprefix("cuda:")))
+    return stream, stream.ptr
+
+
 def namespace(array: Any) -> ModuleType:
     """The module numpy or cupy, by the array."""
     return np if isinstance(array, np.ndarray) else sys.modules["cupy"]

@@ -83,6 +83,11 @@ class RunArrays(NamedTuple):
     lse: Any = None  # [rows, num_qo_heads]
     sinks: Any = None  # [num_qo_heads]
 
+    def with_rows(self, change: Callable[[Any], Any]) -> "RunArrays":
+        """The same with q, out and lse, which have rows, changed."""
+        q, out, lse, sinks = self
+        return RunArrays(change(q), None if out is None else change(out), None if lse is None else change(lse), sinks)
+
 
 @dataclass(frozen=True)
 class RunArray:

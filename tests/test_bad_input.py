@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import paged_attn as pa
-from paged_attn import attention, backends, interop
+from paged_attn import backends, interop, plans, support
 from paged_attn.checks import overlaps
 
 NUM_PAGES, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, NUM_QO_HEADS = 6, 4, 2, 16, 4
@@ -1048,7 +1048,7 @@ bad(
     "single_decode: k and v differ",
     lambda w: pa.single_decode(w.q[0], w.k_one, w.v_one[1:], layout="NHD"),
     ValueError,
-    "v must have shape [9, 2, 16]",
+    "v must have shape [9, 2, v_head_dim]",
     "(8, 2, 16)",
     "reshape or slice v",
 )
@@ -2033,7 +2033,8 @@ def test_host_and_gpu_are_not_mixed(monkeypatch: pytest.MonkeyPatch, case: str, 
         forbid_launches(monkeypatch, "cuda")
     else:  # here a call that gets past the checks fails, because there is no CUDA backend to import
         monkeypatch.setattr(interop, "is_native", lambda x: isinstance(x, (np.ndarray, FakeGpuArray)))
-        monkeypatch.setattr(attention, "_check_supported", lambda *_: None)
+        monkeypatch.setattr(support, "_check_compute_capability", lambda device: None)
+        monkeypatch.setattr(plans, "current_stream", lambda device: (None, 0))
         w = TwoDevices(None)
     before = w.host.state()
     with pytest.MonkeyPatch.context() as patch:

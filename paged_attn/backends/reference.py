@@ -1,8 +1,8 @@
 """The reference backend: NumPy, one request at a time, and the definition of every result.
 
     scores[i, x] = sm_scale * <q[i], k[x]>          c * tanh(scores / c) where there is a soft cap c
-    lse[i]       = log sum_x exp(scores[i, x])      over the tokens x that query i sees (kv_limits)
-    out[i]       = sum_x exp(scores[i, x] - lse[i]) * v[x]
+    lse[i]       = log (sum_x exp(scores[i, x]) + exp(sink))      over the tokens x that query i sees (kv_limits)
+    out[i]       = sum_x exp(scores[i, x] - lse[i]) * v[x]        the sink of the head, where there are sinks
 
 All of it in float32 (in float64 for a float64 q). A query that sees no token has out = 0 and lse = -inf, and what a
 query does not see never reaches it, be it inf or NaN. Whatever numpy.errstate the caller has set, inf and NaN of the
@@ -272,14 +272,14 @@ class Plan:
     @np.errstate(all="ignore")
     def run(self, spec: AttentionSpec, arrays: RunArrays, kv: KVPages, signature: Any) -> None:
         """Rows past the batch become out = 0, lse = -inf. signature: by which the other backend knows a repetition."""
-        q, out, lse, _ = arrays
+        q, out, lse, sinks = arrays
         out[...] = 0
         if lse is not None:
             lse[...] = -np.inf
         for request in self._requests:
             for rows, tokens, begin, end in _blocks(spec, request):
                 k, v = (_gather(pages, kv, request, tokens) for pages in (kv.k_pages, kv.v_pages))
-                block_out, block_lse = _attend(spec, q[rows], k, v, begin - tokens.start, end - tokens.start)
+                block_out, block_lse = _attend(spec, q[rows], k, v, begin - tokens.start, end - tokens.start, sinks)
                 out[rows] = block_out  # a result past float16's range is inf, as on a GPU
                 if lse is not None:
                     lse[rows] = block_lse
@@ -303,12 +303,18 @@ def _gather(pages: np.ndarray, kv: KVPages, request: Request, tokens: slice) -> 
     """The request's local tokens [tokens.start, tokens.stop) as [tokens, head, dim]; no other page is read."""
     first_page = tokens.start // kv.page_size
     page_ids = request.page_ids[first_page : -(-tokens.stop // kv.page_size)]
-    dense = _by_token(pages, kv)[page_ids].reshape(-1, kv.num_kv_heads, kv.head_dim)
+    dense = _by_token(pages, kv)[page_ids].reshape(-1, kv.num_kv_heads, pages.shape[-1])
     return dense[tokens.start - first_page * kv.page_size : tokens.stop - first_page * kv.page_size]
 
 
 def _attend(
-    spec: AttentionSpec, q: np.ndarray, k: np.ndarray, v: np.ndarray, begin: np.ndarray, end: np.ndarray
+    spec: AttentionSpec,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    sinks: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """q [n, qo heads, dim] over k, v [t, kv heads, dim], of which query i sees [begin[i], end[i]) -> out, lse."""
     compute = np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
@@ -322,12 +328,14 @@ def _attend(
         scores = soft_cap * np.tanh(scores / soft_cap)
     token = np.arange(num_tokens)
     seen = (token >= begin[:, None]) & (token < end[:, None])  # [n, t]
-    row_max, weights, total = _exponentials(np.where(seen, scores, -np.inf), axis=-1)
+    if sinks is not None:
+        sinks = sinks.astype(compute).reshape(num_kv_heads, group, 1, 1)
+    shift, weights, total = _exponentials(np.where(seen, scores, -np.inf), sinks, axis=-1)
     weighted = _weighted_sum(weights.reshape(num_kv_heads, group * n, num_tokens), seen, v)
-    out = weighted.reshape(num_kv_heads, group, n, spec.head_dim) / np.where(total == 0, 1, total)
-    lse = (row_max + np.log(total)).squeeze(-1)
+    out = weighted.reshape(num_kv_heads, group, n, spec.v_head_dim) / np.where(total == 0, 1, total)
+    lse = (shift + np.log(total)).squeeze(-1)
     return (
-        out.transpose(2, 0, 1, 3).reshape(n, spec.num_qo_heads, spec.head_dim),
+        out.transpose(2, 0, 1, 3).reshape(n, spec.num_qo_heads, spec.v_head_dim),
         lse.transpose(2, 0, 1).reshape(n, spec.num_qo_heads),
     )
 
@@ -353,18 +361,25 @@ def _weighted_sum(weights: np.ndarray, seen: np.ndarray, v: np.ndarray) -> np.nd
     return sums
 
 
-def _exponentials(scores: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """max, exp(scores - max) and its sum along `axis` (kept); all exponentials are 0 where every score is -inf."""
+def _exponentials(scores: np.ndarray, sinks: np.ndarray | None, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A shift m, exp(scores - m), and the sum of these and exp(sinks - m) along `axis` (kept). m is the largest score
+    or sink of a row; 0 where all are -inf, and so all exponentials are 0."""
     row_max = scores.max(axis=axis, keepdims=True, initial=-np.inf)
-    weights = np.exp(scores - np.where(row_max == -np.inf, 0, row_max))
-    return row_max, weights, weights.sum(axis=axis, keepdims=True)
+    if sinks is not None:
+        row_max = np.maximum(row_max, np.where(sinks == np.inf, -np.inf, sinks))  # exp(inf - inf) would be NaN
+    shift = np.where(row_max == -np.inf, 0, row_max)
+    weights = np.exp(scores - shift)
+    total = weights.sum(axis=axis, keepdims=True)
+    return shift, weights, total if sinks is None else total + np.exp(sinks - shift)
 
 
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
 @np.errstate(all="ignore")
-def merge_states(v: np.ndarray, s: np.ndarray, out: np.ndarray, lse: np.ndarray, base: float) -> None:
+def merge_states(
+    v: np.ndarray, s: np.ndarray, out: np.ndarray, lse: np.ndarray, base: float, sinks: np.ndarray | None = None
+) -> None:
     """v [rows, num_states, heads, dim], s [rows, num_states, heads] (log to `base`) -> out, lse without that axis.
 
     A state whose s is -inf or +inf saw no key: its v is not looked at.
@@ -372,10 +387,10 @@ def merge_states(v: np.ndarray, s: np.ndarray, out: np.ndarray, lse: np.ndarray,
     compute = np.dtype(np.float64 if v.dtype == np.float64 else np.float32)
     unit = math.log(base)
     empty = np.isinf(s)
-    row_max, weights, total = _exponentials(np.where(empty, -np.inf, s.astype(compute) * unit), axis=1)
+    shift, weights, total = _exponentials(np.where(empty, -np.inf, s.astype(compute) * unit), sinks, axis=1)
     weighted = (weights[..., None] * np.where(empty[..., None], 0, v.astype(compute))).sum(axis=1)
     out[...] = weighted / np.where(total == 0, 1, total).squeeze(1)[..., None]
-    lse[...] = (row_max + np.log(total)).squeeze(1) / unit
+    lse[...] = (shift + np.log(total)).squeeze(1) / unit
 
 
 def merge_state(

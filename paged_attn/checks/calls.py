@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import LayoutMismatchError, PageTableError
 from ..holders import KVPages, TableArrays
+from ..layout import Layout
 from ..spec import RUN_ARRAYS, AttentionSpec, RunArrays, Scoring
 from .arrays import (
     INT32,
@@ -22,7 +23,7 @@ from .arrays import (
     check_whole,
     first_true,
 )
-from .pools import check_heads, check_kv, check_page_size
+from .pools import check_page_size, refuse_heads
 from .scalars import as_float, as_int
 
 FLOAT_RANGE = 2.0**-126, 2.0**127  # normal float32 numbers, the largest of them even times log2(e)
@@ -50,7 +51,8 @@ def attention_spec(
             f"device: make it from arrays there"
         )
     heads = as_int(num_qo_heads, "num_qo_heads", minimum=1)
-    check_heads(kv, heads, f"num_qo_heads={heads}")
+    if heads % kv.num_kv_heads:
+        refuse_heads(kv, heads, f"num_qo_heads={heads}")
     return AttentionSpec(
         num_qo_heads=heads,
         num_kv_heads=kv.num_kv_heads,
@@ -109,23 +111,25 @@ def check_q(kv: KVPages, q: Any, axes: Sequence[str], call: str) -> None:
         raise ValueError(f"q must be {' or '.join(axes)}, got q.shape={q.shape}; reshape q, and pass {call}")
     if q.shape[-2] == 0:
         raise ValueError(f"q has no heads (q.shape={q.shape}); pass a q with {kv.num_kv_heads} heads or a multiple")
-    check_heads(kv, q.shape[-2], f"q.shape={q.shape}")
+    if q.shape[-2] % kv.num_kv_heads:
+        refuse_heads(kv, q.shape[-2], f"q.shape={q.shape}")
 
 
-def check_single_kv(k: Any, v: Any, layout: str) -> None:
+def check_single_kv(k: Any, v: Any, layout: Layout) -> None:
     """Contiguous K and V of one request: [len, num_kv_heads, head_dim] (NHD) or [num_kv_heads, len, head_dim] (HND)."""
-    axes = "[len, num_kv_heads, head_dim]" if layout == "NHD" else "[num_kv_heads, len, head_dim]"
+    axes = ("len", "num_kv_heads", "head_dim") if layout is Layout.NHD else ("num_kv_heads", "len", "head_dim")
     check_float(k, "k")
-    check_shape(k, "k", tuple(axes[1:-1].split(", ")), f"for layout={str(layout)!r}")
-    check_shape(v, "v", k.shape, "as k")
+    check_shape(k, "k", axes, f"[{', '.join(axes)}] for layout={str(layout)!r}")
+    check_shape(v, "v", (*k.shape[:2], "v_head_dim"), "as k but for the last axis")
     check_dtype(v, "v", k.dtype, "as k is")
 
 
-def check_single_q(kv: KVPages, q: Any, out: Any, lse: Any) -> None:
-    """q and out [num_qo_heads, head_dim], lse [num_qo_heads] of single_decode, which adds an axis to each."""
+def check_single_q(kv: KVPages, arrays: RunArrays) -> None:
+    """q [num_qo_heads, head_dim], out [num_qo_heads, v_head_dim] and lse [num_qo_heads] of single_decode."""
+    q, out, lse, _ = arrays
     check_shape(q, "q", ("num_qo_heads", kv.head_dim), "[num_qo_heads, head_dim], as k has it")
     if out is not None:
-        check_shape(out, "out", q.shape, "as q gives it")
+        check_shape(out, "out", (q.shape[0], kv.v_head_dim), "as q and v give it")
     if lse is not None:
         check_shape(lse, "lse", q.shape[:1], "as q without its last axis")
 
@@ -162,12 +166,12 @@ def check_qo_indptr(qo_indptr: Any, batch_size: int, total_rows: int | None, dev
 
 def check_layer(spec: AttentionSpec, kv: KVPages) -> None:
     """One run of a plan: the layer against the spec."""
-    check_kv(kv, "run(q, kv)")
     if (
         kv.layout != spec.layout
         or kv.page_size != spec.page_size
         or kv.num_kv_heads != spec.num_kv_heads
         or kv.head_dim != spec.head_dim
+        or kv.v_head_dim != spec.v_head_dim
         or kv.num_pages < spec.num_pages
         or kv.dtype != spec.dtype
         or kv.device != spec.device
@@ -205,9 +209,11 @@ def _refuse_layer(spec: AttentionSpec, kv: KVPages) -> None:
         raise TypeError(f"kv is {kv.dtype} and the plan was made for {spec.dtype}; plan with this kv")
     if kv.device != spec.device:
         raise TypeError(f"kv lives on {kv.device} and the plan was made for {spec.device}; plan with this kv")
-    name, least = ("head_dim", "") if kv.head_dim != spec.head_dim else ("num_pages", "at least ")
+    dims = [name for name in ("head_dim", "v_head_dim") if getattr(kv, name) != getattr(spec, name)]
+    name, least = (dims[0], "") if dims else ("num_pages", "at least ")
+    shape = f"v_pages.shape={kv.v_pages.shape}" if name == "v_head_dim" else f"k_pages.shape={kv.k_pages.shape}"
     raise ValueError(
-        f"kv has {name}={getattr(kv, name)} (k_pages.shape={kv.k_pages.shape}, layout {kv.layout}) and the plan is "
+        f"kv has {name}={getattr(kv, name)} ({shape}, layout {kv.layout}) and the plan is "
         f"for {least}{getattr(spec, name)}; pass a layer like the one that was planned with, or plan with this kv"
     )
 
@@ -237,6 +243,15 @@ def check_arrays(
             check_whole(array, name, rule.shape(spec, shape), rule.why, rule.dtypes(spec), spec.device, "q")
             if array.size:
                 check_base(array, name, rule.alignment)
+
+
+def check_sinks(sinks: Any, is_split: bool) -> None:
+    """In partial results a sink would be counted once a chunk."""
+    if sinks is not None and is_split:
+        raise ValueError(
+            "sinks were given with a table that split() made, and every chunk of a sequence would count them; "
+            "pass them to merge_states(v, s, sinks=sinks) alone"
+        )
 
 
 def _refuse_q_shape(spec: AttentionSpec, q: Any, rows: tuple[int, ...] | range, remedy: str) -> None:

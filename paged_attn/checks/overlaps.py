@@ -1,11 +1,11 @@
 """Memory that is written while other memory is still read.
 
 Two arrays overlap where the ranges from their first to their last byte do and they are not provably disjoint: K and V
-interleaved in one pool are disjoint, and so are every other head of one array and the heads between them. Shapes and
-strides of a call may be known to be right; addresses are new each time, so this is asked on every call.
+interleaved in one pool are disjoint, and so are the odd and the even heads of one array. Shapes and strides of a call
+may be known to be right; addresses are new each time, so this is asked on every call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ def overlap(a: Any, b: Any) -> bool:
     else:
         if a.data.device_id != b.data.device_id:
             return False
-        (a_begin, a_end), (b_begin, b_end) = bounds_of(a), bounds_of(b)
+        (a_begin, a_end), (b_begin, b_end) = _bounds(a), _bounds(b)
         if a_end <= b_begin or b_end <= a_begin:
             return False
         a, b = np.asarray(_OnHost(a)), np.asarray(_OnHost(b))
@@ -36,7 +36,7 @@ def overlap(a: Any, b: Any) -> bool:
         return True
 
 
-def bounds_of(array: Any) -> tuple[int, int]:
+def _bounds(array: Any) -> tuple[int, int]:
     """The addresses of a GPU array's first byte and of the byte behind its last one."""
     begin = array.data.ptr
     if array.size == 0:
@@ -63,90 +63,62 @@ class _OnHost:
         }
 
 
+OTHER_MEMORY = "a {name} with memory of its own, or None"
+
+
 def check_apart(
-    written: Sequence[tuple[Any, str]],
-    read: Sequence[tuple[Any, str]],
-    remedy: str = "a {name} with memory of its own, or None",
+    written: Sequence[tuple[Any, str]], read: Sequence[tuple[Any, str]], remedy: str = OTHER_MEMORY
 ) -> None:
     """No array that is written (None: there is none) overlaps one that is read, or another that is written."""
-    given = [
-        (array, name, None if isinstance(array, np.ndarray) else bounds_of(array))
-        for array, name in (*written, *read)
-        if array is not None
-    ]
+    given = [(array, name) for array, name in (*written, *read) if array is not None]
     num_written = sum(array is not None for array, _ in written)
-    for place, (array, name, bounds) in enumerate(given[:num_written]):
-        for other, other_name, other_bounds in given[place + 1 :]:
-            if bounds and other_bounds and (bounds[1] <= other_bounds[0] or other_bounds[1] <= bounds[0]):
-                continue
-            if overlap(array, other):
-                raise ValueError(
-                    f"{name} overlaps {other_name} in memory, and one of them is written while the other is in use; "
-                    f"pass {remedy.format(name=name)}"
-                )
+    for i in range(num_written):
+        for other in given[i + 1 :]:
+            _check_pair(given[i], other, remedy)
 
 
-def extents_of(*arrays: Any) -> tuple[int, ...]:
-    """For check_apart_of_run and ..._of_append: bytes from the first to the last one of GPU arrays whose strides have
-    been checked, 0 for None and for metadata of the host. Nothing for arrays of the host: NumPy compares those."""
-    if isinstance(arrays[0], np.ndarray):
-        return ()
-    return tuple(
-        0 if array is None or isinstance(array, np.ndarray) or not array.size else bounds_of(array)[1] - array.data.ptr
-        for array in arrays
-    )
+def _check_pair(one: tuple[Any, str], other: tuple[Any, str], remedy: str) -> None:
+    if overlap(one[0], other[0]):
+        name = one[1]
+        raise ValueError(
+            f"{name} overlaps {other[1]} in memory, and one of them is written while the other is in use; "
+            f"pass {remedy.format(name=name)}"
+        )
 
 
-def check_apart_of_run(q: Any, kv: KVPages, out: Any, lse: Any, extents: tuple[int, ...]) -> None:
-    """out and lse, one of which was given, overlap neither each other nor q nor the pool.
+# -- calls that are repeated -------------------------------------------------------------------------------------------
 
-    extents: extents_of(q, k_pages, v_pages, out, lse), made once for all calls with arrays of one form.
+Compared = tuple[tuple[int, int, int, int], ...]
+
+
+def compared(arrays: Sequence[Any], pairs: Iterable[tuple[int, int]]) -> Compared:
+    """Of the pairs (i, j) of places in `arrays` those to be compared on every call: (i, j, bytes of i, bytes of j).
+
+    The bytes are those from the first to the last one, of GPU arrays whose strides are not negative; 0 on the host,
+    where NumPy compares. Arrays that are None or empty, and host metadata beside GPU arrays, overlap nothing.
     """
-    if extents:
-        q_size, k_size, v_size, out_size, lse_size = extents
-        q_at, k_at, v_at = q.data.ptr, kv.k_address, kv.v_address
-        apart, out_at = True, 0
-        if out is not None:
-            out_at, low = out.data.ptr, -out_size
-            apart = not (low < out_at - q_at < q_size or low < out_at - k_at < k_size or low < out_at - v_at < v_size)
-        if lse is not None:
-            at, low = lse.data.ptr, -lse_size
-            apart = apart and not (
-                low < at - q_at < q_size
-                or low < at - k_at < k_size
-                or low < at - v_at < v_size
-                or low < at - out_at < out_size
-            )
-    else:
-        may = np.may_share_memory
-        k_pages, v_pages = kv.k_pages, kv.v_pages
-        apart = (out is None or not (may(out, q) or may(out, k_pages) or may(out, v_pages))) and (
-            lse is None
-            or not (may(lse, q) or may(lse, k_pages) or may(lse, v_pages) or (out is not None and may(lse, out)))
-        )
-    if not apart:
-        check_apart(((out, "out"), (lse, "lse")), ((q, "q"), (kv.k_pages, "kv.k_pages"), (kv.v_pages, "kv.v_pages")))
+    on_host = isinstance(arrays[-1], np.ndarray)
+    sizes = [
+        -1 if array is None or not array.size or isinstance(array, np.ndarray) is not on_host
+        else 0 if on_host
+        else _bounds(array)[1] - array.data.ptr
+        for array in arrays
+    ]  # fmt: skip
+    return tuple((i, j, sizes[i], sizes[j]) for i, j in pairs if sizes[i] >= 0 and sizes[j] >= 0)
 
 
-def check_apart_of_append(kv: KVPages, slots: Any, k: Any, v: Any, extents: tuple[int, ...] = ()) -> None:
-    """The pool overlaps neither k, v nor slots. extents: extents_of(k, v, slots, k_pages, v_pages), if made before."""
-    k_pages, v_pages = kv.k_pages, kv.v_pages
-    if extents := extents or extents_of(k, v, slots, k_pages, v_pages):
-        k_size, v_size, slots_size, k_pool_size, v_pool_size = extents
-        k_at, v_at, k_pool, v_pool = k.data.ptr, v.data.ptr, kv.k_address, kv.v_address
-        slots_at = slots.data.ptr if slots_size else 0
-        apart = not (
-            -k_size < k_at - k_pool < k_pool_size
-            or -k_size < k_at - v_pool < v_pool_size
-            or -v_size < v_at - k_pool < k_pool_size
-            or -v_size < v_at - v_pool < v_pool_size
-            or -slots_size < slots_at - k_pool < k_pool_size
-            or -slots_size < slots_at - v_pool < v_pool_size
-        )
-    else:
-        may = np.may_share_memory
-        apart = not any(may(array, k_pages) or may(array, v_pages) for array in (k, v, slots))
-    if apart:
-        return
-    for array, name in ((k, "k"), (v, "v"), (slots, "slots")):
-        check_apart(((array, name),), ((k_pages, "kv.k_pages"), (v_pages, "kv.v_pages")), "{name}.copy()")
+def check_apart_from_pool(
+    given: tuple[Any, ...], names: Sequence[str], kv: KVPages, pairs: Compared, remedy: str = OTHER_MEMORY
+) -> None:
+    """The arrays of a call, of which `compared` of (*given, kv.k_pages, kv.v_pages) has made the pairs, are apart."""
+    if kv.k_address:
+        at = [0 if array is None or isinstance(array, np.ndarray) else array.data.ptr for array in given]
+        at += kv.k_address, kv.v_address
+        for i, j, i_size, j_size in pairs:
+            if -i_size < at[i] - at[j] < j_size:
+                break
+        else:
+            return
+    arrays = (*given, kv.k_pages, kv.v_pages)
+    for i, j, _, _ in pairs:
+        _check_pair((arrays[i], names[i]), (arrays[j], names[j]), remedy)

@@ -88,16 +88,14 @@ def check_page_size(kv: KVPages, page_size: int) -> None:
     )
 
 
-def check_heads(kv: KVPages, num_qo_heads: int, shown: str) -> None:
-    """The query heads are a multiple of the KV heads; `shown` is where the number comes from, for the message."""
-    heads = kv.num_kv_heads
-    if num_qo_heads % heads:
-        other = kv.layout.other
-        retag = (
-            f"; or, if k_pages.shape={kv.k_pages.shape} was written as {other} and not as {kv.layout}, tag the pool "
-            f"layout='{other}' (page_size={heads}, num_kv_heads={kv.page_size}) and pass a table of that page_size"
-        )
-        raise ValueError(
-            f"q has {num_qo_heads} heads, which is not a multiple of num_kv_heads={heads} ({shown}); "
-            f"pass a q with {heads}, {2 * heads}, {3 * heads}, ... heads{'' if num_qo_heads % kv.page_size else retag}"
-        )
+def refuse_heads(kv: KVPages, num_qo_heads: int, shown: str) -> None:
+    """Query heads that are no multiple of the KV heads; `shown` is where their number comes from."""
+    heads, other = kv.num_kv_heads, kv.layout.other
+    retag = (
+        f"; or, if k_pages.shape={kv.k_pages.shape} was written as {other} and not as {kv.layout}, tag the pool "
+        f"layout='{other}' (page_size={heads}, num_kv_heads={kv.page_size}) and pass a table of that page_size"
+    )
+    raise ValueError(
+        f"q has {num_qo_heads} heads, which is not a multiple of num_kv_heads={heads} ({shown}); "
+        f"pass a q with {heads}, {2 * heads}, {3 * heads}, ... heads{'' if num_qo_heads % kv.page_size else retag}"
+    )

@@ -1,5 +1,6 @@
 """Partial results of attention that are merged."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ from .overlaps import check_apart
 from .scalars import as_base
 
 
-def check_merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any, base: Any, out: Any, lse: Any) -> float:
-    """Two states of the same rows: v [rows, heads, dim], s float32 [rows, heads]. Returns the base as a number."""
+def check_merge_state(states: Sequence[Any], base: Any, out: Any, lse: Any) -> float:
+    """v_a, s_a, v_b, s_b of the same rows: v [rows, heads, dim], s float32 [rows, heads]. Returns the base as a
+    number."""
+    v_a, s_a, v_b, s_b = states
     number = as_base(base)
     check_float(v_a, "v_a")
     check_shape(v_a, "v_a", ("rows", "heads", "dim"), "[rows, heads, dim]")
@@ -46,8 +49,9 @@ def _is_same(a: Any, b: Any) -> bool:
     return a.ctypes.data == b.ctypes.data if isinstance(a, np.ndarray) else a.data.ptr == b.data.ptr
 
 
-def check_merge_states(v: Any, s: Any, base: Any, out: Any, lse: Any) -> float:
-    """v [rows, num_states, heads, dim], s float32 [rows, num_states, heads]. Returns the base as a number."""
+def check_merge_states(v: Any, s: Any, base: Any, sinks: Any, out: Any, lse: Any) -> float:
+    """v [rows, num_states, heads, dim], s float32 [rows, num_states, heads], sinks float32 [heads] or None. Returns the
+    base as a number."""
     number = as_base(base)
     check_float(v, "v")
     check_shape(v, "v", ("rows", "num_states", "heads", "dim"), "[rows, num_states, heads, dim]")
@@ -59,7 +63,9 @@ def check_merge_states(v: Any, s: Any, base: Any, out: Any, lse: Any) -> float:
     check_base(s, "s", FLOAT32.itemsize)
     rows, _, heads, dim = v.shape
     _check_results(out, lse, (rows, heads, dim), v.dtype, device, "v without num_states")
-    check_apart([(out, "out"), (lse, "lse")], [(v, "v"), (s, "s")])
+    if sinks is not None:
+        check_whole(sinks, "sinks", (heads,), "one for each head of v", (FLOAT32,), device, "v")
+    check_apart([(out, "out"), (lse, "lse")], [(v, "v"), (s, "s"), (sinks, "sinks")])
     return number
 
 
