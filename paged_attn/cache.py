@@ -19,11 +19,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from . import attention, backends, interop, spec
+from . import backends, interop
+from .append import append
+from .checks import scalars, sequences, tables, tokens
 from .errors import OutOfPagesError
-from .layout import Layout, PagedKV, as_layout
+from .layout import Layout, as_layout
 from .lifetimes import loan_of, reading
-from .page_table import PageTable, table_of_own_arrays
+from .page_table import PageTable
+from .paged_kv import PagedKV
+from .support import supports
 
 # A sequence id is (generation << ROW_BITS) | row: a row that is used again gives another id, so a freed id stays freed.
 ROW_BITS = 32
@@ -221,7 +225,7 @@ class PagedKVCache:
         device: Any = None,
     ) -> None:
         num_pages, page_size, num_kv_heads, head_dim, num_layers = (
-            spec.as_int(value, name, minimum=1)
+            scalars.as_int(value, name, minimum=1)
             for value, name in (
                 (num_pages, "num_pages"),
                 (page_size, "page_size"),
@@ -233,7 +237,7 @@ class PagedKVCache:
         layout, dtype = as_layout(layout), interop.as_dtype(dtype)
         self._device = interop.resolve_device(device)
         self._backend = backends.of(self._device)
-        support = attention.supports("append", device=self._device, dtype=dtype, head_dim=head_dim)
+        support = supports("append", device=self._device, dtype=dtype, head_dim=head_dim)
         if not support:
             raise NotImplementedError(support.reason)
         page = (page_size, num_kv_heads, head_dim) if layout is Layout.NHD else (num_kv_heads, page_size, head_dim)
@@ -358,13 +362,13 @@ class PagedKVCache:
     @_one_thread_at_a_time
     def write(self, slots: Any, k: Any, v: Any, layer: int = 0) -> None:
         """Writes k, v [tokens, num_kv_heads, head_dim] into slots [tokens] of one layer, int64 or int32; -1 skips."""
-        layer = spec.as_int(layer, "layer", minimum=-(2**31))
+        layer = scalars.as_int(layer, "layer", minimum=-(2**31))
         if not 0 <= layer < len(self._layers):
             raise ValueError(
                 f"layer is {layer}, which is no layer of a cache with num_layers={len(self._layers)}; "
                 f"pass an int in [0, {len(self._layers)})"
             )
-        attention.append(self._layers[layer], slots, k, v)
+        append(self._layers[layer], slots, k, v)
 
     @_one_thread_at_a_time
     def append(
@@ -382,10 +386,10 @@ class PagedKVCache:
         rows = self._rows(seqs)
         counts = self._counts(counts, rows.size)
         native_k, native_v = interop.native(k, "k"), interop.native(v, "v")
-        spec.check_new_tokens(self._layers[0], native_k, native_v, int(counts.sum()))
+        tokens.check_new_tokens(self._layers[0], native_k, native_v, int(counts.sum()))
         reserved = self._prepare(rows, counts)
         with reading(loan_of((native_k, k), (native_v, v))):
-            attention.append(self._layers[0], reserved.slots, native_k, native_v)  # where nobody's tokens are
+            append(self._layers[0], reserved.slots, native_k, native_v)  # where nobody's tokens are
         self._commit(reserved)
 
     @_one_thread_at_a_time
@@ -408,7 +412,7 @@ class PagedKVCache:
             table = self._new_table(rows.size, int(indptr[-1]))
             self._lists.write_table(rows, indptr, last_page_len, table)
             return table
-        spec.check_table_out(out, self._page_size, self._device, rows.size, int(indptr[-1]))
+        tables.check_table_out(out, self._page_size, self._device, rows.size, int(indptr[-1]))
         self._lists.write_table(rows, indptr, last_page_len, out)
         return self._table_of(out.indptr[: rows.size + 1], out.indices, out.last_page_len[: rows.size])
 
@@ -420,7 +424,7 @@ class PagedKVCache:
         )
 
     def _table_of(self, indptr: Any, indices: Any, last_page_len: Any) -> PageTable:
-        return table_of_own_arrays(indptr, indices, last_page_len, self._page_size, self._device)
+        return PageTable.of_own_arrays(indptr, indices, last_page_len, self._page_size, self._device)
 
     def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> _Reservation:
         """All of a reservation that may raise. Pages that it takes are free, and entries that it writes nobody's."""
@@ -535,7 +539,7 @@ class PagedKVCache:
 
     def _row(self, seq: int) -> int:
         """The row of a live sequence."""
-        seq = spec.as_int(seq, "seq", minimum=0, maximum=2**63 - 1)
+        seq = scalars.as_int(seq, "seq", minimum=0, maximum=2**63 - 1)
         row = seq & ROW_MASK
         if row >= self._live_id.size or self._live_id[row] != seq:
             raise ValueError(f"seq is {seq}, {NOT_LIVE}")
@@ -543,11 +547,11 @@ class PagedKVCache:
 
     def _rows(self, seqs: Sequence[int] | np.ndarray) -> np.ndarray:
         """The rows int64 [batch] of live, distinct sequences."""
-        ids = spec.as_sequences(seqs)
+        ids = sequences.as_sequences(seqs)
         content = ids.tobytes()
         if self._batch is not None and self._batch[0] == content:  # ids stay live until free()
             return self._batch[1]
-        spec.check_distinct(ids)
+        sequences.check_distinct(ids)
         rows = ids & ROW_MASK
         # A clipped row never has the id that was asked for; free rows have -1, which a caller could ask for.
         live = (self._live_id.take(rows, mode="clip") == ids) & (ids >= 0)
@@ -560,14 +564,14 @@ class PagedKVCache:
     def _counts(self, counts: int | Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:
         """counts int64 [batch]."""
         if np.ndim(counts) == 0:
-            return np.full(batch_size, spec.as_int(counts, "counts", minimum=0))
-        return spec.check_counts(counts, batch_size)
+            return np.full(batch_size, scalars.as_int(counts, "counts", minimum=0))
+        return sequences.check_counts(counts, batch_size)
 
     def _check_length(self, seq: int, row: int, length: int | None) -> int:
         seq_len = int(self._length[row])
         if length is None:
             return seq_len
-        length = spec.as_int(length, "length", minimum=0)
+        length = scalars.as_int(length, "length", minimum=0)
         if length > seq_len:
             raise ValueError(
                 f"length is {length}, but sequence {seq} has {seq_len} tokens; pass at most {seq_len}, "

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -26,7 +26,7 @@ _BFLOAT16 = FLOAT_DTYPES["bfloat16"]
 _METADATA = {
     **dict.fromkeys(("indptr", "indices", "last_page_len", "page_offset", "total_len", "qo_indptr"), "int32"),
     **dict.fromkeys(("block_table", "seq_lens", "batch_indices", "positions"), "int32"),
-    **dict.fromkeys(("lse", "s", "s_a", "s_b"), "float32"),
+    **dict.fromkeys(("lse", "sinks", "s", "s_a", "s_b"), "float32"),
     "slots": "int64",
 }
 """The dtypes of arguments that always have the same one; others are of FLOAT_DTYPES."""
@@ -105,6 +105,16 @@ class _Bits:
 
 # --------------------------------------------------------------------------------------------------------------------
 # In and out
+
+
+class Array(Protocol):
+    """An array of any library that paged_attn takes: NumPy, CuPy, JAX, or another with DLPack."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> Any: ...
+    def __dlpack__(self, *args: Any, **options: Any) -> Any: ...
 
 
 def native(x: Any, name: str, *, writable: bool = False) -> Any:
@@ -254,6 +264,15 @@ def address_of(array: Any) -> int:
 def on_device_of(array: Any) -> Any:
     """`with on_device_of(array)`: its GPU is the current one; nothing for an array on the CPU."""
     return contextlib.nullcontext() if isinstance(array, np.ndarray) else array.device
+
+
+def current_stream(device: str) -> tuple[Any, int]:
+    """CuPy's current stream of a GPU and its address; None and 0 on the CPU, where a call returns when its work is
+    done."""
+    if device == "cpu":
+        return None, 0
+    stream = sys.modules["cupy"].cuda.get_current_stream(int(device.removeprefix("cuda:")))
+    return stream, stream.ptr
 
 
 def namespace(array: Any) -> ModuleType:

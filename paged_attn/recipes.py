@@ -321,7 +321,11 @@ def _hopper_prefill_recipe(spec: AttentionSpec, *, sends: bool) -> HopperPrefill
 
 def _attention_constants(spec: AttentionSpec) -> dict[str, int]:
     """What all attention kernels are compiled with."""
-    return {"HEAD_DIM": spec.head_dim, "BFLOAT16": spec.dtype == _BFLOAT16, "SOFT_CAP": spec.logits_soft_cap > 0}
+    return {
+        "HEAD_DIM": spec.head_dim,
+        "BFLOAT16": spec.dtype == _BFLOAT16,
+        "SOFT_CAP": spec.scoring.logits_soft_cap > 0,
+    }
 
 
 def _ceil_div(a: int, b: int) -> int:

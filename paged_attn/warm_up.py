@@ -12,9 +12,10 @@ import numpy as np
 
 from . import compile, recipes
 from .card import Card, card_of
+from .checks.scalars import as_int
 from .compile import Recipe
 from .interop import as_dtype, resolve_device
-from .spec import AttentionSpec, as_int
+from .spec import AttentionSpec, Scoring
 
 OPS = ("decode", "prefill", "append", "merge")
 
@@ -89,15 +90,13 @@ class Shapes:
             num_qo_heads=self.num_qo_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
+            v_head_dim=self.v_head_dim,
             page_size=self.page_size,
             num_pages=1,
             dtype=self.dtype,
             layout="NHD",
             device="cuda:0",
-            causal=True,
-            sm_scale=1.0,
-            window_left=-1,
-            logits_soft_cap=float(self.soft_cap),
+            scoring=Scoring(logits_soft_cap=float(self.soft_cap)),
             q_len=self.q_len if op == "decode" else None,
         )
 

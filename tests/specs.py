@@ -7,7 +7,7 @@ import numpy as np
 from paged_attn import recipes
 from paged_attn.card import H100, Card
 from paged_attn.recipes import DecodeRecipe
-from paged_attn.spec import AttentionSpec
+from paged_attn.spec import AttentionSpec, Scoring
 from tests.cases import DTYPES, Case
 
 
@@ -16,15 +16,13 @@ def spec_of(case: Case, num_pages: int = 64) -> AttentionSpec:
         num_qo_heads=case.num_qo_heads,
         num_kv_heads=case.num_kv_heads,
         head_dim=case.head_dim,
+        v_head_dim=case.head_dim,
         page_size=case.page_size,
         num_pages=num_pages,
         dtype=np.dtype(DTYPES[case.dtype]),
         layout=case.layout,
         device="cuda:0",
-        causal=case.causal,
-        sm_scale=case.sm_scale,
-        window_left=case.window_left,
-        logits_soft_cap=case.logits_soft_cap,
+        scoring=Scoring(case.sm_scale, case.causal, case.window_left, case.logits_soft_cap),
         q_len=case.q_len if case.is_decode else None,
     )
 

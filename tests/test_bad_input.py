@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import paged_attn as pa
-from paged_attn import attention, backends, interop, spec
+from paged_attn import backends, interop, plans, support
+from paged_attn.checks import overlaps
 
 NUM_PAGES, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, NUM_QO_HEADS = 6, 4, 2, 16, 4
 SLOTS = NUM_PAGES * PAGE_SIZE
@@ -718,7 +719,7 @@ bad(
     TypeError,
     "out must be float16 or float32",
     "got float64",
-    "dtype=float16",
+    "dtype=np.float16",
 )
 bad(
     "decode: out strided",
@@ -1047,7 +1048,7 @@ bad(
     "single_decode: k and v differ",
     lambda w: pa.single_decode(w.q[0], w.k_one, w.v_one[1:], layout="NHD"),
     ValueError,
-    "v must have shape [9, 2, 16]",
+    "v must have shape [9, 2, v_head_dim]",
     "(8, 2, 16)",
     "reshape or slice v",
 )
@@ -1827,8 +1828,8 @@ def test_overlap_is_exact_on_the_host_and_by_addresses() -> None:
         ]
         shared = bool(bytes_of[0] & bytes_of[1])
         on_gpu = [FakeGpuArray(view, view.ctypes.data) for view in views]
-        assert spec.overlap(*views) == spec.overlap(*on_gpu) == shared
-        assert not spec.overlap(views[0], on_gpu[1])
+        assert overlaps.overlap(*views) == overlaps.overlap(*on_gpu) == shared
+        assert not overlaps.overlap(views[0], on_gpu[1])
         found.append(shared)
     assert 0.1 < np.mean(found) < 0.9
 
@@ -2032,7 +2033,8 @@ def test_host_and_gpu_are_not_mixed(monkeypatch: pytest.MonkeyPatch, case: str, 
         forbid_launches(monkeypatch, "cuda")
     else:  # here a call that gets past the checks fails, because there is no CUDA backend to import
         monkeypatch.setattr(interop, "is_native", lambda x: isinstance(x, (np.ndarray, FakeGpuArray)))
-        monkeypatch.setattr(attention, "_check_supported", lambda *_: None)
+        monkeypatch.setattr(support, "_check_compute_capability", lambda device: None)
+        monkeypatch.setattr(plans, "current_stream", lambda device: (None, 0))
         w = TwoDevices(None)
     before = w.host.state()
     with pytest.MonkeyPatch.context() as patch:

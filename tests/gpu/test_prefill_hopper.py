@@ -50,7 +50,7 @@ def run(inputs: cases.Inputs, *, equal_scores: bool = False) -> tuple[int, int]:
         out.get(), right_out, lse.get(), right_lse,
         tolerance=cases.OUT_TOLERANCE[inputs.case.dtype] + spread, lse_tolerance=cases.LSE_TOLERANCE + large,
     )  # fmt: skip
-    claims = attention._plan._buffers.get("claims")
+    claims = attention._plan.backend_plan._buffers.get("claims")
     if claims is None:
         return 0, 0
     begun, scaled, repeated = claims[:12].view(np.uint32).get().tolist()
@@ -71,7 +71,7 @@ def test_results_stay_in_their_rows(num_qo_heads: int, page_size: int) -> None:
     around = cupy.full((len(inputs.q) + 64, num_qo_heads, 128), 7, cupy.float16)
     out, lse = attention.run(on_gpu(inputs.q), kv, out=around[32:-32], return_lse=True)
     assert_right(inputs, out, lse)
-    recipe = attention._plan._steps.recipe
+    recipe = attention._plan.backend_plan._steps.recipe
     assert recipe.kernel == "prefill" or recipe.sends == (num_qo_heads != 6)  # groups of 3 do not fit a box
     assert (around[:32] == 7).all() and (around[-32:] == 7).all()
 

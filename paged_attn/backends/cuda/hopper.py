@@ -92,8 +92,8 @@ class HopperRun:
                 "num_kv_heads": spec.num_kv_heads,
             },
             "box_tokens": tensor_map.box_tokens(spec.page_size),
-            "sm_scale": spec.sm_scale,
-            "logits_soft_cap": spec.logits_soft_cap,
+            "sm_scale": spec.scoring.sm_scale,
+            "logits_soft_cap": spec.scoring.logits_soft_cap,
         }
 
 

@@ -12,7 +12,9 @@ from .memory import current_device
 MAX_GRID_Y = 65535  # and z: CUDA's limit
 
 
-def merge_states(v: Any, s: Any, out: Any, lse: Any, base: float) -> None:
+def merge_states(v: Any, s: Any, out: Any, lse: Any, base: float, sinks: Any = None) -> None:
+    if sinks is not None:
+        raise NotImplementedError("sinks on a GPU are not built yet; merge a state of v = 0 and s = sinks instead")
     rows, num_states, heads, _ = v.shape
     if not rows * heads:
         return

@@ -11,16 +11,14 @@ from ... import lifetimes
 from ...card import card_of
 from ...plan_layout import INT_LARGEST, Capacities, plan_layout
 from ...recipes import RunShape
-from ...spec import check_capacities
 from .memory import current_device, device_index, is_capturing, zeros
 from .status import STATUS_BYTES, device_word, raise_word
 from .steps import DecodeSteps, PrefillSteps, steps_of
 from .uploads import int32_addresses
 
 if TYPE_CHECKING:
-    from ...layout import PagedKV
-    from ...page_table import PageTable
-    from ...spec import AttentionSpec
+    from ...holders import KVPages, TableArrays
+    from ...spec import AttentionSpec, RunArrays
 
 
 class Plan:
@@ -49,26 +47,18 @@ class Plan:
         self._buffers: dict[str, Any] = {}
         self._last_capture = -1  # whose graph keeps the buffers
         self._shape: Any = None  # of the steps that the launches are prepared for
-        self._form: Any = None  # of the last run: all but addresses stays written while it is the same
+        self._signature: Any = None  # of the last run: all but addresses stays written while it is the same
         self._steps: DecodeSteps | PrefillSteps
 
-    def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: Any) -> None:
+    def update(self, spec: AttentionSpec, table: TableArrays, qo_indptr: Any) -> None:
         """Copy and clean a step's table on the device, and prepare the launch that run() repeats."""
-        check_capacities(
-            table,
-            qo_indptr,
-            spec.q_len,
-            max_batch_size=self._max_batch_size,
-            max_pages=self._max_pages,
-            max_tokens=self._max_tokens,
-        )
         if cupy.cuda.runtime.getDevice() == self._index:
             self._update(spec, table, qo_indptr)
         else:
             with current_device(self._device):
                 self._update(spec, table, qo_indptr)
 
-    def _update(self, spec: AttentionSpec, table: PageTable, qo_indptr: Any) -> None:
+    def _update(self, spec: AttentionSpec, table: TableArrays, qo_indptr: Any) -> None:
         """The update, with the plan's device as the current one."""
         batch_size, num_indices = table.batch_size, table.indices.size
         stream = cupy.cuda.get_current_stream(self._index)
@@ -86,7 +76,7 @@ class Plan:
         shape = (spec, table.page_stride, num_requests, max_pages)
         if self._shape != shape:
             self._prepare(*shape)
-            self._shape, self._form = shape, None
+            self._shape, self._signature = shape, None
         if not self._one_shot:
             self._status.data.memset_async(0, STATUS_BYTES, stream)
         if capturing:
@@ -108,21 +98,27 @@ class Plan:
         steps.place(addresses | {"status": self._status.data.ptr})
         self._steps = steps
 
-    def run(self, spec: AttentionSpec, q: Any, kv: PagedKV, out: Any, lse: Any, form: Any) -> None:
-        """Attend. form: the same object while nothing but addresses differs from the run before."""
+    def run(self, spec: AttentionSpec, arrays: RunArrays, kv: KVPages, signature: tuple[Any, ...]) -> None:
+        """Attend. signature: equal to that of the run before where nothing but addresses differs from it."""
+        if arrays.sinks is not None:
+            raise NotImplementedError(
+                "sinks on a GPU are not built yet; pass NumPy arrays to compute on the CPU, or merge the result with "
+                "a state of v = 0 and s = sinks by merge_state"
+            )
         stream: int = cupy.cuda.get_current_stream(self._index).ptr
         if cupy.cuda.runtime.streamIsCapturing(stream):
             self._check_capturable("run")
             self._keep_with_graph(stream)
-        if form is not self._form:
-            self._bind(q, kv, out)
-            self._form = form
-        lse_address = 0 if lse is None else lse.data.ptr
-        self._steps.launch_run(stream, q.data.ptr, kv.k_address, kv.v_address, out.data.ptr, lse_address)
+        if signature != self._signature:
+            self._bind(arrays, kv)
+            self._signature = signature
+        q, out, lse, _ = [0 if array is None else array.data.ptr for array in arrays]
+        self._steps.launch_run(stream, q, kv.k_address, kv.v_address, out, lse)
 
-    def _bind(self, q: Any, kv: PagedKV, out: Any) -> None:
-        """Write what the form of a run decides."""
-        self._form = None
+    def _bind(self, arrays: RunArrays, kv: KVPages) -> None:
+        """Write what the signature of a run decides."""
+        self._signature = None
+        q, out = arrays.q, arrays.out
         self._steps.bind(
             RunShape(
                 q_shape=q.shape,
@@ -130,8 +126,8 @@ class Plan:
                 out_strides=out.strides[:2],
                 out_is_float32=out.dtype.itemsize == 4,
                 pool_shape=(kv.num_pages, kv.page_size, kv.num_kv_heads, kv.head_dim),
-                k_strides=_in_bytes(kv.k_strides),
-                v_strides=_in_bytes(kv.v_strides),
+                k_strides=kv.k_strides,
+                v_strides=kv.v_strides,
             )
         )
 
@@ -139,7 +135,7 @@ class Plan:
         if self._one_shot:
             raise ValueError(
                 "a one-shot call was made while the stream is capturing a CUDA graph, and what it plans lasts for one "
-                "call only; make a BatchDecodeWithPagedKVCache or BatchPrefillWithPagedKVCache with max_batch_size= "
+                "call only; make a BatchDecodeWithKVPagesCache or BatchPrefillWithKVPagesCache with max_batch_size= "
                 "and max_pages=, plan and run it once, then capture its plan() and run()"
             )
         if not self._capturable:
@@ -156,7 +152,7 @@ class Plan:
             self._last_capture = capture
 
     def raise_status(self) -> None:
-        """PageTableError for the first fault that the last update met. Waits for the device."""
+        """TableArraysError for the first fault that the last update met. Waits for the device."""
         raise_word(self._status)
 
     def _buffer(self, name: str, num_bytes: int) -> Any:
@@ -171,8 +167,3 @@ class Plan:
             size = num_bytes if buffer is None else max(num_bytes, 2 * buffer.nbytes)
             buffer = self._buffers[name] = zeros((max(size, 16),), np.uint8, self._device)
         return buffer
-
-
-def _in_bytes(strides: tuple[int, int, int]) -> tuple[int, int, int]:
-    page, slot, head = strides
-    return 2 * page, 2 * slot, 2 * head

@@ -18,7 +18,7 @@ from .status import device_word
 from .uploads import to_backend
 
 if TYPE_CHECKING:
-    from ...layout import PagedKV
+    from ...holders import KVPages
 
 MOST_APPEND_BLOCKS = 4096
 _INT32 = np.dtype(np.int32)
@@ -37,41 +37,41 @@ def copy_pages(storage: Any, source: np.ndarray[Any, Any], target: np.ndarray[An
         })  # fmt: skip
 
 
-def append(kv: PagedKV, slots: Any, k: Any, v: Any, form: Any) -> None:
-    """Write new tokens. form: the same object while nothing but addresses differs from the append before."""
+def append(kv: KVPages, slots: Any, k: Any, v: Any, signature: tuple[Any, ...]) -> None:
+    """Write new tokens. signature: equal to that of the append before where nothing but addresses differs from it."""
     last = _appends.items.get(kv.device)
     if last is None:
         last = _appends.items[kv.device] = AppendLaunch(kv.device)
-    last.run(kv, slots, k, v, form)
+    last.run(kv, slots, k, v, signature)
 
 
 class AppendLaunch:
-    """The append of one thread on one device: all but addresses stays written while the form is the same."""
+    """The append of one thread on one device: all but addresses stays written while the signature is the same."""
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._form: Any = None
+        self._signature: Any = None
         self._launch: Launch
         self._launches: dict[Recipe, tuple[Launch, Callable[..., None], Callable[..., None]]] = {}
         self._write: Callable[..., None]
         self._grid = 0
 
-    def run(self, kv: PagedKV, slots: Any, k: Any, v: Any, form: Any) -> None:
-        if form is not self._form:
+    def run(self, kv: KVPages, slots: Any, k: Any, v: Any, signature: tuple[Any, ...]) -> None:
+        if signature != self._signature:
             self._bind(kv, slots, k.strides, v.strides)
-            self._form = form
+            self._signature = signature
         self._write(k.data.ptr, v.data.ptr, kv.k_address, kv.v_address, slots.data.ptr)
         launch_prepared(self._launch, cupy.cuda.get_current_stream(self._launch.kernel.device_index).ptr, self._grid)
 
-    def _bind(self, kv: PagedKV, slots: Any, k_strides: tuple[int, ...], v_strides: tuple[int, ...]) -> None:
-        """Write what the form of an append decides."""
-        self._form = None
+    def _bind(self, kv: KVPages, slots: Any, k_strides: tuple[int, ...], v_strides: tuple[int, ...]) -> None:
+        """Write what the signature of an append decides."""
+        self._signature = None
         recipe = append_recipe(kv.num_kv_heads, kv.head_dim)
         self._launch, self._write, write_rest = self._prepared(recipe)
         self._grid = min(-(-slots.size // recipe.tokens_per_block), MOST_APPEND_BLOCKS)
         write_rest(
-            *units_of_16_bytes(kv.k_strides),
-            *units_of_16_bytes(kv.v_strides),
+            *_units_of_16_bytes(kv.k_strides),
+            *_units_of_16_bytes(kv.v_strides),
             *fast_divide(kv.page_size),
             *(stride // 16 for stride in (*k_strides[:2], *v_strides[:2])),
             slots.size,
@@ -94,7 +94,7 @@ _appends = PerThread()  # by device
 
 
 @functools.lru_cache(maxsize=1024)
-def units_of_16_bytes(strides: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(page, slot, head) strides of 16-bit elements in units of 16 bytes."""
+def _units_of_16_bytes(strides: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(page, slot, head) strides in bytes in the units that kernels count in."""
     page, slot, head = strides
-    return page // 8, slot // 8, head // 8
+    return page // 16, slot // 16, head // 16

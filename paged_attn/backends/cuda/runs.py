@@ -55,6 +55,6 @@ def positions(layout: DecodeLayout | PrefillLayout) -> dict[str, Any]:
     return {
         "page_size": fast_divide(layout.spec.page_size),
         "page_stride": layout.page_stride,
-        "causal": layout.spec.causal,
-        "window_left": layout.spec.window_left,
+        "causal": layout.spec.scoring.causal,
+        "window_left": layout.spec.scoring.window_left,
     }

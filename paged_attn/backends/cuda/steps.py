@@ -41,8 +41,8 @@ class DecodeSteps:
             "q_len": spec.q_len,
             "column_blocks": fast_divide(layout.recipe.column_blocks),
             "num_page_ids": capacities.pages,
-            "sm_scale": spec.sm_scale,
-            "logits_soft_cap": spec.logits_soft_cap,
+            "sm_scale": spec.scoring.sm_scale,
+            "logits_soft_cap": spec.scoring.logits_soft_cap,
         })  # fmt: skip
 
     def place(self, addresses: Addresses) -> None:
@@ -78,7 +78,7 @@ class PrefillSteps:
         if layout.orders_tiles:
             self._plan_tiles = prepare(PLAN_TILES, device, {
                 "max_batch_size": layout.capacities.requests,
-                "window_left": layout.spec.window_left,
+                "window_left": layout.spec.scoring.window_left,
                 "group_size": layout.spec.group_size,
                 "tile_rows": layout.recipes[0].tile_rows,
             })  # fmt: skip
@@ -126,8 +126,8 @@ class PrefillSteps:
             "num_qo_heads": spec.num_qo_heads,
             "num_kv_heads": spec.num_kv_heads,
             "group_size": spec.group_size,
-            "sm_scale": spec.sm_scale,
-            "logits_soft_cap": spec.logits_soft_cap,
+            "sm_scale": spec.scoring.sm_scale,
+            "logits_soft_cap": spec.scoring.logits_soft_cap,
         })  # fmt: skip
 
 

@@ -27,10 +27,10 @@ from .status import STATUS_BYTES, device_word
 from .uploads import upload_together
 
 if TYPE_CHECKING:
-    from ...page_table import PageTable
+    from ...holders import TableArrays
 
 
-def seq_lens(table: PageTable) -> Any:
+def seq_lens(table: TableArrays) -> Any:
     lens = empty((table.batch_size,), np.int32, table.device)
     if table.batch_size:
         with current_device(table.device):
@@ -41,7 +41,7 @@ def seq_lens(table: PageTable) -> Any:
     return lens
 
 
-def split_table(table: PageTable, num_chunks: int, out: PageTable) -> None:
+def split_table(table: TableArrays, num_chunks: int, out: TableArrays) -> None:
     fields = {
         **_table_fields(table),
         "out_indptr": out.indptr,
@@ -61,7 +61,7 @@ def split_table(table: PageTable, num_chunks: int, out: PageTable) -> None:
         launch(SPLIT_PAGES, table.device, row_blocks(rows, out.indices.size), fields)
 
 
-def from_block_table(block_table: Any, seq_lens: Any, page_size: int, out: PageTable) -> None:
+def from_block_table(block_table: Any, seq_lens: Any, page_size: int, out: TableArrays) -> None:
     device = out.device
     batch, width = block_table.shape
     fields = {
@@ -83,7 +83,7 @@ def from_block_table(block_table: Any, seq_lens: Any, page_size: int, out: PageT
         launch(BLOCK_TABLE_PAGES, device, row_blocks(batch, out.indices.size), fields)
 
 
-def to_block_table(table: PageTable, max_pages_per_seq: int) -> Any:
+def to_block_table(table: TableArrays, max_pages_per_seq: int) -> Any:
     block_table = empty((table.batch_size, max_pages_per_seq), np.int32, table.device)
     if block_table.size:
         with current_device(table.device):
@@ -95,7 +95,7 @@ def to_block_table(table: PageTable, max_pages_per_seq: int) -> Any:
     return block_table
 
 
-def table_slots(table: PageTable, batch_indices: Any, positions: Any) -> Any:
+def table_slots(table: TableArrays, batch_indices: Any, positions: Any) -> Any:
     slots = empty(positions.shape, np.int64, table.device)
     if slots.size:
         with current_device(table.device):
@@ -109,7 +109,7 @@ def table_slots(table: PageTable, batch_indices: Any, positions: Any) -> Any:
     return slots
 
 
-def check_table(table: PageTable, num_pages: int) -> Any:
+def check_table(table: TableArrays, num_pages: int) -> Any:
     """The status word that a kernel fills, now or at every replay of a graph."""
     word = zeros((STATUS_BYTES,), np.uint8, table.device)
     fields = {
@@ -170,7 +170,7 @@ def update_table(
         launch(BUILD_TABLE, device, row_blocks(batch, int(indptr[-1])) if batch else 1, fields)
 
 
-def _table_fields(table: PageTable) -> dict[str, Any]:
+def _table_fields(table: TableArrays) -> dict[str, Any]:
     """The table's arrays, on its kv's device, as the fields that kernels know them by."""
     return {
         "indptr": table.indptr,
