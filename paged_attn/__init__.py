@@ -22,6 +22,7 @@ from .merge import merge_state, merge_states
 from .page_table import PageTable
 from .paged_kv import PagedKV
 from .support import supports
+from .warm_up import warm_up
 
 __version__ = "0.1.0"
 
@@ -45,4 +46,5 @@ __all__ = [
     "single_prefill",
     "status",
     "supports",
+    "warm_up",
 ]

@@ -16,8 +16,9 @@ from .checks.scalars import as_int
 from .compile import Recipe
 from .interop import as_dtype, resolve_device
 from .spec import AttentionSpec, Scoring
+from .support import check_supported
 
-OPS = ("decode", "prefill", "append", "merge")
+OPS = ("append", "decode", "prefill", "merge")
 
 
 def warm_up(
@@ -36,24 +37,31 @@ def warm_up(
     soft_cap: bool = False,
     device: Any = None,
 ) -> None:
-    """Compile all kernels that calls of these shapes can need; after it no such call compiles anything.
+    """Compile all kernels that calls of these shapes can need: after it no such call compiles anything.
 
-    Kernels of page tables and caches included. They are compiled in parallel, with a progress bar on a terminal, and
-    found in CuPy's cache on disk by the next process. On a CPU there is nothing to do.
+    The kernels of page tables, caches and plans are included, with and without batch_invariant, for results in dtype
+    and in float32. They are compiled in parallel, with a progress bar on a terminal; the next process finds them in
+    CuPy's cache on disk. On the CPU there is nothing to compile.
 
-    op: "decode", "prefill", "append" or "merge".
-    num_qo_heads, num_kv_heads, head_dim, v_head_dim, dtype, page_size: those of the model and its cache; v_head_dim is
-        head_dim where it is not given.
-    kv_dtype: None, or dtype: there are no quantised pools so far.
-    q_len: queries a request of a decode.
-    max_batch_size: the most requests of a decode. Default None: any number.
-    sinks, soft_cap: whether the model has them.
-    device: as for PagedKVCache. Default None: the current CUDA device where CuPy sees one, else the CPU.
+    Parameters
+    ----------
+    op: "append", "decode", "prefill" or "merge".
+    num_qo_heads, num_kv_heads, head_dim, page_size: ints, those of the model and its cache.
+    v_head_dim: int, elements of a value. Default None: head_dim.
+    dtype: "float16" or "bfloat16", or such a NumPy dtype: that of q, new K and V, and the pool.
+    kv_dtype: the number format of the pool. Default None: dtype, and the only one so far.
+    q_len: int, queries of each request of a decode. Default 1.
+    max_batch_size: int, the most requests of a decode. Default None: any number.
+    sinks, soft_cap: bools, whether the model has them. Default False.
+    device: "cuda", "cuda:1", "cpu", ... Default None: the current CUDA device where there is one, else the CPU.
 
-    ValueError, TypeError: arguments that are wrong; NotImplementedError: see `supports`.
+    Raises
+    ------
+    ValueError, TypeError: wrong numbers, dtypes and devices; NotImplementedError: see `supports`; ImportError: CuPy or
+    NVRTC is missing.
     """
     if op not in OPS:
-        raise ValueError(f"op is {op!r}, which is not an operation that compiles; pass one of {', '.join(OPS)}")
+        raise ValueError(f"op is {op!r}, which is none of {', '.join(OPS)}; pass one of them")
     shapes = Shapes(
         num_qo_heads=as_int(num_qo_heads, "num_qo_heads", minimum=1),
         num_kv_heads=as_int(num_kv_heads, "num_kv_heads", minimum=1),
@@ -65,7 +73,17 @@ def warm_up(
         max_batch_size=None if max_batch_size is None else as_int(max_batch_size, "max_batch_size", minimum=1),
         soft_cap=soft_cap,
     )
+    if num_qo_heads % num_kv_heads:
+        raise ValueError(
+            f"num_qo_heads={num_qo_heads} is not a multiple of num_kv_heads={num_kv_heads}; pass those of one model"
+        )
+    if kv_dtype is not None and as_dtype(kv_dtype) != shapes.dtype:
+        raise NotImplementedError(
+            f"kv_dtype is {as_dtype(kv_dtype)} and dtype {shapes.dtype}, and pools have the dtype of q so far; leave "
+            f"kv_dtype out"
+        )
     resolved = resolve_device(device)
+    check_supported(op, resolved, shapes.dtype, shapes.head_dim, shapes.v_head_dim)
     if resolved != "cpu":
         compile_all(needed_recipes(op, shapes, card_of(resolved)), resolved)
 

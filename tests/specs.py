@@ -8,6 +8,7 @@ from paged_attn import recipes
 from paged_attn.card import H100, Card
 from paged_attn.recipes import DecodeRecipe
 from paged_attn.spec import AttentionSpec, Scoring
+from paged_attn.warm_up import Shapes
 from tests.cases import DTYPES, Case
 
 
@@ -33,3 +34,18 @@ def decode_recipe(
     """For `rows` query rows a KV head, of `num_pairs` requests and KV heads in all."""
     case = Case("recipe", (1,), num_qo_heads=rows, num_kv_heads=1, head_dim=head_dim, **fields)
     return recipes.decode_recipe(spec_of(case), num_pairs, batch_invariant, card)
+
+
+def shapes_of(case: Case, max_batch_size: int | None = None) -> Shapes:
+    """The shapes of a case's calls, as warm_up is told."""
+    return Shapes(
+        num_qo_heads=case.num_qo_heads,
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        v_head_dim=case.head_dim,
+        dtype=np.dtype(DTYPES[case.dtype]),
+        page_size=case.page_size,
+        q_len=case.q_len,
+        max_batch_size=max_batch_size,
+        soft_cap=case.logits_soft_cap > 0,
+    )

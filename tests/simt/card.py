@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from paged_attn import compile as kernels
-from paged_attn import lifetimes
+from paged_attn import lifetimes, tensor_map
 
 from . import driver
 from .guarded import Guarded
@@ -54,6 +54,9 @@ class ndarray:
 
     def reshape(self, *shape: Any) -> "ndarray":
         return ndarray(self.host.reshape(*shape), self.device.id)
+
+    def __setitem__(self, key: Any, value: "ndarray") -> None:
+        self.host[key] = value.host
 
     def swapaxes(self, a: int, b: int) -> "ndarray":
         return ndarray(self.host.swapaxes(a, b), self.device.id)
@@ -202,7 +205,22 @@ class GuardPages:
         _guarded.check()
 
 
-def install() -> None:
+def _host_map(
+    address: int, dims: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], bfloat16: bool
+) -> tuple[int, ...]:
+    """A HostTensorMap of the shim: address, 4 strides, 5 dims, 5 extents of the box, in 16 words."""
+    words = (address, *_padded(strides, 4), *_padded(dims, 5), *_padded(box, 5))
+    return _padded(words, 16)
+
+
+def _padded(numbers: tuple[int, ...], count: int) -> tuple[int, ...]:
+    return numbers + (0,) * (count - len(numbers))
+
+
+def install(compute_capability: str = "80") -> None:
+    """compute_capability: that of the cards; Hopper's, "90", takes its own kernel of prefill."""
+    _Device.compute_capability = compute_capability
+    tensor_map._encode = _host_map
     event = SimpleNamespace(record=lambda stream: None, done=True)
     cuda = SimpleNamespace(
         Device=_Device,
