@@ -23,6 +23,7 @@ import numpy as np
 
 from . import install
 from .card import card_of
+from .lifetimes import capture_of_others
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _INCLUDE = re.compile(r'\s*#\s*include\s*"([^"]+)"')
@@ -330,7 +331,7 @@ class Kernel:
         self.shared_bytes = shared_bytes
         self.dtype = params_dtype(source, params_name(source, name))
         module = _module(kernel_files()[name], device, constants)
-        with _device(device):
+        with _device(device), capture_of_others():  # which a module that is loaded does not disturb
             self._function = module.get_function(name)  # keeps the module loaded
             if shared_bytes > 48 * 1024:  # what a launch gets without asking
                 self._function.max_dynamic_shared_size_bytes = shared_bytes
@@ -377,6 +378,12 @@ def kernel(recipe: Recipe, device: str) -> Kernel:
 
 
 _kernel = cache(Kernel)
+
+
+def prepare(recipe: Recipe, device: str, fields: Mapping[str, Any]) -> Launch:
+    """A launch whose parameters are `fields` by name, and zero for the rest."""
+    made = kernel(recipe, device)
+    return Launch(made, recipe.threads, made.params(fields), recipe.cluster)
 
 
 def _device(device: str) -> Any:

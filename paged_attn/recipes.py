@@ -43,6 +43,8 @@ THREADS = 256
 SCAN_THREADS = 1024  # the one block of kernels that scan over a batch
 SCAN_BYTES = 256  # its shared memory (table_rows.cuh)
 
+MOST_ROW_BLOCKS = 1024
+
 PLAN_REQUESTS = Recipe(kernel="plan_requests", threads=SCAN_THREADS, shared_bytes=SCAN_BYTES)
 PLAN_SPLITS = Recipe(kernel="plan_splits", threads=SCAN_THREADS, shared_bytes=258 * 4 + SCAN_BYTES + 4)
 PLAN_TILES = Recipe(kernel="plan_tiles", threads=SCAN_THREADS, shared_bytes=256 * 4 + SCAN_BYTES)
@@ -59,6 +61,11 @@ TABLES = (
     SEQ_LENS, SPLIT_ROWS, SPLIT_PAGES, BLOCK_TABLE_ROWS, BLOCK_TABLE_PAGES, TO_BLOCK_TABLE, TABLE_SLOTS, CHECK_TABLE,
     UPDATE_PAGE_LISTS, BUILD_TABLE, COPY_PAGES,
 )  # fmt: skip
+
+
+def row_blocks(rows: int, entries: int) -> int:
+    """Blocks for the kernels that give every row the same number: some, where rows are few and long."""
+    return rows * max(1, min(-(-entries // (rows * 8 * THREADS)), MOST_ROW_BLOCKS // rows))
 
 
 # -- append and merge ------------------------------------------------------------------------------------------------

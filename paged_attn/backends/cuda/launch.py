@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 import cupy
 
-from ... import compile, lifetimes
-from ...compile import Launch, Recipe
-from ...recipes import THREADS
+from ...compile import Launch, Recipe, prepare
 from .memory import current_device
 from .per_thread import PerThread
 
-MOST_ROW_BLOCKS = 1024
-
 _launches = PerThread()
-
-
-def prepare(recipe: Recipe, device: str, fields: Mapping[str, Any]) -> Launch:
-    """A launch whose parameters are `fields` by name, and zero for the rest.
-
-    A kernel that is compiled and loaded does no harm to a capture that is under way.
-    """
-    with lifetimes.capture_of_others():
-        kernel = compile.kernel(recipe, device)
-    return Launch(kernel, recipe.threads, kernel.params(fields), recipe.cluster)
 
 
 def launch(recipe: Recipe, device: str, grid: int | tuple[int, ...], fields: dict[str, Any]) -> None:
@@ -62,8 +47,3 @@ def launch_prepared(launch: Launch, stream: int, grid: int) -> None:
     else:
         with current_device(f"cuda:{index}"):
             launch(stream, grid)
-
-
-def row_blocks(rows: int, entries: int) -> int:
-    """Blocks for the kernels that give every row the same number: some, where rows are few and long."""
-    return rows * max(1, min(-(-entries // (rows * 8 * THREADS)), MOST_ROW_BLOCKS // rows))

@@ -9,11 +9,11 @@ import numpy as np
 
 from ... import lifetimes
 from ...card import card_of
+from ...launches.steps import DecodeSteps, PrefillSteps, steps_of
 from ...plan_layout import INT_LARGEST, Capacities, plan_layout
 from ...recipes import RunShape
 from .memory import current_device, device_index, is_capturing, zeros
 from .status import STATUS_BYTES, device_word, raise_word
-from .steps import DecodeSteps, PrefillSteps, steps_of
 from .uploads import int32_addresses
 
 if TYPE_CHECKING:
@@ -113,7 +113,11 @@ class Plan:
             self._bind(arrays, kv)
             self._signature = signature
         q, out, lse, _ = [0 if array is None else array.data.ptr for array in arrays]
-        self._steps.launch_run(stream, q, kv.k_address, kv.v_address, out, lse)
+        if cupy.cuda.runtime.getDevice() == self._index:
+            self._steps.launch_run(stream, q, kv.k_address, kv.v_address, out, lse)
+        else:
+            with current_device(self._device):
+                self._steps.launch_run(stream, q, kv.k_address, kv.v_address, out, lse)
 
     def _bind(self, arrays: RunArrays, kv: KVPages) -> None:
         """Write what the signature of a run decides."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import cupy
 import numpy as np
 
-from ...compile import Launch, Recipe, fast_divide
-from ...recipes import COPY_PAGES, append_recipe
-from .launch import launch, launch_prepared, prepare, row_blocks
+from ...compile import Launch, Recipe, fast_divide, prepare
+from ...recipes import COPY_PAGES, append_recipe, row_blocks
+from .launch import launch, launch_prepared
 from .memory import current_device
 from .per_thread import PerThread
 from .status import device_word

@@ -20,8 +20,9 @@ from ...recipes import (
     THREADS,
     TO_BLOCK_TABLE,
     UPDATE_PAGE_LISTS,
+    row_blocks,
 )
-from .launch import launch, row_blocks
+from .launch import launch
 from .memory import current_device, empty, is_capturing, zeros
 from .status import STATUS_BYTES, device_word
 from .uploads import upload_together

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ... import tensor_map
-from ...compile import Launch, fast_divide
-from ...interop import FLOAT_DTYPES
-from ...plan_layout import PrefillLayout
-from ...recipes import HopperPrefillRecipe, RunShape
-from .launch import launch_prepared, prepare
+from .. import tensor_map
+from ..compile import Launch, fast_divide, prepare
+from ..interop import FLOAT_DTYPES
+from ..plan_layout import PrefillLayout
+from ..recipes import HopperPrefillRecipe, RunShape
 from .runs import Addresses, place, positions
 
 _BFLOAT16 = FLOAT_DTYPES["bfloat16"]
@@ -57,7 +56,7 @@ class HopperRun:
         if geometry is not None and layer.sends_to != (out, geometry):
             layer.out_map["words"] = tensor_map.out_map(out, geometry, self._is_bfloat16)
             layer.sends_to = out, geometry
-        launch_prepared(layer.launch, stream, self._grid)
+        layer.launch(stream, self._grid)
 
     def _new_layers(
         self, shape: tuple[int, int, int, int], k_strides: Strides, v_strides: Strides

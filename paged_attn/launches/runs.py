@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...compile import Launch, Recipe, fast_divide, fill
-from ...plan_layout import DecodeLayout, PrefillLayout
-from ...recipes import RunShape
-from .launch import launch_prepared, prepare
+from ..compile import Launch, Recipe, fast_divide, fill, prepare
+from ..plan_layout import DecodeLayout, PrefillLayout
+from ..recipes import RunShape
 
 Addresses = Mapping[str, int]  # of a plan's buffers and its status word, by name
 
@@ -41,7 +40,7 @@ class DirectRun:
 
     def __call__(self, stream: int, q: int, k: int, v: int, out: int, lse: int) -> None:
         self._write_addresses(q, k, v, out, lse)
-        launch_prepared(self._launch, stream, self._grid)
+        self._launch(stream, self._grid)
 
 
 def place(launch: Launch, addresses: Addresses) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...compile import Launch, fast_divide
-from ...plan_layout import DecodeLayout, PrefillLayout
-from ...recipes import PLAN_REQUESTS, PLAN_SPLITS, PLAN_TILES, HopperPrefillRecipe, PrefillRecipe, RunShape
+from ..compile import Launch, fast_divide, prepare
+from ..plan_layout import DecodeLayout, PrefillLayout
+from ..recipes import PLAN_REQUESTS, PLAN_SPLITS, PLAN_TILES, HopperPrefillRecipe, PrefillRecipe, RunShape, row_blocks
 from .hopper import HopperRun
-from .launch import prepare, row_blocks
 from .runs import Addresses, DirectRun, place, positions
 
 
