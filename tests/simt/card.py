@@ -126,12 +126,14 @@ def _launch(config_address: int, function: int, arguments_address: int, extra: N
         np.frombuffer((ctypes.c_char * dtype.itemsize).from_address(params), dtype)[0:1].reshape(()),
         config.shared_bytes,
         source=text,
+        reverse=reverse,
         **defines,
     )
     return 0
 
 
 NUM_DEVICES = 2
+reverse = False  # whether the threads of a block take their turns in the opposite order
 
 
 class _Current(threading.local):
@@ -205,7 +207,7 @@ class GuardPages:
         _guarded.check()
 
 
-def _host_map(
+def host_map(
     address: int, dims: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], bfloat16: bool
 ) -> tuple[int, ...]:
     """A HostTensorMap of the shim: address, 4 strides, 5 dims, 5 extents of the box, in 16 words."""
@@ -220,7 +222,7 @@ def _padded(numbers: tuple[int, ...], count: int) -> tuple[int, ...]:
 def install(compute_capability: str = "80") -> None:
     """compute_capability: that of the cards; Hopper's, "90", takes its own kernel of prefill."""
     _Device.compute_capability = compute_capability
-    tensor_map._encode = _host_map
+    tensor_map._encode = host_map
     event = SimpleNamespace(record=lambda stream: None, done=True)
     cuda = SimpleNamespace(
         Device=_Device,

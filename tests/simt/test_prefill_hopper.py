@@ -7,37 +7,11 @@ import numpy as np
 import pytest
 
 from paged_attn import compile as kernels
-from paged_attn import tensor_map
 from paged_attn.card import H100
-from paged_attn.recipes import prefill_recipes
 from tests.cases import DTYPES, LARGE_SCORES, OUT_TOLERANCE, SCORES, Case, Inputs, assert_close, build
-from tests.simt.driver import SimtError, launch
-from tests.simt.requests import requests_of
+from tests.simt.driver import SimtError
+from tests.simt.plans import HostPlan
 from tests.simt.test_prefill import expected
-from tests.specs import spec_of
-
-TILES_BYTES = 256 * 4 + 256  # shared memory of plan_tiles
-
-
-def pool_of(pool: np.ndarray, case: Case) -> dict[str, Any]:
-    """A Pool whose words are a HostTensorMap: address, strides, dims, box; or that is to be gathered from."""
-    page, slot, head = (0, 1, 2) if case.layout == "NHD" else (0, 2, 1)
-    strides = (pool.strides[page], pool.strides[slot], pool.strides[head])
-    geometry = tensor_map.pool_geometry(len(pool), case.page_size, case.num_kv_heads, case.head_dim, strides)
-    if geometry is None:  # GATHER
-        units = [stride // 16 for stride in strides]
-        return {"pages": pool, "strides": dict(zip(("page", "slot", "head"), units, strict=True))}
-    words = (pool.ctypes.data, *geometry.strides, *geometry.dims, *geometry.box)
-    return tensor_map.pool_fields(geometry, words + (0,) * (16 - len(words)))
-
-
-def out_map_of(out: np.ndarray, group_size: int) -> dict[str, Any] | None:
-    """Likewise of results; None where they do not leave by TMA."""
-    geometry = tensor_map.out_geometry(*out.shape, group_size) if out.itemsize == 2 else None
-    if geometry is None:
-        return None
-    words = (out.ctypes.data, *geometry.strides, 0, *geometry.dims, 0, *geometry.box, 0)
-    return {"words": words + (0,) * (16 - len(words))}
 
 
 def run(
@@ -51,81 +25,16 @@ def run(
     tolerance: float | None = None,
     source: str | None = None,
 ) -> tuple[int, int]:
-    """One launch, checked; how many blocks warps have scaled down, and how many they have repeated."""
+    """One step, checked; how many blocks warps have scaled down, and how many they have repeated."""
     case = inputs.case
-    shape = prefill_recipes(spec_of(case), H100)[0]
-    capacity = case.batch_size + spare_requests
-    group_size = case.num_qo_heads // case.num_kv_heads
-    requests = requests_of(inputs, capacity + 1)
-    requests["first_query"] = np.pad(inputs.qo_indptr, (0, spare_requests), "edge")
-    ordered = np.zeros_like(requests)
-    tiles = {
-        "requests": requests,
-        "sorted": ordered,
-        "max_batch_size": capacity,
-        "window_left": case.window_left,
-        "group_size": group_size,
-        "tile_rows": shape.tile_rows,
-    }
-    launch("plan_tiles", 1, 1024, tiles, TILES_BYTES, reverse=reverse)
-
+    card = replace(H100, num_sms=ctas)
+    plan = HostPlan(inputs, spare_requests=spare_requests, card=card, reverse=reverse, source=source, COUNT_FALLBACKS=1)
+    plan.plan()
     rows = len(inputs.q)
     q = np.pad(inputs.q, ((0, spare_rows), (0, 0), (0, 0)))
     out = np.full(q.shape, np.nan, np.float32 if float32 else DTYPES[case.dtype])
     lse = np.full(q.shape[:2], np.nan, np.float32)
-    claims = np.zeros(3, np.uint32)
-    out_map = out_map_of(out, group_size)
-    params = {
-        "k": pool_of(inputs.k_pages, case),
-        "v": pool_of(inputs.v_pages, case),
-        "q": q,
-        "page_ids": inputs.indices,
-        "claims": claims,
-        "list": {
-            "requests": ordered,
-            "positions": {
-                "page_size": kernels.fast_divide(case.page_size),
-                "page_stride": case.page_stride,
-                "causal": case.causal,
-                "window_left": case.window_left,
-            },
-            "group_size": kernels.fast_divide(group_size),
-            "num_requests": capacity,
-            "num_kv_heads": case.num_kv_heads,
-            "q_rows": len(q),
-            "num_tiles": len(q) * group_size // shape.tile_rows + capacity + 1,
-        },
-        "to": {
-            "out": out,
-            "lse": lse,
-            "row_stride": out.strides[0] // out.itemsize,
-            "head_stride": out.strides[1] // out.itemsize,
-            "num_qo_heads": case.num_qo_heads,
-            "is_float32": float32,
-        },
-        "q_row_stride": q.strides[0] // 16,
-        "q_head_stride": q.strides[1] // 16,
-        "box_tokens": tensor_map.box_tokens(case.page_size),
-        "sm_scale": case.sm_scale,
-        "logits_soft_cap": case.logits_soft_cap,
-        "out_map": out_map or {},
-    }
-    launch(
-        "prefill_hopper",
-        ctas,
-        shape.num_threads,
-        params,
-        shape.shared_bytes,
-        source=source,
-        reverse=reverse,
-        HEAD_DIM=case.head_dim,
-        BFLOAT16=case.dtype == "bfloat16",
-        SOFT_CAP=case.logits_soft_cap > 0,
-        SHARED_BYTES=shape.shared_bytes,
-        GATHER=tensor_map.box_tokens(case.page_size) < tensor_map.LEAST_BOX_TOKENS,
-        TMA_OUT=out_map is not None,
-        COUNT_FALLBACKS=1,
-    )
+    plan.run(q, inputs.kv(), out, lse)
     right_out, right_lse = expected(inputs)
     large = 2e-6 * np.abs(np.nan_to_num(right_lse, neginf=0))  # [rows, heads]
     tolerance = tolerance or OUT_TOLERANCE[case.dtype]
@@ -135,8 +44,9 @@ def run(
     )  # fmt: skip
     assert (out[rows:] == 0).all()
     assert np.isneginf(lse[rows:]).all()
-    assert claims[0] == 0, "not ready for the next launch"
-    return int(claims[1]), int(claims[2])
+    begun, scaled, repeated, _ = plan.buffers["claims"].tolist()
+    assert begun == 0, "not ready for the next launch"
+    return scaled, repeated
 
 
 def case(name: str, kv_lens: tuple[int, ...], q_lens: tuple[int, ...], heads: tuple[int, int], **fields: Any) -> Case:
