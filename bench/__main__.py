@@ -49,13 +49,13 @@ from tests.cases import (
 
 from . import plot, record
 from .attention import BOUND_FLOORS, BOUND_US, measure, measure_point
+from .bases import POOL, over_bases
 from .cold import COLD, measure_cold
-from .compare import POOL, over_bases
 from .host import HOST, measure_host
 from .layers import ALLOWED_US, measure_layers
 from .peers import PEERS, load
-from .pools import measure_append, measure_merge
 from .session import Session
+from .states import measure_append, measure_merge
 from .timing import Stopwatch
 
 HEADLINE = "headline"

@@ -85,6 +85,20 @@ class Workload:
             last_page_len=last_page_len,
         )
 
+    def of(self, library: Any) -> tuple[Any, Any]:
+        """`kv` and `table` as the classes of `library` hold them: this package, or that of another checkout."""
+        return (
+            library.PagedKV(self.kv.k_pages, self.kv.v_pages, layout=self.case.layout),
+            library.PageTable(
+                self.table.indptr, self.table.indices, self.table.last_page_len, page_size=self.case.page_size
+            ),
+        )
+
+    def on_host(self) -> dict[str, Any]:
+        """What PageTable takes, in NumPy arrays."""
+        names = ("indptr", "indices", "last_page_len")
+        return {name: getattr(self, name) for name in names} | {"page_size": self.case.page_size}
+
     def pieces(self) -> tuple[Any, int]:
         """Pages of K and V in the order of the table, as numbers of equal pieces of `storage`; and a piece's bytes."""
         page_bytes = self.storage[0, 0].nbytes

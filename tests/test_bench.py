@@ -31,8 +31,8 @@ from bench.__main__ import (
     tabulate,
 )
 from bench.attention import measure, measure_point
+from bench.bases import over_bases
 from bench.check import MOST_KEYS, Expected
-from bench.compare import over_bases
 from bench.pools import Append, Merge
 from bench.session import Session, fastest
 from bench.timing import Stopwatch, Times, spread
