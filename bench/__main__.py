@@ -10,6 +10,7 @@ append    microseconds of append beside a plain copy of as many bytes
 host      what plan(), run() and a cache's step cost the host; eager wall time of a layer
 cold      seconds until the first result in a new process, with an empty and with a filled compile cache
 numerics  the study of errors (its own options: python -m bench numerics --help)
+compare   this checkout beside another one, in turns, case by case (python -m bench compare --help)
 
 On the device, all is timed by events in turns, after a clean flush of the L2 cache and behind a spin of the stream that
 hides the host's part, peers included. Each case is one line of JSON with card, versions, date, source hash and command.
@@ -35,7 +36,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 import paged_attn as pa
-from paged_attn import install
 from tests.cases import (
     BENCH_APPEND,
     BENCH_DECODE,
@@ -47,18 +47,19 @@ from tests.cases import (
     BENCH_PREFILL_MORE,
 )
 
-from . import plot, record
+from . import compare, numerics, plot, record
 from .attention import BOUND_FLOORS, BOUND_US, measure, measure_point
 from .bases import POOL, over_bases
 from .cold import COLD, measure_cold
 from .host import HOST, measure_host
 from .layers import ALLOWED_US, measure_layers
 from .peers import PEERS, load
-from .session import Session
+from .session import Session, require_gpu
 from .states import measure_append, measure_merge
 from .timing import Stopwatch
 
 HEADLINE = "headline"
+COMMANDS = {"compare": compare, "numerics": numerics}  # with options of their own
 FLAGS = ("combined", "batch_invariant", "lse")  # in a line only where they are set
 Figures = Mapping[str, Any]
 
@@ -240,20 +241,12 @@ BENCHES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark that the command line names. The exit status is 1 where a result of ours was wrong."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["numerics"]:
-        from . import numerics
-
-        return numerics.main(given[1:])
+    if given and given[0] in COMMANDS:
+        return COMMANDS[given[0]].main(given[1:])
     options = parse(given)
     if options.plot:
         return draw(options)
-    try:
-        import cupy
-    except ImportError as error:
-        commands = install.for_cuda(install.CUPY, install.TOOLKIT)
-        raise SystemExit(f"bench needs CuPy ({error}); install it with {commands}") from error
-    if not cupy.cuda.is_available():
-        raise SystemExit("bench needs an NVIDIA GPU, and CuPy sees none")
+    cupy = require_gpu()
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
     bench = BENCHES[options.bench]

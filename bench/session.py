@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
+
+from paged_attn import install
 
 from .peers import Peer, Run
 from .timing import Stopwatch
+
+
+def require_gpu() -> ModuleType:
+    """CuPy; SystemExit with what to do where it, or a GPU, is missing."""
+    try:
+        import cupy
+    except ImportError as error:
+        commands = install.for_cuda(install.CUPY, install.TOOLKIT)
+        raise SystemExit(f"bench needs CuPy ({error}); install it with {commands}") from error
+    if not cupy.cuda.is_available():
+        raise SystemExit("bench needs an NVIDIA GPU, and CuPy sees none")
+    return cupy
 
 
 @dataclass(frozen=True)
