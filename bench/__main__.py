@@ -17,7 +17,7 @@ hides the host's part, peers included. Each case is one line of JSON with card, 
 
 "run / bases" is our time over what other cases of the run make one expect: tests/cases.py names the cases at whose rate
 (bytes of decode, operations of prefill) a case is to do its work; any other case is compared with itself in the first
-of several pools. "run / plain" is that of a run with --combined, --batch-invariant or --lse over one without.
+of several pools. "run / plain" is that of a run with --combined, --batch-invariant, --lse or sinks over one without.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from .timing import Stopwatch
 
 HEADLINE = "headline"
 COMMANDS = {"compare": compare, "numerics": numerics}  # with options of their own
-FLAGS = ("combined", "batch_invariant", "lse")  # in a line only where they are set
+FLAGS = ("combined", "batch_invariant", "lse", "sinks")  # in a line only where they are set
 Figures = Mapping[str, Any]
 
 # Read floors of quiet H100 80GB cards, microseconds. A run there whose floor takes NOISE times as long was disturbed.
@@ -311,6 +311,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--combined", action="store_true", help="one pool with K and V of a page side by side")
     parser.add_argument("--batch-invariant", action="store_true", help="plans with batch_invariant=True")
     parser.add_argument("--lse", action="store_true", help="have lse written, too")
+    parser.add_argument("--sinks", action="store_true", help="give every case sinks, as those of gpt_oss have")
     parser.add_argument(
         "--peer", type=lambda text: text.split(","), default=[], metavar="NAME,...",
         help=f"time these beside ours, where they can be imported: {', '.join(PEERS)}",
@@ -346,6 +347,8 @@ def select(bench: Bench, options: argparse.Namespace) -> list[Any]:
     """The chosen cases, each once in each of the chosen pools (layout, page size and dtype, where a case has them)."""
     named = bench.cases()
     chosen = {case.name: case for name in options.cases for case in bench.groups.get(name, ()) or [named[name]]}
+    if options.sinks:
+        chosen = {name: replace(case, sinks=True) for name, case in chosen.items()}
     pools = [dict(zip(POOL, values, strict=True)) for values in itertools.product(*(getattr(options, x) for x in POOL))]
     placed = (
         replace(case, **{name: pool[name] for name in pool_of(case)}) for case in chosen.values() for pool in pools
@@ -361,7 +364,8 @@ def pool_of(case: Any) -> dict[str, Any]:
 
 def settings(case: Any, options: argparse.Namespace) -> dict[str, Any]:
     """What a line says about how it was measured."""
-    return {**pool_of(case), **{name: True for name in FLAGS if _flag(options, name)}, "reps": options.reps}
+    flags = {name: True for name in FLAGS if _flag(options, name) or getattr(case, name, False)}
+    return {**pool_of(case), **flags, "reps": options.reps}
 
 
 def _flag(options: argparse.Namespace, name: str) -> bool | None:

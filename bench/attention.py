@@ -38,9 +38,10 @@ class Call:
             wrapper = library.BatchPrefillWithPagedKVCache(batch_invariant=session.batch_invariant)
             plan = partial(wrapper.plan, kv, table, workload.qo_indptr, heads, **options)
         plan()
-        out, lse = wrapper.run(q, kv, return_lse=True)
+        run = partial(wrapper.run, q, kv, **({"sinks": workload.sinks} if case.sinks else {}))
+        out, lse = run(return_lse=True)
         expected.check(out.reshape(-1, heads, case.head_dim), lse.reshape(-1, heads))
-        run = partial(wrapper.run, q, kv, out=out, lse=lse if session.with_lse else None)
+        run = partial(run, out=out, lse=lse if session.with_lse else None)
         return cls(plan, run, wrapper.status)
 
 
@@ -49,7 +50,7 @@ def measure(case: Case, session: Session) -> dict[str, Any]:
     and values seen have.
 
     Decode without a window has a second floor: plain loads of the pages, in the order of the table. Where the session
-    is not plain, the run() of a plain one is timed in turns with its own.
+    is not plain, or the case has sinks, the run() of a plain session without sinks is timed in turns with its own.
     """
     import cupy
 
@@ -65,8 +66,8 @@ def measure(case: Case, session: Session) -> dict[str, Any]:
         pieces, piece_bytes = workload.pieces()
         num_bytes = pieces.size * piece_bytes
         calls["page_floor_us"] = stopwatch.read_floor(workload.storage, num_bytes, pieces, piece_bytes)
-    if session != session.plain:
-        plain = Workload.build(case, cupy) if session.combined else workload
+    if session != session.plain or case.sinks:
+        plain = (Workload.build(case, cupy) if session.combined else workload).without_sinks
         calls["plain_us"] = Call.build(plain, Expected(plain), session.plain).run
     figures = session.measure("decode" if case.is_decode else "prefill", workload, expected.check, calls)
     call.status()

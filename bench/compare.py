@@ -76,6 +76,7 @@ def _on_large_pages(cases: Sequence[Case]) -> tuple[Case, ...]:
     return tuple(replace(case, name=f"{case.name}_page64_HND", layout="HND", page_size=64) for case in cases)
 
 
+_GPT_OSS = (*BENCH_DECODE_MORE["gpt_oss"], *BENCH_PREFILL_MORE["gpt_oss"])
 _PREFILL = _in_bfloat16(BENCH_PREFILL)
 GROUPS: dict[str, tuple[Comparable, ...]] = {
     "decode": BENCH_DECODE,
@@ -90,6 +91,10 @@ GROUPS: dict[str, tuple[Comparable, ...]] = {
             for case in BENCH_PREFILL_MORE[name]
             if case not in BENCH_PREFILL
         )
+    ),
+    "gpt_oss": (
+        *(replace(case, name=f"{case.name}_without_sinks", sinks=False) for case in _GPT_OSS),
+        *_GPT_OSS,
     ),
     "plan": tuple(map(Plan, (*BENCH_DECODE, *_PREFILL))),
     "merge": tuple(replace(case, name=f"merge_{case.name}") for case in BENCH_MERGE),

@@ -46,6 +46,7 @@ from tests.cases import (
     AppendCase,
     Case,
     MergeCase,
+    with_sinks,
 )
 
 ATTENTION = ("decode", "grid", "layers", "prefill")
@@ -218,6 +219,14 @@ def test_pages_are_shuffled() -> None:
     assert sorted(indices) == list(range(len(indices))) != indices.tolist()
 
 
+def test_a_case_with_sinks_is_checked_for_them() -> None:
+    workload = Workload.build(replace(SMALL, q_lens=(9, 3, 1), kv_lens=(70, 0, 16), sinks=True), np)
+    out, lse = attend(workload)
+    with pytest.raises(AssertionError):
+        Expected(workload).check(out, lse)
+    Expected(workload).check(*with_sinks(out, lse, workload.sinks))
+
+
 @pytest.mark.parametrize("wrong", ["one row", "every lse", "one lse"])
 def test_wrong_results_fail_the_check(wrong: str) -> None:
     workload = Workload.build(SMALL, np)
@@ -324,6 +333,24 @@ def test_a_session_with_options_is_timed_beside_a_plain_one(case: Case) -> None:
     assert ("page_floor_us" in plain) == case.is_decode and "plain_us" not in plain
     found = measure(case, Session(FakeStopwatch(), with_lse=True, combined=True))
     assert (found["plain_us"]["median"], found["run_us"]["median"], found["over_plain"]) == (8, 6, 0.75)
+
+
+@pytest.mark.usefixtures("numpy_as_cupy")
+def test_a_case_with_sinks_is_timed_beside_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class TakesSinks(pa.BatchDecodeWithPagedKVCache):
+        def run(self, q: Any, kv: pa.PagedKV, *, sinks: Any = None, **options: Any) -> Any:
+            given.append(sinks is not None)
+            result = super().run(q, kv, **options)
+            if sinks is None or not options.get("return_lse"):
+                return result
+            return tuple(map(np.ndarray.astype, with_sinks(*result, sinks), (q.dtype, np.float32)))
+
+    monkeypatch.setattr(pa, "BatchDecodeWithPagedKVCache", TakesSinks)
+    found = measure(replace(SMALL, q_lens=None, sinks=True), Session(FakeStopwatch(), reps=1))
+    assert given == [True, False, True, False]  # checked, then timed
+    assert found["over_plain"] == 0.75
 
 
 @pytest.mark.usefixtures("numpy_as_cupy")
