@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ENTRY = re.compile(r"^### (\d+)\. \S", re.MULTILINE)
+ENTRY = re.compile(r"^(?:### )?(\d+)\. \S", re.MULTILINE)
 CITED = re.compile(r"\btrials? (\d+(?:(?:, | and )\d+)*)", re.IGNORECASE)
 
 
