@@ -1,46 +1,62 @@
-"""The package of another checkout beside ours in one process, under a name of its own."""
+"""The package of another checkout in one process with ours. Both are named `paged_attn`, one at a time."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-OURS = "paged_attn"
+NAME = "paged_attn"
 
 
-def load(folder: Path, name: str = "other_paged_attn") -> ModuleType:
-    """The package `paged_attn` of the checkout in `folder`, imported as `name`.
+class Checkout:
+    """The package of the checkout in `folder`; ImportError where there is none.
 
-    Its modules import each other relatively, so that none of them meets ours, and it finds its kernels beside itself.
-    ImportError where there is no such checkout, or where one of its modules has taken something of ours.
+    What it imports while it works, by whatever name, must be its own. So its modules are those of sys.modules whenever
+    it imports or calls something, and ours are again afterwards.
     """
-    package = folder.resolve() / OURS / "__init__.py"
-    if not package.is_file():
-        raise ImportError(f"{folder} is no checkout: there is no {OURS}/__init__.py in it; pass the folder that has it")
-    spec = importlib.util.spec_from_file_location(name, package, submodule_search_locations=[str(package.parent)])
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    check_apart(name)
-    return module
+
+    def __init__(self, folder: Path) -> None:
+        self._package = folder.resolve() / NAME
+        self._modules: dict[str, ModuleType] = {}
+        start = self._package / "__init__.py"
+        if not start.is_file():
+            raise ImportError(f"{folder} is no checkout: it has no {NAME}/__init__.py; pass the folder that has it")
+        spec = importlib.util.spec_from_file_location(NAME, start, submodule_search_locations=[str(self._package)])
+        assert spec is not None and spec.loader is not None
+        self.library = importlib.util.module_from_spec(spec)
+        self._modules[NAME] = self.library
+        with self.active():
+            spec.loader.exec_module(self.library)
+
+    @contextmanager
+    def active(self) -> Iterator[ModuleType]:
+        """Inside, `paged_attn` is the package of this checkout, and nothing of ours may be called that imports late."""
+        ours, known = _take(), self._modules
+        sys.modules.update(known)
+        try:
+            yield self.library
+        finally:
+            self._modules = _take()
+            sys.modules.update(ours)
+        for name in self._modules.keys() - known.keys():
+            if not Path(self._modules[name].__file__ or "").is_relative_to(self._package):
+                raise ImportError(f"{name} of {self._package.parent} came from {self._modules[name].__file__}")
+
+    def inside(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """The call, made while this checkout is active, which takes the host some microseconds more."""
+
+        def run() -> Any:
+            with self.active():
+                return call()
+
+        return run
 
 
-def check_apart(name: str) -> None:
-    """ImportError where a module of the package `name` holds a module, a class or a function of ours.
-
-    Modules that are imported at their first use are seen only after it.
-    """
-    for path, module in list(sys.modules.items()):
-        if path.partition(".")[0] != name:
-            continue
-        mixed = [key for key, value in vars(module).items() if _package_of(value) == OURS]
-        if mixed:
-            raise ImportError(f"{path} has {', '.join(mixed)} of {OURS}, not of {name}; import relatively there")
-
-
-def _package_of(value: Any) -> str:
-    home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-    return home.partition(".")[0] if isinstance(home, str) else ""
+def _take() -> dict[str, ModuleType]:
+    """The modules of the package that is active, which no longer is."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == NAME}

@@ -1,7 +1,7 @@
 """This checkout beside another: `python -m bench compare OTHER_CHECKOUT`, on a machine with an NVIDIA GPU.
 
-Both packages are loaded into one process and work on the same arrays. A case's calls are timed in turns, as in all of
-bench (cold L2 cache, events behind a spin); a figure is the median of five alternations' medians, and the exit status
+Both packages are loaded into one process (checkout.py) and work on the same arrays. Calls are timed in turns, as in all
+of bench: cold L2 cache, events behind a spin. A figure is the median of five alternations' medians, and the exit status
 is 1 where this checkout is slower by more than 1% or 0.3 us, the larger, or wrong. Times of the host scatter more:
 there the bar is 10% or 1 us. OTHER_CHECKOUT is a folder with paged_attn/ and kernels/, older or newer than this one.
 """
@@ -12,10 +12,10 @@ import argparse
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,9 +37,10 @@ from tests.cases import (
     MergeCase,
 )
 
-from . import checkout, record
+from . import record
 from .attention import Call
 from .check import Expected
+from .checkout import Checkout
 from .host import HOST_CALLS, HostCall, host_times
 from .pools import Append, Merge
 from .session import Session, require_gpu
@@ -124,22 +125,24 @@ class Bar:
 DEVICE_BAR, HOST_BAR = Bar(0.01, 0.3), Bar(0.1, 1.0)
 
 
-def compare(case: Comparable, other: ModuleType, session: Session, alternations: int) -> dict[str, Any]:
+def compare(case: Comparable, other: Checkout, session: Session, alternations: int) -> dict[str, Any]:
     """Median microseconds of both, of each alternation and of all; their ratio; the verdict.
 
     Where the other checkout has no right result, the reason; where this one has none, one of REFUSALS is raised.
     """
     call_of = _on_inputs(case, session)
-    calls = {THIS: call_of(pa)}
+    calls = {THIS: call_of(pa)}  # first: what is expected is computed, and imported, while no other package is active
     try:
-        calls = {OTHER: call_of(other), **calls}
+        with other.active() as library:
+            call = call_of(library)
     except REFUSALS as error:
         return {"verdict": "not compared", "none": _first_line(error)}
     on_host = isinstance(case, HostCall)
+    calls = {OTHER: call if on_host else other.inside(call), **calls}
     rounds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(alternations):
         in_turn = dict(reversed(calls.items())) if i % 2 else calls
-        for name, time in (_host_round(in_turn) if on_host else _device_round(in_turn, session)).items():
+        for name, time in (_host_round(in_turn, other) if on_host else _device_round(in_turn, session)).items():
             rounds[name].append(time)
     medians = {name: round(float(np.median(times)), 2) for name, times in rounds.items()}
     return {
@@ -179,8 +182,12 @@ def _device_round(calls: Timed, session: Session) -> dict[str, float]:
     return {name: float(np.median(of_one.device)) for name, of_one in times.items()}
 
 
-def _host_round(calls: Timed) -> dict[str, float]:
-    return {name: float(np.median(host_times(call, HOST_CALLS_A_ROUND))) for name, call in calls.items()}
+def _host_round(calls: Timed, other: Checkout) -> dict[str, float]:
+    times = {}
+    for name, call in calls.items():
+        with other.active() if name == OTHER else nullcontext():
+            times[name] = float(np.median(host_times(call, HOST_CALLS_A_ROUND)))
+    return times
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -191,7 +198,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     cupy = require_gpu()
     try:
-        other = checkout.load(options.other)
+        other = Checkout(options.other)
     except ImportError as error:
         raise SystemExit(f"{error}") from error
     environment = record.environment() | {"other_source_hash": record.source_hash(options.other.resolve())}
@@ -203,7 +210,6 @@ def main(arguments: Sequence[str]) -> int:
                 found[case.name] = compare(case, other, session, **settings)
             except REFUSALS as error:
                 found[case.name] = {"verdict": "wrong", "none": _first_line(error)}
-            checkout.check_apart(other.__name__)
             cupy.get_default_memory_pool().free_all_blocks()
             line = {"bench": "compare", "case": case.name, **settings, "reps": options.reps, **found[case.name]}
             record.append(options.json, line | environment)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import ModuleType
 from typing import Any
 
@@ -47,12 +47,19 @@ class Merge:
 
     def check(self, out: Any, lse: Any = None) -> None:
         """AssertionError if the first, the last or another of some rows is wrong."""
+        expected_out, expected_lse = self._expected
+        assert_close(
+            self._checked_rows(out), expected_out, None if lse is None else self._checked_rows(lse), expected_lse,
+            tolerance=OUT_TOLERANCE[self.case.dtype], lse_tolerance=LSE_TOLERANCE,
+        )  # fmt: skip
+
+    @cached_property
+    def _expected(self) -> tuple[np.ndarray, np.ndarray]:
+        return pa.merge_states(self._checked_rows(self.v).astype(np.float64), self._checked_rows(self.s), base=2)
+
+    def _checked_rows(self, array: Any) -> np.ndarray:
         rows = np.unique(np.linspace(0, self.case.rows - 1, CHECKED_ROWS).astype(int)).tolist()
-        v, s = (np.stack([to_host(array[row]) for row in rows]) for array in (self.v, self.s))
-        expected = pa.merge_states(v.astype(np.float64), s, base=2)
-        results = [None if array is None else np.stack([to_host(array[row]) for row in rows]) for array in (out, lse)]
-        tolerances = {"tolerance": OUT_TOLERANCE[self.case.dtype], "lse_tolerance": LSE_TOLERANCE}
-        assert_close(results[0], expected[0], results[1], expected[1], **tolerances)
+        return np.stack([to_host(array[row]) for row in rows])
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,18 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import paged_attn as pa
-from bench import checkout, compare, record
+from bench import compare, record
+from bench.checkout import Checkout
 from bench.compare import Bar, Plan
 from bench.host import HostCall
 from bench.session import Session
@@ -47,13 +48,6 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def load(folder: Path) -> Iterator[Callable[[], ModuleType]]:
-    yield lambda: checkout.load(folder, "other_of_tests")
-    for path in [path for path in sys.modules if path.partition(".")[0] == "other_of_tests"]:
-        del sys.modules[path]
-
-
-@pytest.fixture
 def numpy_as_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", np)
 
@@ -66,29 +60,36 @@ def append(path: Path, line: str) -> None:
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
-def test_another_checkout_is_apart_from_ours(folder: Path, load: Callable[[], ModuleType]) -> None:
+def test_another_checkout_works_beside_ours(folder: Path) -> None:
     append(folder / "paged_attn/__init__.py", '__version__ = "0.0.0+other"')
-    before = sys.modules["paged_attn"]
-    other = load()
-    assert (other.__version__, sys.modules["paged_attn"]) == ("0.0.0+other", before)
-    assert other.PagedKV is not pa.PagedKV
-    assert import_module("other_of_tests.compile").kernel_dir() == folder / "kernels"
-    inputs = build(Case("apart", (20, 3)))
-    kv = other.PagedKV(inputs.k_pages, inputs.v_pages, layout="NHD")
-    table = other.PageTable(inputs.indptr, inputs.indices, inputs.last_page_len, page_size=16)
-    np.testing.assert_array_equal(other.decode(inputs.q, kv, table), pa.decode(inputs.q, inputs.kv(), inputs.table()))
-    checkout.check_apart("other_of_tests")  # modules of the first use, too
+    ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "paged_attn"}
+    inputs = build(Case("beside", (20, 3)))
+    right = pa.decode(inputs.q, inputs.kv(), inputs.table())
+    with Checkout(folder).active() as other:
+        assert other.__version__ == "0.0.0+other" != pa.__version__
+        assert import_module("paged_attn.compile").kernel_dir() == folder / "kernels"
+        kv = other.PagedKV(inputs.k_pages, inputs.v_pages, layout="NHD")
+        table = other.PageTable(inputs.indptr, inputs.indices, inputs.last_page_len, page_size=16)
+        np.testing.assert_array_equal(other.decode(inputs.q, kv, table), right)
+    assert ours.items() <= sys.modules.items()
 
 
-def test_a_checkout_that_would_meet_ours_is_refused(folder: Path, load: Callable[[], ModuleType]) -> None:
-    append(folder / "paged_attn/__init__.py", "from paged_attn import PagedKV as Mine")
-    with pytest.raises(ImportError, match="other_of_tests has Mine of paged_attn"):
-        load()
+def test_what_another_checkout_imports_late_is_its_own(folder: Path) -> None:
+    append(folder / "paged_attn/backends/reference.py", 'raise ImportError("the other one")')
+    inputs = build(Case("late", (20, 3)))
+    pa.decode(inputs.q, inputs.kv(), inputs.table())  # ours has long been imported
+    other = Checkout(folder)
+    with other.active() as library:
+        kv = library.PagedKV(inputs.k_pages, inputs.v_pages, layout="NHD")
+        table = library.PageTable(inputs.indptr, inputs.indices, inputs.last_page_len, page_size=16)
+    with pytest.raises(ImportError, match="the other one"):
+        other.inside(lambda: library.decode(inputs.q, kv, table))()
+    pa.decode(inputs.q, inputs.kv(), inputs.table())
 
 
 def test_a_folder_without_the_package_is_no_checkout(tmp_path: Path) -> None:
     with pytest.raises(ImportError, match="is no checkout"):
-        checkout.load(tmp_path)
+        Checkout(tmp_path)
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------------
@@ -111,41 +112,38 @@ def test_a_difference_counts_beyond_the_larger_bar(other_us: float, this_us: flo
 
 @pytest.mark.usefixtures("numpy_as_cupy")
 @pytest.mark.parametrize("case", [DECODE, PREFILL, Plan(DECODE), MERGE, APPEND], ids=lambda case: case.name)
-def test_two_checkouts_in_turns(case: Any, load: Callable[[], ModuleType]) -> None:
+def test_two_checkouts_in_turns(case: Any, folder: Path) -> None:
     stopwatch = ScriptedStopwatch(other=[40.0, 90.0, 50.0], this=[80.0, 50.0, 40.0])
-    found = compare.compare(case, load(), Session(stopwatch, reps=2), alternations=3)
+    found = compare.compare(case, Checkout(folder), Session(stopwatch, reps=2), alternations=3)
     assert stopwatch.orders == [("other", "this"), ("this", "other"), ("other", "this")]
     assert found["other_us"] == {"median": 50.0, "alternations": [40.0, 90.0, 50.0]}
     assert (found["this_us"]["median"], found["ratio"], found["verdict"]) == (50.0, 1.0, "as fast")
 
 
 @pytest.mark.usefixtures("numpy_as_cupy")
-def test_a_wrong_result_has_no_time(
-    folder: Path, load: Callable[[], ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_result_has_no_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     append(folder / "paged_attn/__init__.py", "append = lambda *arrays: None")
-    other, session = load(), Session(ScriptedStopwatch(other=[1.0], this=[1.0]), reps=1)
+    other, session = Checkout(folder), Session(ScriptedStopwatch(other=[1.0], this=[1.0]), reps=1)
     found = compare.compare(APPEND, other, session, alternations=1)
     assert found["verdict"] == "not compared" and "AssertionError" in found["none"]
-    monkeypatch.setattr(pa, "append", other.append)
+    monkeypatch.setattr(pa, "append", other.library.append)
     with pytest.raises(AssertionError):
         compare.compare(APPEND, other, session, alternations=1)
 
 
 def test_calls_of_the_host_have_a_bar_of_their_own(
-    load: Callable[[], ModuleType], monkeypatch: pytest.MonkeyPatch, numpy_as_cupy: None
+    folder: Path, monkeypatch: pytest.MonkeyPatch, numpy_as_cupy: None
 ) -> None:
     times = iter([20.0, 21.5, 21.5, 20.0])
     monkeypatch.setattr(compare, "host_times", lambda call, calls: [next(times)])
     call = HostCall("a call", lambda library: lambda: library)
-    found = compare.compare(call, load(), Session(ScriptedStopwatch()), alternations=2)
+    found = compare.compare(call, Checkout(folder), Session(ScriptedStopwatch()), alternations=2)
     assert (found["other_us"]["median"], found["this_us"]["median"], found["verdict"]) == (20.0, 21.5, "as fast")
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("load")
 @pytest.mark.parametrize(("this_us", "status"), [(10.2, 0), (10.4, 1)])
 def test_the_exit_status_says_whether_a_case_is_slower(
     this_us: float, status: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
