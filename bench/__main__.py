@@ -15,9 +15,10 @@ compare   this checkout beside another one, in turns, case by case (python -m be
 On the device, all is timed by events in turns, after a clean flush of the L2 cache and behind a spin of the stream that
 hides the host's part, peers included. Each case is one line of JSON with card, versions, date, source hash and command.
 
-"run / bases" is our time over what other cases of the run make one expect: tests/cases.py names the cases at whose rate
-(bytes of decode, operations of prefill) a case is to do its work; any other case is compared with itself in the first
-of several pools. "run / plain" is that of a run with --combined, --batch-invariant, --lse or sinks over one without.
+"run / bases" is our time over the one that other cases of the run predict: BENCH_BASES of tests/cases.py names those at
+whose rate (bytes of decode, operations of prefill) a case should do its work; any other case is compared with itself in
+the first of several pools. "run / plain" is the time with --combined, --batch-invariant, --lse or sinks over that of a
+run without.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one case makes us expect of another, in the same run: the same rate, or, in another pool, the same time."""
+"""The time that other cases of a run predict for a case: by their rate of work, or by the same case in another pool."""
 
 from __future__ import annotations
 

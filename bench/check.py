@@ -12,7 +12,7 @@ from tests.cases import LSE_TOLERANCE, OUT_TOLERANCE, assert_close, with_sinks
 
 from .workload import Workload, sampled_queries, to_host
 
-MOST_KEYS = 2**16  # of all KV heads of a sampled query; where it sees more, only some heads are compared
+MOST_KEYS = 2**16  # keys times KV heads of a sampled query; where it sees more, only some heads are compared
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Expected:
         self._has_sink = np.isfinite(to_host(workload.sinks)) if workload.case.sinks else np.False_
         self._starts = np.concatenate([[0], np.cumsum(workload.case.queries)])
         random = np.random.default_rng(0)
-        self._samples = [self._sample(workload, *place, random) for place in sampled_queries(workload.case)]
+        self._samples = [
+            self._sample(workload, request, query, random) for request, query in sampled_queries(workload.case)
+        ]
 
     def _sample(self, workload: Workload, request: int, query: int, random: np.random.Generator) -> _Sample:
         case = self._case
@@ -53,7 +55,7 @@ class Expected:
     def check(self, out: Any, lse: Any = None) -> int:
         """Compare `out` [queries, heads, dim] and, where it is given, `lse` [queries, heads]; how many were compared.
 
-        Raises AssertionError with the place and size of what is wrong.
+        Raises AssertionError with the row and size of what is wrong.
         """
         case = self._case
         if lse is not None:
@@ -73,6 +75,6 @@ class Expected:
                     tolerance=OUT_TOLERANCE[case.dtype], lse_tolerance=LSE_TOLERANCE,
                 )  # fmt: skip
             except AssertionError as error:
-                place = f"request {sample.request}, query {sample.query}, heads from {sample.heads.start}"
-                raise AssertionError(f"{place}: {error}") from error
+                where = f"request {sample.request}, query {sample.query}, heads from {sample.heads.start}"
+                raise AssertionError(f"{where}: {error}") from error
         return len(self._samples)

@@ -66,8 +66,8 @@ class Merge:
 class Append:
     """New tokens for sequences that have the same number of old ones.
 
-    k, v [tokens, num_kv_heads, head_dim]; slots int64 [tokens]; batch_indices, positions int32 [tokens]: where they
-    belong in `table`, for who does not know slots.
+    k, v [tokens, num_kv_heads, head_dim]; slots int64 [tokens]; batch_indices, positions int32 [tokens]: the same slots
+    as a request of `table` and a position in it, for peers that take these.
     """
 
     case: AppendCase

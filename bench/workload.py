@@ -13,7 +13,7 @@ import numpy as np
 import paged_attn as pa
 from tests.cases import DTYPES, Case, some_sinks
 
-TILE = 4_194_301  # a prime, so that no two pages repeat the same numbers at the same place
+TILE = 4_194_301  # a prime, so that no two pages hold the same numbers at the same offsets
 
 
 def random_normal(xp: ModuleType, shape: tuple[int, ...], dtype: np.dtype, seed: int) -> Any:

@@ -326,7 +326,7 @@ def assert_close(
     tolerance: float | np.ndarray,
     lse_tolerance: float | np.ndarray = 1e-4,
 ) -> None:
-    """Raise unless inf and NaN stand at the same places and every row (last axis) has ||err|| <= tolerance * ||row||.
+    """Raise unless inf and NaN are in the same elements and every row (last axis) has ||err|| <= tolerance * ||row||.
 
     Absolute tolerances would hide a skipped page in a long sequence. lse is compared by value, within lse_tolerance.
     Both may be arrays, a number for each row.
@@ -675,7 +675,7 @@ BENCH_PREFILL_MORE = {
     ),
     "length": tuple(_bench_prefill(f"length_{2**power}", 1, 2**power, 2**power) for power in range(9, 16)),
 }
-# A case is to do its work at the rate of these, which stand before it in its group: the bytes of a decode case, the
+# A case should do its work at the rate of these, which are measured before it: the bytes of a decode case, the
 # operations of a prefill case. Those of a mixed batch are all its work.
 BENCH_BASES = {
     case.name: bases
