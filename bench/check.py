@@ -35,9 +35,7 @@ class Expected:
         self._has_sink = np.isfinite(to_host(workload.sinks)) if workload.case.sinks else np.False_
         self._starts = np.concatenate([[0], np.cumsum(workload.case.queries)])
         random = np.random.default_rng(0)
-        self._samples = [
-            self._sample(workload, request, query, random) for request, query in sampled_queries(workload.case)
-        ]
+        self._samples = [self._sample(workload, *sampled, random) for sampled in sampled_queries(workload.case)]
 
     def _sample(self, workload: Workload, request: int, query: int, random: np.random.Generator) -> _Sample:
         case = self._case

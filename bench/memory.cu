@@ -25,7 +25,7 @@ static_assert(UNROLL >= 1 && UNROLL <= 32, "each load of a pass takes four regis
 constexpr unsigned KEEP = 0x9e3779b9u;
 
 __device__ __forceinline__ const uint4* vector_at(const uint4* data, const int* pieces, unsigned piece_vectors,
-                                              long long vector) {
+                                                  long long vector) {
     if (!pieces) return data + vector;
     const unsigned piece = unsigned(vector) / piece_vectors, within = unsigned(vector) - piece * piece_vectors;
     return data + (long long)__ldg(pieces + piece) * piece_vectors + within;
