@@ -7,7 +7,7 @@ layers    a step of 32 layers, plan, append and decode in one CUDA graph, beside
 prefill   microseconds and TFLOP/s of run(), causal
 merge     microseconds of merge_states beside the read floor of the states
 append    microseconds of append beside a plain copy of as many bytes
-host      what plan(), run() and a cache's step cost the host; eager wall time of a layer
+host      what plan(), run(), one-shot calls and a cache's step cost the host; eager wall time of a layer
 cold      seconds until the first result in a new process, with an empty and with a filled compile cache
 numerics  the study of errors (its own options: python -m bench numerics --help)
 compare   this checkout beside another one, in turns, case by case (python -m bench compare --help)

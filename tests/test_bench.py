@@ -394,6 +394,17 @@ def test_the_command_line_takes_several_pools() -> None:
     assert (parse(["grid"]).reps, parse(["grid", "--reps", "3"]).reps) == (BENCHES["grid"].reps, 3)
 
 
+def test_sinks_are_of_a_case_or_given_to_all() -> None:
+    plain, given, of_gpt_oss = (
+        parse(["decode", "--cases", *arguments])
+        for arguments in (["bs1_4k_g4"], ["bs1_4k_g4", "--sinks"], ["gpt_oss_1x4096"])
+    )
+    for options, sinks in ((plain, False), (given, True), (of_gpt_oss, True)):
+        (case,) = select(BENCHES["decode"], options)
+        assert case.sinks == sinks
+        assert settings(case, options).get("sinks", False) == sinks
+
+
 def test_our_time_over_that_of_the_bases() -> None:
     def timed(case: str, gflop: float, time: float, **changes: Any) -> dict[str, Any]:
         return line(case, gflop=gflop, run_us={"median": time}, **changes)
