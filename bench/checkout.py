@@ -59,4 +59,5 @@ class Checkout:
 
 def _take() -> dict[str, ModuleType]:
     """The modules of the package that is active, which no longer is."""
-    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == NAME}
+    names = [name for name in sys.modules if name.startswith(NAME) and name.partition(".")[0] == NAME]
+    return {name: sys.modules.pop(name) for name in names}
