@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -36,28 +36,45 @@ class Checkout:
     @contextmanager
     def active(self) -> Iterator[ModuleType]:
         """Inside, `paged_attn` is the package of this checkout, and nothing of ours may be called that imports late."""
-        ours, known = _take(), self._modules
-        sys.modules.update(known)
+        ours, known = _swap(_active(), self._modules), self._modules
         try:
             yield self.library
         finally:
-            self._modules = _take()
-            sys.modules.update(ours)
+            self._modules = _swap(_active(), ours)
         for name in self._modules.keys() - known.keys():
             if not Path(self._modules[name].__file__ or "").is_relative_to(self._package):
                 raise ImportError(f"{name} of {self._package.parent} came from {self._modules[name].__file__}")
 
     def inside(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """The call, made while this checkout is active, which takes the host some microseconds more."""
+        """The call, made while this checkout is active, at the cost of a few microseconds.
+
+        It is made once here, for all that it imports; ImportError where it imports more of the package later on.
+        """
+        with self.active():
+            call()
+        names = _active()
 
         def run() -> Any:
-            with self.active():
+            ours = _swap(names, self._modules)
+            count = len(sys.modules)
+            try:
                 return call()
+            finally:
+                late = set(_active()) - self._modules.keys() if len(sys.modules) > count else set()
+                _swap([*self._modules, *late], ours)
+                if late:
+                    raise ImportError(f"a call of {self._package.parent} has imported {', '.join(late)} late")
 
         return run
 
 
-def _take() -> dict[str, ModuleType]:
-    """The modules of the package that is active, which no longer is."""
-    names = [name for name in sys.modules if name.startswith(NAME) and name.partition(".")[0] == NAME]
-    return {name: sys.modules.pop(name) for name in names}
+def _active() -> list[str]:
+    """The names of the package's modules."""
+    return [name for name in sys.modules if name.partition(".")[0] == NAME]
+
+
+def _swap(names: Iterable[str], modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
+    """Put `modules` into sys.modules instead of those of the names, which are returned."""
+    taken = {name: sys.modules.pop(name) for name in names}
+    sys.modules.update(modules)
+    return taken
