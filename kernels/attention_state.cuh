@@ -76,7 +76,7 @@ __device__ __forceinline__ float log_sum_exp(float max, float sum) {
 // of both becomes the maximum, so that neither a huge sink nor a huge score overflows.
 __device__ __forceinline__ float add_sink(float sink, float unit, float& max, float& sum) {
     if (sink == -INF) return 1.f;
-    const float top = fmaxf(max, sink), keep = exp2_fast((max - top) * unit);
+    const float top = sum == 0.f ? sink : fmaxf(max, sink), keep = sum == 0.f ? 0.f : exp2_fast((max - top) * unit);
     sum = sum * keep + (sink == top ? 1.f : exp2_fast((sink - top) * unit));
     max = top;
     return keep;

@@ -72,7 +72,7 @@ constexpr int WARP_BYTES = RING_BYTES > OUT_BYTES ? RING_BYTES : OUT_BYTES;
 static_assert(WARP_BYTES % 128 == 0 && TILE_BYTES % 128 == 0, "tiles begin on lines of 128 bytes");
 constexpr int LIMITS_OFFSET = WARPS * WARP_BYTES;                 // [WARPS][COLUMNS] KvLimits
 constexpr int ASSIGNMENT_OFFSET = LIMITS_OFFSET + WARPS * COLUMNS * 8;  // Assignment
-constexpr int FLAG_OFFSET = ASSIGNMENT_OFFSET + 16;                     // int: this CTA merges
+constexpr int FLAG_OFFSET = ASSIGNMENT_OFFSET + 16;                     // Flags
 constexpr int Q_OFFSET = (FLAG_OFFSET + 16 + 127) / 128 * 128;     // [COLUMNS] rows
 static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * Rows::BYTES : FLAG_OFFSET + 16) == SHARED_BYTES,
               "SHARED_BYTES must be what planner.py says");
@@ -122,9 +122,15 @@ struct Assignment {
     int first_partial;
 };
 
+struct Flags {
+    int merges;       // this CTA merges the splits of its request
+    int has_request;  // only written with SINKS
+};
+
 // Four columns of one row's result, written where q stood.
-__device__ __forceinline__ void write_row(const DecodeParams& p, int row, int head, int dim, const RowState& state) {
-    const RowEnd end = end_row(state.max * score_factors(p.scoring).scale, state.sum, -INF);
+__device__ __forceinline__ void write_row(const DecodeParams& p, int row, int head, int dim, const RowState& state,
+                                          float sink) {
+    const RowEnd end = end_row(state.max * score_factors(p.scoring).scale, state.sum, sink);
     const float scale = end.weight;
     const i64 at = row * p.out_row_stride + head * p.out_head_stride + dim;
     float4 out = state.out;
@@ -140,7 +146,7 @@ __device__ __forceinline__ void write_row(const DecodeParams& p, int row, int he
         packed.y = pack2(out.z, out.w);
         *reinterpret_cast<uint2*>(static_cast<u16*>(p.out) + at) = packed;
     }
-    if (dim == 0 && p.lse) p.lse[i64(row) * p.num_qo_heads + head] = end_row(state.max * score_factors(p.scoring).scale, state.sum, -INF).lse;
+    if (dim == 0 && p.lse) p.lse[i64(row) * p.num_qo_heads + head] = end.lse();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const __grid_constant__ DecodeParams p) {
@@ -163,6 +169,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     if (work.batch_index < 0 || work.batch_index >= p.batch) return;
     Assignment* const assignment = reinterpret_cast<Assignment*>(shared_memory + ASSIGNMENT_OFFSET);
     if (threadIdx.x == 0) *assignment = {work.batch_index, work.split, work.num_splits, work.first_partial};
+    Flags* const flags = reinterpret_cast<Flags*>(shared_memory + FLAG_OFFSET);
+    if (SINKS && threadIdx.x == 0) flags->has_request = is_request(request);
 
     // Tiles count from the first visible token on. Lane l asks for the page of token l % 16 of a tile, which is known by
     // how many tokens are left from its first one to the end.
@@ -186,6 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const int column = column_block * COLUMNS + (lane < num_columns ? lane : num_columns - 1);
     const PackedRow of = packed_row(column, p.group_size);
     const int query = of.token, row = work.batch_index * p.q_len + query, head = kv_head * group_size + of.head;
+    if (SINKS && warp == 0) prefetch_to_l2(reinterpret_cast<const int*>(p.sinks + head));
 
     // 2. Q^T, whose B fragments for one k-step are q[step]: lane holds dims 2 * pair, + 1 (and + 8) of column quad. (An
     // H200, 1 x 4096, 32/8 heads: 12.7 us, asked for behind K and V 12.9; 16 x 4096 of 4 queries 68.3 and 69.2.)
@@ -466,12 +475,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         const int place = (own.first_partial + of_split) * ctas_an_item + cta;
         return p.partials + i64(place * COLUMNS + c) * STATE;
     };
-    auto write_column = [&](int c, int dim, const RowState& state) {
+    auto sink_of_column = [&](int c) -> float {
         const PackedRow of = packed_row(own_block * COLUMNS + c, p.group_size);
-        write_row(p, own.batch_index * p.q_len + of.token, kv_head * group_size + of.head, dim, state);
+        return sink_of(p.sinks, kv_head * group_size + of.head, SINKS && flags->has_request);
+    };
+    auto write_column = [&](int c, int dim, const RowState& state, float sink) {
+        const PackedRow of = packed_row(own_block * COLUMNS + c, p.group_size);
+        write_row(p, own.batch_index * p.q_len + of.token, kv_head * group_size + of.head, dim, state, sink);
     };
     for (int item = threadIdx.x; item < num_items; item += THREADS) {
         const int c = item / (HEAD_DIM / 4), dim = item % (HEAD_DIM / 4) * 4;
+        const float sink = sink_of_column(c);  // asked for before it is needed
         RowState state = empty_state(), of_warps[WARPS];
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) {
@@ -481,7 +495,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         }
         fold(state, of_warps, scale);
         if (num_splits <= 1) {
-            write_column(c, dim, state);
+            write_column(c, dim, state, sink);
         } else {
             float* const to = partial_of(own.split, c);
             *reinterpret_cast<float4*>(to + dim) = state.out;
@@ -492,21 +506,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 
     // 7. The last split to arrive merges the partial states of all. Few columns leave threads idle, so `shares` lanes
     // take every shares-th split of one item each.
-    int* merges = reinterpret_cast<int*>(shared_memory + FLAG_OFFSET);
     __syncthreads();
     if (threadIdx.x == 0) {
         u32* counter = p.arrivals + i64(own.batch_index) * ctas_an_item + cta;
-        *merges = atomic_inc_acq_rel(counter, u32(num_splits - 1)) == u32(num_splits - 1);
+        flags->merges = atomic_inc_acq_rel(counter, u32(num_splits - 1)) == u32(num_splits - 1);
     }
     int shares = 1, share_bits = 0;
     while (shares < 32 && shares * 2 * num_items <= THREADS && shares * 2 <= num_splits) shares *= 2, ++share_bits;
     const int share = lane & (shares - 1);
     __syncthreads();
-    if (!*merges) return;
+    if (!flags->merges) return;
 #pragma unroll 1
     for (int first = warp * 32; first < num_items * shares; first += THREADS) {
         const int item = (first + lane) >> share_bits, valid_item = item < num_items ? item : 0;
         const int c = valid_item / (HEAD_DIM / 4), dim = valid_item % (HEAD_DIM / 4) * 4;
+        const float sink = sink_of_column(c);
         RowState state = empty_state();
         // The places of one request are less than 2^32 bytes apart.
         const char* const states_from = reinterpret_cast<const char*>(partial_of(0, c) + HEAD_DIM);
@@ -536,6 +550,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             of_other[0].out.w = __shfl_xor_sync(~0u, state.out.w, other);
             fold(state, of_other, scale);
         }
-        if (item < num_items && share == 0) write_column(c, dim, state);
+        if (item < num_items && share == 0) write_column(c, dim, state, sink);
     }
 }

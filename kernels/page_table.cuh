@@ -73,15 +73,17 @@ struct __align__(16) Request {
     int first_page;   // its pages are page_ids[first_page .. first_page + num_pages)
     int num_pages;
     int kv_len;       // tokens that these pages hold
-    int total_len;    // length of the whole sequence, from which masks count
+    int total_len;    // length of the whole sequence, from which masks count; or NO_REQUEST
     int page_offset;  // position of its first page, in pages
     int first_query;  // its query rows are first_query .. first_query + num_queries
     int num_queries;
     int first_tile;   // prefill: its first query tile in the grid
 };
 
-// Whether a record is that of a request. Rows with a fault, rows past the batch and the sentinel have none: their
-// total_len is -1, and what q holds for them gives 0 / -INF in every case.
+// The total_len of records without a request: of rows past the batch, of rows whose pages or length are wrong, and of
+// the sentinel. They have no keys, and their rows of q give 0 / -INF, with sinks too.
+constexpr int NO_REQUEST = -1;
+
 __device__ __forceinline__ bool is_request(const Request& request) { return request.total_len >= 0; }
 
 // The request of a query tile, the same in all lanes: the last of requests [num_requests + 1] whose first_tile is not

@@ -84,7 +84,11 @@ __device__ __forceinline__ float sink_of(const float* sinks, int head, bool has_
 // The result of a row: `weight` times what its weights times V add up to is its out.
 struct RowEnd {
     float weight;
-    float lse;  // natural logarithm
+    float max;  // in base 2, as the sum is counted
+    float sum;
+
+    // The natural logarithm; a function, because only one thread of a row stores it, if any.
+    __device__ __forceinline__ float lse() const { return log_sum_exp(max, sum); }
 };
 
 // max is in base 2. A row that has seen no key has the sum 0, and so the weight 0 and the lse of its sink.
@@ -94,5 +98,5 @@ __device__ __forceinline__ RowEnd end_row(float max, float sum, float sink) {
     float keep = 1.f;
     if constexpr (SINKS) keep = add_sink(sink * LOG2_E, 1.f, max, sum);
     const float weight = sum == 0.f ? 0.f : fast_division ? __fdividef(keep, sum) : keep / sum;
-    return {weight, log_sum_exp(max, sum)};
+    return {weight, max, sum};
 }

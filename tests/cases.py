@@ -324,6 +324,14 @@ def assert_close(
     assert (error <= lse_tolerance).all(), f"lse is off by {error.max():.3g}, tolerance {np.max(lse_tolerance):.3g}"
 
 
+def with_sinks(out: np.ndarray, lse: np.ndarray, sinks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a float64 (out, lse) of rows becomes when exp(sinks [heads]) joins the denominator of every row."""
+    total = np.logaddexp(lse, sinks)
+    with np.errstate(invalid="ignore"):
+        share = np.nan_to_num(np.exp(lse - total))
+    return out * share[..., None], total
+
+
 def _finite_difference(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """actual - expected, 0 where that is no number."""
     return np.subtract(actual, expected, out=np.zeros_like(expected), where=np.isfinite(expected))

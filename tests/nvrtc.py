@@ -87,14 +87,22 @@ def kernels_of(file: str) -> tuple[str, ...]:
 
 def variants() -> dict[str, list[dict[str, Any]]]:
     """The sets of constants with which each file is compiled."""
-    kinds = [{"BFLOAT16": bfloat16, "SOFT_CAP": soft_cap, "SINKS": 0} for bfloat16 in (0, 1) for soft_cap in (0, 1)]
+    # All pairs of these three, in half the builds of all combinations.
+    kinds = [{"BFLOAT16": a, "SOFT_CAP": b, "SINKS": a ^ b} for a in (0, 1) for b in (0, 1)]
     return {
         "append": [{"HEAD_DIM": head_dim} for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS)],
         "check": [{}],
         "decode": [shape | kind for key in _keys("decode") for shape in _decode(*key) for kind in kinds],
         # Loads of 16 bytes and of one number; partial states in float32, and the result in both.
         "merge": [
-            {"HEAD_DIM": head_dim, "VEC": vector, "BFLOAT16": bfloat16, "V_FLOAT32": v_float32, "OUT_FLOAT32": out}
+            {
+                "HEAD_DIM": head_dim,
+                "VEC": vector,
+                "BFLOAT16": bfloat16,
+                "V_FLOAT32": v_float32,
+                "OUT_FLOAT32": out,
+                "SINKS": out ^ bfloat16,
+            }
             for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS)
             for vector, v_float32, out in ((8, 0, 0), (8, 0, 1), (1, 0, 0), (4, 1, 0), (4, 1, 1))
             for bfloat16 in ((0,) if v_float32 and out else (0, 1))
