@@ -37,6 +37,7 @@
 #include "load_global.cuh"
 #include "mma.cuh"
 #include "page_table.cuh"
+#include "scores.cuh"
 #include "shared_rows.cuh"
 
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM >= 16 && HEAD_DIM <= 256, "HEAD_DIM must be a multiple of 16 up to 256");
@@ -71,14 +72,13 @@ constexpr int WARP_BYTES = RING_BYTES > OUT_BYTES ? RING_BYTES : OUT_BYTES;
 static_assert(WARP_BYTES % 128 == 0 && TILE_BYTES % 128 == 0, "tiles begin on lines of 128 bytes");
 constexpr int LIMITS_OFFSET = WARPS * WARP_BYTES;                 // [WARPS][COLUMNS] KvLimits
 constexpr int ASSIGNMENT_OFFSET = LIMITS_OFFSET + WARPS * COLUMNS * 8;  // Assignment
-constexpr int FLAG_OFFSET = ASSIGNMENT_OFFSET + 16;                     // int: this CTA merges
+constexpr int FLAG_OFFSET = ASSIGNMENT_OFFSET + 16;                     // Flags
 constexpr int Q_OFFSET = (FLAG_OFFSET + 16 + 127) / 128 * 128;     // [COLUMNS] rows
 static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * Rows::BYTES : FLAG_OFFSET + 16) == SHARED_BYTES,
               "SHARED_BYTES must be what planner.py says");
 // Rows of these begin and end inside of lines of 128 bytes, and the next KV head is read soon (an H200, 64 x 4096,
 // 64/8 heads, NHD: 187.2 and 179.5 us, 209.1 and 198.1; HND as before; with HEAD_DIM 112 253 and 276).
 constexpr bool WHOLE_LINES = HEAD_DIM == 80 || HEAD_DIM == 96;
-constexpr float RESCALE_STEP = 8.f;  // P stays below 2^8: far from overflow in fp16, and the rescale is rare
 // Of the first part of a weight: less than 1 by so much that after rounding something is left, as 0 * inf would be NaN.
 // fp16 has few bits below SMALL_WEIGHT: there the parts are halves.
 constexpr float FIRST_SHARE = BFLOAT16 ? 1.f - 0x1p-7f : 1.f - 0x1p-10f;
@@ -91,6 +91,7 @@ struct DecodeParams {
     const u16* v;
     void* out;
     float* lse;
+    const float* sinks;  // [num_qo_heads] with SINKS, natural logarithms
     i64 q_row_stride;  // strides of q and out in elements
     i64 q_head_stride;
     i64 out_row_stride;
@@ -110,8 +111,7 @@ struct DecodeParams {
     int q_len;
     FastDivide column_blocks;  // ceil(q_len * group_size / COLUMNS)
     int num_page_ids;
-    float sm_scale;
-    float logits_soft_cap;
+    Scoring scoring;
 };
 
 // What the end needs to know of the item: registers are scarce in the loop.
@@ -122,12 +122,16 @@ struct Assignment {
     int first_partial;
 };
 
-// What a score is still to be multiplied by, to be one in base 2.
-__device__ __forceinline__ float scale_of(const DecodeParams& p) { return SOFT_CAP ? 1.f : p.sm_scale * LOG2_E; }
+struct Flags {
+    int merges;       // this CTA merges the splits of its request
+    int has_request;  // only written with SINKS
+};
 
 // Four columns of one row's result, written where q stood.
-__device__ __forceinline__ void write_row(const DecodeParams& p, int row, int head, int dim, const RowState& state) {
-    const float scale = state.sum == 0.f ? 0.f : 1.f / state.sum;
+__device__ __forceinline__ void write_row(const DecodeParams& p, int row, int head, int dim, const RowState& state,
+                                          float sink) {
+    const RowEnd end = end_row(state.max * score_factors(p.scoring).scale, state.sum, sink);
+    const float scale = end.weight;
     const i64 at = row * p.out_row_stride + head * p.out_head_stride + dim;
     float4 out = state.out;
     out.x *= scale;
@@ -142,7 +146,7 @@ __device__ __forceinline__ void write_row(const DecodeParams& p, int row, int he
         packed.y = pack2(out.z, out.w);
         *reinterpret_cast<uint2*>(static_cast<u16*>(p.out) + at) = packed;
     }
-    if (dim == 0 && p.lse) p.lse[i64(row) * p.num_qo_heads + head] = log_sum_exp(state.max * scale_of(p), state.sum);
+    if (dim == 0 && p.lse) p.lse[i64(row) * p.num_qo_heads + head] = end.lse();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const __grid_constant__ DecodeParams p) {
@@ -165,6 +169,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     if (work.batch_index < 0 || work.batch_index >= p.batch) return;
     Assignment* const assignment = reinterpret_cast<Assignment*>(shared_memory + ASSIGNMENT_OFFSET);
     if (threadIdx.x == 0) *assignment = {work.batch_index, work.split, work.num_splits, work.first_partial};
+    Flags* const flags = reinterpret_cast<Flags*>(shared_memory + FLAG_OFFSET);
+    if (SINKS && threadIdx.x == 0) flags->has_request = is_request(request);
 
     // Tiles count from the first visible token on. Lane l asks for the page of token l % 16 of a tile, which is known by
     // how many tokens are left from its first one to the end.
@@ -186,8 +192,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     };
     const int num_columns = columns_of(column_block);
     const int column = column_block * COLUMNS + (lane < num_columns ? lane : num_columns - 1);
-    const int query = divide(column, p.group_size);
-    const int row = work.batch_index * p.q_len + query, head = kv_head * group_size + column - query * group_size;
+    const PackedRow of = packed_row(column, p.group_size);
+    const int query = of.token, row = work.batch_index * p.q_len + query, head = kv_head * group_size + of.head;
+    if (SINKS && warp == 0) prefetch_to_l2(reinterpret_cast<const int*>(p.sinks + head));
 
     // 2. Q^T, whose B fragments for one k-step are q[step]: lane holds dims 2 * pair, + 1 (and + 8) of column quad. (An
     // H200, 1 x 4096, 32/8 heads: 12.7 us, asked for behind K and V 12.9; 16 x 4096 of 4 queries 68.3 and 69.2.)
@@ -230,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     auto offset_of = [&](int left, int page, const PoolStrides& strides) -> u32 {  // in units of 16 bytes
         const int x = end - left + (lane & 15);
         const int slot = x - divide(x, p.positions.page_size) * int(p.positions.page_size.divisor);
-        return x < end ? page * strides.page + slot * strides.slot + kv_head * strides.head : 0u;
+        return x < end ? pool_offset<u32>(page, slot, kv_head, strides) : 0u;
     };
     auto copy_tile = [&](shared_address to, const u16* pool, int left, u32 offset) {
 #pragma unroll
@@ -291,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         if (STAGES > 2)
             tile += tile < warp_base + (STAGES - 2) * TILE_BYTES ? 2 * TILE_BYTES : (2 - STAGES) * TILE_BYTES;
     };
-    const float scale = scale_of(p);
+    const float scale = score_factors(p.scoring).scale;
 
 #pragma unroll 1
     for (; left > 0; left -= stride) {
@@ -327,14 +334,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         load_tile(k_tile, ODD, next_left, page);
         turn(k_tile);
 
-#if SOFT_CAP
-        // The product is rounded by itself, not together with a difference below: its maximum must be one of its values.
-        const float to_cap = p.sm_scale / p.logits_soft_cap, from_cap = p.logits_soft_cap * LOG2_E;
+        if constexpr (SOFT_CAP) {
 #pragma unroll
-        for (int n = 0; n < N_TILES; ++n)
+            for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) score[n][i] = __fmul_rn(from_cap, tanh_fast(score[n][i] * to_cap));
-#endif
+                for (int i = 0; i < 4; ++i) score[n][i] = score_of<true>(score[n][i], score_factors(p.scoring));
+        }
         // Only tiles at an edge of some column's interval need a mask.
         const int first_token = end - left;
         if (first_token < last_begin || first_token + TILE > first_end) {
@@ -343,8 +348,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const KvLimits seen = warp_limits[n * 8 + 2 * pair + (i & 1)];
-                    const int x = first_token + quad + (i >> 1) * 8;
-                    if (x < seen.begin || x >= seen.end) score[n][i] = -INF;
+                    mask_score(score[n][i], seen.begin, seen.end, first_token + quad + (i >> 1) * 8);
                 }
         }
 
@@ -471,13 +475,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         const int place = (own.first_partial + of_split) * ctas_an_item + cta;
         return p.partials + i64(place * COLUMNS + c) * STATE;
     };
-    auto write_column = [&](int c, int dim, const RowState& state) {
-        const int of_request = own_block * COLUMNS + c, token = divide(of_request, p.group_size);
-        const int q_head = kv_head * group_size + of_request - token * group_size;
-        write_row(p, own.batch_index * p.q_len + token, q_head, dim, state);
+    auto sink_of_column = [&](int c) -> float {
+        const PackedRow of = packed_row(own_block * COLUMNS + c, p.group_size);
+        return sink_of(p.sinks, kv_head * group_size + of.head, SINKS && flags->has_request);
+    };
+    auto write_column = [&](int c, int dim, const RowState& state, float sink) {
+        const PackedRow of = packed_row(own_block * COLUMNS + c, p.group_size);
+        write_row(p, own.batch_index * p.q_len + of.token, kv_head * group_size + of.head, dim, state, sink);
     };
     for (int item = threadIdx.x; item < num_items; item += THREADS) {
         const int c = item / (HEAD_DIM / 4), dim = item % (HEAD_DIM / 4) * 4;
+        const float sink = sink_of_column(c);  // asked for before it is needed
         RowState state = empty_state(), of_warps[WARPS];
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) {
@@ -487,7 +495,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         }
         fold(state, of_warps, scale);
         if (num_splits <= 1) {
-            write_column(c, dim, state);
+            write_column(c, dim, state, sink);
         } else {
             float* const to = partial_of(own.split, c);
             *reinterpret_cast<float4*>(to + dim) = state.out;
@@ -498,21 +506,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 
     // 7. The last split to arrive merges the partial states of all. Few columns leave threads idle, so `shares` lanes
     // take every shares-th split of one item each.
-    int* merges = reinterpret_cast<int*>(shared_memory + FLAG_OFFSET);
     __syncthreads();
     if (threadIdx.x == 0) {
         u32* counter = p.arrivals + i64(own.batch_index) * ctas_an_item + cta;
-        *merges = atomic_inc_acq_rel(counter, u32(num_splits - 1)) == u32(num_splits - 1);
+        flags->merges = atomic_inc_acq_rel(counter, u32(num_splits - 1)) == u32(num_splits - 1);
     }
     int shares = 1, share_bits = 0;
     while (shares < 32 && shares * 2 * num_items <= THREADS && shares * 2 <= num_splits) shares *= 2, ++share_bits;
     const int share = lane & (shares - 1);
     __syncthreads();
-    if (!*merges) return;
+    if (!flags->merges) return;
 #pragma unroll 1
     for (int first = warp * 32; first < num_items * shares; first += THREADS) {
         const int item = (first + lane) >> share_bits, valid_item = item < num_items ? item : 0;
         const int c = valid_item / (HEAD_DIM / 4), dim = valid_item % (HEAD_DIM / 4) * 4;
+        const float sink = sink_of_column(c);
         RowState state = empty_state();
         // The places of one request are less than 2^32 bytes apart.
         const char* const states_from = reinterpret_cast<const char*>(partial_of(0, c) + HEAD_DIM);
@@ -542,6 +550,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
             of_other[0].out.w = __shfl_xor_sync(~0u, state.out.w, other);
             fold(state, of_other, scale);
         }
-        if (item < num_items && share == 0) write_column(c, dim, state);
+        if (item < num_items && share == 0) write_column(c, dim, state, sink);
     }
 }

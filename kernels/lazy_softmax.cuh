@@ -25,7 +25,6 @@
 #include "mma.cuh"
 #include "page_table.cuh"
 
-constexpr float RESCALE_STEP = 8.f;  // a maximum that is looked for moves only by more than this: the rescale is rare
 constexpr float MOST_SUM = 0x1p8f;   // of a row's P in a block, a thread's share
 constexpr float MOST_SCALED = 0x1p125f;  // its inverse is a normal number: one that is not is a zero to the hardware
 

@@ -7,6 +7,8 @@
 // in    v    [rows, num_states, heads, HEAD_DIM] V      any strides, last axis contiguous
 //       s    [rows, num_states, heads] float            any strides; -inf, or +inf as FlashAttention-2 has it: the state
 //                                                       saw no key, its v is not looked at
+//       sinks [heads] float                             with -DSINKS=1: one more state of every row, without a v, whose
+//                                                       score is a natural logarithm whatever the base is
 // merge_state: the same for two states that stand apart
 // in    v_a, v_b  [rows, heads, HEAD_DIM] V             s_a, s_b  [rows, heads] float
 // out   out  [rows, heads, HEAD_DIM] OUT                contiguous; 0 where no state saw a key; may be v_a
@@ -23,8 +25,10 @@
 //          than a warp). TURNS states of every lane load before the first of them is used: nothing else hides the
 //          latency of memory here. Longer lists go by in batches, with the running maximum of an online softmax.
 //   The order of additions is fixed: the same bits on every run. No shared memory.
+#include "attention_state.cuh"
 #include "load_global.cuh"
 
+static_assert(SINKS == 0 || SINKS == 1, "SINKS must be 0 or 1");
 static_assert((VEC & (VEC - 1)) == 0 && HEAD_DIM % VEC == 0, "VEC must be a power of two that divides HEAD_DIM");
 static_assert(VEC * (V_FLOAT32 ? 4 : 2) <= 16, "VEC values of v must fit into 16 bytes");
 
@@ -76,6 +80,7 @@ struct MergeStatesParams {
     int heads;
     int row_major;       // which grid
     float log2_of_base;  // s * log2_of_base is a log to base 2
+    const float* sinks;  // [heads] with SINKS
 };
 
 struct MergeStateParams {
@@ -110,7 +115,7 @@ struct StateList {
 // once, leaves L2 first.
 template <int turns, bool streamed>
 __device__ __forceinline__ void merge(const StateList& states, int num_states, float log2_of_base, Out* out,
-                                      float* lse) {
+                                      float* lse, float sink) {
     const int lane = threadIdx.x & 31, side = lane / GROUP, column = lane % GROUP;
     float max = -INF, sum = 0.f;  // max: as s is given; sum: over this side's states
     float total[STEPS][VEC] = {};
@@ -174,7 +179,9 @@ __device__ __forceinline__ void merge(const StateList& states, int num_states, f
     }
 
     // 5. Normalise and write. The sum is 0 where no state saw a key, else at least 1 (or NaN).
-    const float scale = sum == 0.f ? 0.f : __fdividef(1.f, sum);
+    float keep = 1.f;
+    if constexpr (SINKS) keep = add_sink(sink * __fdividef(LOG2_E, log2_of_base), log2_of_base, max, sum);
+    const float scale = sum == 0.f ? 0.f : __fdividef(keep, sum);
     if (lse && lane == 0) *lse = sum == 0.f ? -INF : max + __fdividef(log2_fast(sum), log2_of_base);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
@@ -201,7 +208,8 @@ extern "C" __global__ void __launch_bounds__(256, 4) merge_states(const __grid_c
     const StateList states = {p.v + row * p.v_row_stride + head * p.v_head_stride,
                               p.s + row * p.s_row_stride + head * p.s_head_stride, p.v_state_stride, p.s_state_stride};
     const i64 at = row * p.heads + head;
-    merge<TURNS, true>(states, p.num_states, p.log2_of_base, p.out + at * HEAD_DIM, p.lse ? p.lse + at : nullptr);
+    merge<TURNS, true>(states, p.num_states, p.log2_of_base, p.out + at * HEAD_DIM, p.lse ? p.lse + at : nullptr,
+                       SINKS ? __ldg(p.sinks + head) : -INF);
 }
 
 // How many elements lie between two places, in one array or not.
@@ -222,5 +230,5 @@ extern "C" __global__ void __launch_bounds__(256) merge_state(const __grid_const
     const float* s_b = p.s_b + row * p.s_b_row_stride + head * p.s_b_head_stride;
     const i64 at = row * p.heads + head;
     merge<SIDE == 1 ? 2 : 1, false>({v_a, s_a, distance(v_a, v_b), distance(s_a, s_b)}, 2, p.log2_of_base,
-                                    p.out + at * HEAD_DIM, p.lse ? p.lse + at : nullptr);
+                                    p.out + at * HEAD_DIM, p.lse ? p.lse + at : nullptr, -INF);
 }

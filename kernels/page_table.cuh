@@ -29,6 +29,13 @@ struct PoolStrides {
     u32 head;
 };
 
+// Where a token's row of one KV head begins in the pool, in units of 16 bytes. T is u32 where the host keeps pools below
+// 2^32 such units (attention), else i64 (append).
+template <typename T>
+__device__ __forceinline__ T pool_offset(T page, T slot, T head, const PoolStrides& strides) {
+    return page * strides.page + slot * strides.slot + head * strides.head;
+}
+
 // The first fault that any kernel met. field is a FaultField, index the request or entry, value what stood there.
 struct Status {
     int field;
@@ -66,12 +73,18 @@ struct __align__(16) Request {
     int first_page;   // its pages are page_ids[first_page .. first_page + num_pages)
     int num_pages;
     int kv_len;       // tokens that these pages hold
-    int total_len;    // length of the whole sequence, from which masks count
+    int total_len;    // length of the whole sequence, from which masks count; or NO_REQUEST
     int page_offset;  // position of its first page, in pages
     int first_query;  // its query rows are first_query .. first_query + num_queries
     int num_queries;
     int first_tile;   // prefill: its first query tile in the grid
 };
+
+// The total_len of records without a request: of rows past the batch, of rows whose pages or length are wrong, and of
+// the sentinel. They have no keys, and their rows of q give 0 / -INF, with sinks too.
+constexpr int NO_REQUEST = -1;
+
+__device__ __forceinline__ bool is_request(const Request& request) { return request.total_len >= 0; }
 
 // The request of a query tile, the same in all lanes: the last of requests [num_requests + 1] whose first_tile is not
 // behind it. The warp probes 32 at a time.
@@ -141,4 +154,16 @@ __device__ __forceinline__ KvLimits kv_limits(int query, const Request& request,
     limits.begin = positions.window_left < 0 ? 0 : tokens_before(own - positions.window_left, request, positions);
     if (limits.begin > limits.end) limits.begin = limits.end;
     return limits;
+}
+
+// The query heads of one KV head and the tokens of a request are packed into one axis of rows, so that any group size
+// fills a tile: packed row r is token r / group_size of the request, head r % group_size of the KV head's group.
+struct PackedRow {
+    int token;
+    int head;  // of the group
+};
+
+__device__ __forceinline__ PackedRow packed_row(int row, const FastDivide& group_size) {
+    const int token = divide(row, group_size);
+    return {token, row - token * int(group_size.divisor)};
 }

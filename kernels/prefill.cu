@@ -70,6 +70,7 @@ struct PrefillParams {
     const u16* v;
     void* out;
     float* lse;
+    const float* sinks;
     i64 q_row_stride;  // strides of q and out in elements
     i64 q_head_stride;
     i64 out_row_stride;

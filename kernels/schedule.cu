@@ -64,9 +64,9 @@ __device__ __forceinline__ int first_entry_of_all(const ScheduleParams& p) {
 __device__ __forceinline__ Range pages_of(const ScheduleParams& p, int first, int row) {
     const Range pages = checked_range(p.indptr, row, p.num_indices, FAULT_INDPTR, p.status);
     const int begin = pages.begin - first, end = pages.end - first;
-    if (begin >= 0 && end <= p.max_pages) return {begin, end};
+    if (begin >= 0 && end <= p.max_pages) return {begin, end, pages.is_wrong};
     if (end > p.max_pages) record_fault(p.status, FAULT_MAX_PAGES, row, end);
-    return {0, 0};  // before the first: nothing, or behind a row where indptr decreases, which has the fault
+    return {0, 0, true};  // before the first: behind a row where indptr decreases, which has the fault
 }
 
 // Everything about a request but its queries.
@@ -94,10 +94,9 @@ __device__ __forceinline__ Request keys_of(const ScheduleParams& p, int row) {
         request.kv_len = int(clamp(seq_len, 0, MAX_KV_LEN));
     }
     request.total_len = p.total_len ? p.total_len[row] : request.kv_len;
-    if (request.total_len < 0) {
-        record_fault(p.status, FAULT_TOTAL_LEN, row, request.total_len);
-        request.total_len = 0;
-    }
+    if (request.total_len < 0) record_fault(p.status, FAULT_TOTAL_LEN, row, request.total_len);
+    const bool lost_pages = pages.is_wrong || num_pages < pages.end - pages.begin;
+    if (request.total_len < 0 || lost_pages) request.total_len = NO_REQUEST;
     return request;
 }
 
@@ -130,6 +129,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan_requests(const __grid_co
     for (int chunk = 0; chunk < p.max_batch_size; chunk += blockDim.x) {
         const int row = chunk + threadIdx.x;
         Request request = {};
+        request.total_len = NO_REQUEST;
         if (row < batch) request = keys_of(p, row);
 
         // Query rows begin where the largest end so far was, so they never overlap, whatever qo_indptr holds.
@@ -154,6 +154,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan_requests(const __grid_co
     // 3. The totals.
     if (threadIdx.x == 0) {
         Request total = {};
+        total.total_len = NO_REQUEST;
         total.first_query = int(clamp(p.qo_indptr ? queries : i64(p.max_batch_size) * p.q_len, 0, INT_LARGEST));
         total.first_tile = int(clamp(tiles, 0, INT_LARGEST));
         p.requests[p.max_batch_size] = total;

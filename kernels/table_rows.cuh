@@ -21,6 +21,7 @@ __device__ __forceinline__ int length_class(int length) {
 struct Range {
     int begin;
     int end;
+    bool is_wrong;  // of a row with a fault, which has no entries
 };
 
 // Row `row` of a compressed list (indptr and the like): [indptr[row], indptr[row + 1]) where that lies in order inside
@@ -34,7 +35,7 @@ __device__ __forceinline__ Range checked_range(const int* indptr, int row, int l
         record_fault(status, field, row + 1, end);
     else if (row == 0)
         record_fault(status, field, 0, begin);
-    return {0, 0};
+    return {0, 0, true};
 }
 
 // The position behind the last token of a request with pages; it must fit into an int. Past that it is not exact.

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,14 @@ def struct_bytes(kernel: str, struct: str) -> int:
 def defines(**constants: int) -> tuple[tuple[str, int], ...]:
     """Constants in the form that a Recipe has them."""
     return tuple((name, int(value)) for name, value in sorted(constants.items()))
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+def with_sinks(recipe: AnyRecipe) -> AnyRecipe:
+    """The recipe of an attention kernel, or of merge_states, for calls that have sinks."""
+    return replace(recipe, constants=defines(**dict(recipe.constants) | {"SINKS": 1}))
 
 
 # -- tables, and the metadata of a step ------------------------------------------------------------------------------
@@ -92,7 +100,13 @@ def append_recipe(num_kv_heads: int, head_dim: int) -> AppendRecipe:
 
 @functools.lru_cache(maxsize=1024)
 def merge_recipe(
-    kernel: str, heads: int, head_dim: int, vector: int, v_dtype: np.dtype[Any], out_dtype: np.dtype[Any]
+    kernel: str,
+    heads: int,
+    head_dim: int,
+    vector: int,
+    v_dtype: np.dtype[Any],
+    out_dtype: np.dtype[Any],
+    sinks: bool = False,
 ) -> Recipe:
     """merge_state or merge_states, with loads and stores of `vector` numbers."""
     constants = defines(
@@ -101,12 +115,13 @@ def merge_recipe(
         BFLOAT16=_BFLOAT16 in (v_dtype, out_dtype),
         V_FLOAT32=v_dtype == _FLOAT32,
         OUT_FLOAT32=out_dtype == _FLOAT32,
+        SINKS=sinks,
     )
     return Recipe(kernel=kernel, threads=32 * min(MERGE_WARPS, heads), constants=constants)
 
 
 def merge_recipes(heads: int, head_dim: int, dtype: np.dtype[Any]) -> Iterator[Recipe]:
-    """All that merging contiguous states of `dtype`, or in float32, can need."""
+    """All that merging contiguous states of `dtype`, or in float32, can need; sinks apart."""
     for kernel in ("merge_state", "merge_states"):
         for v_dtype in (dtype, _FLOAT32):
             for out_dtype in (dtype, _FLOAT32):
@@ -224,6 +239,7 @@ class RunShape:
 
     q_shape: tuple[int, int, int]  # [rows, num_qo_heads, head_dim]
     q_strides: tuple[int, int]  # (row, head)
+    has_sinks: bool
     out_strides: tuple[int, int]
     out_is_float32: bool
     pool_shape: tuple[int, int, int, int]  # (pages, slots, heads, head_dim), whatever the layout
@@ -332,6 +348,7 @@ def _attention_constants(spec: AttentionSpec) -> dict[str, int]:
         "HEAD_DIM": spec.head_dim,
         "BFLOAT16": spec.dtype == _BFLOAT16,
         "SOFT_CAP": spec.scoring.logits_soft_cap > 0,
+        "SINKS": False,
     }
 
 

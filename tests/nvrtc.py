@@ -96,13 +96,21 @@ def kernels_of(file: str) -> tuple[str, ...]:
 def variants() -> dict[str, list[dict[str, int]]]:
     """The sets of constants with which each file is compiled: those of recipes for a choice of shapes."""
     dtypes = ("float16", "bfloat16")
-    features = [{"dtype": dtype, "logits_soft_cap": soft_cap} for dtype in dtypes for soft_cap in (0.0, 30.0)]
+    # All pairs of these three, in half the builds of all combinations.
+    features = [
+        {"dtype": dtype, "logits_soft_cap": soft_cap, "sinks": (dtype == "bfloat16") != (soft_cap > 0)}
+        for dtype in dtypes
+        for soft_cap in (0.0, 30.0)
+    ]
     made: list[Recipe] = [*recipes.TABLES, recipes.PLAN_REQUESTS, recipes.PLAN_SPLITS, recipes.PLAN_TILES]
     for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS):
         made.append(recipes.append_recipe(8, head_dim))
         for dtype in (np.dtype(DTYPES[name]) for name in dtypes):
-            made += recipes.merge_recipes(8, head_dim, dtype)
-            made.append(recipes.merge_recipe("merge_state", 8, head_dim, 1, dtype, dtype))
+            merges = [*recipes.merge_recipes(8, head_dim, dtype)]
+            merges.append(recipes.merge_recipe("merge_states", 8, head_dim, 1, dtype, dtype))
+            for recipe in merges:
+                constants = dict(recipe.constants)
+                made.append(_with_feature(recipe, sinks=constants["OUT_FLOAT32"] != constants["BFLOAT16"]))
         for feature in features:
             made += _prefill(H100, head_dim, **feature)
     for head_dim, columns in _keys("decode"):
@@ -130,7 +138,7 @@ def _decode(head_dim: int, columns: int, **fields: Any) -> list[Recipe]:
         for batch_invariant in (False, True)
         for card in (H100, Card(84, 100 * 1024, 89))
     )
-    return [recipe for recipe in made if recipe.columns == columns]
+    return [_with_feature(recipe, **fields) for recipe in made if recipe.columns == columns]
 
 
 def _prefill(card: Card, head_dim: int, **fields: Any) -> Iterator[Recipe]:
@@ -138,7 +146,12 @@ def _prefill(card: Card, head_dim: int, **fields: Any) -> Iterator[Recipe]:
     for page_size in (16, 1):
         for is_long in (False, True):
             case = Case("recipe", (1,), q_lens=(1,), head_dim=head_dim, page_size=page_size, **fields)
-            yield from recipes.prefill_recipes(spec_of(case), card, is_long=is_long)
+            for recipe in recipes.prefill_recipes(spec_of(case), card, is_long=is_long):
+                yield _with_feature(recipe, **fields)
+
+
+def _with_feature(recipe: Recipe, *, sinks: bool = False, **others: Any) -> Recipe:
+    return recipes.with_sinks(recipe) if sinks else recipe
 
 
 def matrix(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Build]:

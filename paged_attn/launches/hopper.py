@@ -49,7 +49,7 @@ class HopperRun:
         self._out_geometry = tensor_map.out_geometry(*run.q_shape, spec.group_size) if self._recipe.sends else None
         self._rows, self._tiles, self._grid = rows, tiles, min(self._layout.card.num_sms, grid)
 
-    def __call__(self, stream: int, q: int, k: int, v: int, out: int, lse: int) -> None:
+    def __call__(self, stream: int, q: int, k: int, v: int, out: int, lse: int, sinks: int) -> None:
         layer, geometry = self._layer(k, v), self._out_geometry
         layer.write(q, *self._q_strides, out, lse, *self._out_form)
         layer.tile_list["q_rows"], layer.tile_list["num_tiles"] = self._rows, self._tiles

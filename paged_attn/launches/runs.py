@@ -8,8 +8,10 @@ from typing import Any
 from ..compile import Launch, Recipe, fast_divide, fill, prepare
 from ..plan_layout import DecodeLayout, PrefillLayout
 from ..recipes import RunShape
+from ..spec import RunArrays
 
 Addresses = Mapping[str, int]  # of a plan's buffers and its status word, by name
+RUN_ADDRESSES = ("q", "k", "v", *RunArrays._fields[1:])  # of a run's arrays, as the kernels' parameters begin
 
 
 class DirectRun:
@@ -18,7 +20,7 @@ class DirectRun:
     def __init__(self, recipe: Recipe, device: str, fields: Mapping[str, Any], *, last: str) -> None:
         """last: the last field that the shape of a run decides."""
         self._launch = prepare(recipe, device, fields)
-        self._write_addresses = self._launch.writer("q", "lse")
+        self._write_addresses = self._launch.writer(RUN_ADDRESSES[0], RUN_ADDRESSES[-1])
         self._write_shape = self._launch.writer("q_row_stride", last)
         self._grid = 0
 
@@ -38,8 +40,9 @@ class DirectRun:
         )
         self._grid = grid
 
-    def __call__(self, stream: int, q: int, k: int, v: int, out: int, lse: int) -> None:
-        self._write_addresses(q, k, v, out, lse)
+    def __call__(self, stream: int, *addresses: int) -> None:
+        """addresses: RUN_ADDRESSES, 0 for what is not given."""
+        self._write_addresses(*addresses)
         self._launch(stream, self._grid)
 
 
@@ -47,6 +50,11 @@ def place(launch: Launch, addresses: Addresses) -> None:
     """Write the addresses that the launch has fields for."""
     names = launch.params.dtype.names or ()
     fill(launch.params, {name: address for name, address in addresses.items() if name in names})
+
+
+def scoring(layout: DecodeLayout | PrefillLayout) -> dict[str, Any]:
+    """The fields of Scoring."""
+    return {"sm_scale": layout.spec.scoring.sm_scale, "logits_soft_cap": layout.spec.scoring.logits_soft_cap}
 
 
 def positions(layout: DecodeLayout | PrefillLayout) -> dict[str, Any]:

@@ -10,18 +10,27 @@ from collections.abc import Sequence
 
 from ..compile import Launch, fast_divide, prepare
 from ..plan_layout import DecodeLayout, PrefillLayout
-from ..recipes import PLAN_REQUESTS, PLAN_SPLITS, PLAN_TILES, HopperPrefillRecipe, PrefillRecipe, RunShape, row_blocks
+from ..recipes import (
+    PLAN_REQUESTS,
+    PLAN_SPLITS,
+    PLAN_TILES,
+    DecodeRecipe,
+    HopperPrefillRecipe,
+    PrefillRecipe,
+    RunShape,
+    row_blocks,
+    with_sinks,
+)
 from .hopper import HopperRun
-from .runs import Addresses, DirectRun, place, positions
+from .runs import Addresses, DirectRun, place, positions, scoring
 
 
 class DecodeSteps:
     """plan_requests and plan_splits once a step, decode once a layer."""
 
     def __init__(self, layout: DecodeLayout, device: str) -> None:
-        spec, capacities = layout.spec, layout.capacities
-        most = layout.splits(capacities.requests)
-        self._layout, self._batch_size = layout, -1
+        capacities, most = layout.capacities, layout.splits(layout.capacities.requests)
+        self._layout, self._device, self._batch_size = layout, device, -1
         self._plan_requests = _PlanRequests(layout, device)
         self._plan_splits = prepare(PLAN_SPLITS, device, {
             "max_batch_size": capacities.requests,
@@ -32,22 +41,16 @@ class DecodeSteps:
             "ctas_at_a_time": most.ctas_at_a_time,
             "fixed_splits": most.fixed_splits,
         })  # fmt: skip
-        self.launch_run = DirectRun(layout.recipe, device, last="batch", fields={
-            "positions": positions(layout),
-            "num_qo_heads": spec.num_qo_heads,
-            "num_kv_heads": fast_divide(spec.num_kv_heads),
-            "group_size": fast_divide(spec.group_size),
-            "q_len": spec.q_len,
-            "column_blocks": fast_divide(layout.recipe.column_blocks),
-            "num_page_ids": capacities.pages,
-            "sm_scale": spec.scoring.sm_scale,
-            "logits_soft_cap": spec.scoring.logits_soft_cap,
-        })  # fmt: skip
+        self._runs: dict[DecodeRecipe, DirectRun] = {}
+        self._addresses: Addresses = {}
+        self.launch_run = self._run_of(layout.recipe)  # with sinks when a run has them
 
     def place(self, addresses: Addresses) -> None:
+        self._addresses = addresses
         self._plan_requests.place(addresses)
         place(self._plan_splits, addresses)
-        self.launch_run.place(addresses)
+        for run in self._runs.values():
+            run.place(addresses)
 
     def launch_plan(self, stream: int, table: Sequence[int], batch_size: int, num_indices: int) -> None:
         """table: addresses, as ScheduleParams begins."""
@@ -62,8 +65,27 @@ class DecodeSteps:
     def bind(self, run: RunShape) -> None:
         """Items past the run's batch belong to rows that q does not have."""
         assert self._layout.spec.q_len is not None
-        batch = run.q_shape[0] // self._layout.spec.q_len
+        batch, recipe = run.q_shape[0] // self._layout.spec.q_len, self._layout.recipe
+        self.launch_run = self._run_of(with_sinks(recipe) if run.has_sinks else recipe)
         self.launch_run.bind(run, self._layout.grid(batch), batch)
+
+    def _run_of(self, recipe: DecodeRecipe) -> DirectRun:
+        run = self._runs.get(recipe)
+        if run is None:
+            spec = self._layout.spec
+            run = DirectRun(recipe, self._device, last="batch", fields={
+                "positions": positions(self._layout),
+                "num_qo_heads": spec.num_qo_heads,
+                "num_kv_heads": fast_divide(spec.num_kv_heads),
+                "group_size": fast_divide(spec.group_size),
+                "q_len": spec.q_len,
+                "column_blocks": fast_divide(recipe.column_blocks),
+                "num_page_ids": self._layout.capacities.pages,
+                "scoring": scoring(self._layout),
+            })  # fmt: skip
+            run.place(self._addresses)
+            self._runs[recipe] = run
+        return run
 
 
 class PrefillSteps:

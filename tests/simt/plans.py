@@ -67,11 +67,14 @@ class HostPlan:
         with _on_shim(self._reverse):
             self._steps.launch_plan(0, addresses, case.batch_size, inputs.indices.size)
 
-    def run(self, q: np.ndarray, kv: pa.PagedKV, out: np.ndarray, lse: np.ndarray | None) -> None:
+    def run(
+        self, q: np.ndarray, kv: pa.PagedKV, out: np.ndarray, lse: np.ndarray | None, sinks: np.ndarray | None = None
+    ) -> None:
         """q, out, lse: rows."""
         shape = RunShape(
             q_shape=q.shape,
             q_strides=q.strides[:2],
+            has_sinks=sinks is not None,
             out_strides=out.strides[:2],
             out_is_float32=out.dtype == np.float32,
             pool_shape=(kv.num_pages, kv.page_size, kv.num_kv_heads, kv.head_dim),
@@ -80,7 +83,7 @@ class HostPlan:
         )
         with _on_shim(self._reverse, **self._compiler):
             self._steps.bind(shape)
-            self._steps.launch_run(0, *map(_address, (q, kv.k_pages, kv.v_pages, out, lse)))
+            self._steps.launch_run(0, *map(_address, (q, kv.k_pages, kv.v_pages, out, lse, sinks)))
 
 
 @contextmanager

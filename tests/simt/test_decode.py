@@ -8,10 +8,21 @@ import pytest
 import paged_attn as pa
 from paged_attn import compile as kernels
 from paged_attn import recipes
-from tests.cases import DTYPES, LSE_TOLERANCE, LSE_TOLERANCE_SOFT_CAP, OUT_TOLERANCE, Case, Inputs, assert_close, build
+from tests.cases import (
+    DTYPES,
+    LSE_TOLERANCE,
+    LSE_TOLERANCE_SOFT_CAP,
+    OUT_TOLERANCE,
+    Case,
+    Inputs,
+    assert_close,
+    build,
+    with_sinks,
+)
 from tests.simt.driver import launch
-from tests.simt.requests import requests_of, seen_of
+from tests.simt.requests import NO_REQUEST, requests_of, seen_of
 from tests.specs import decode_recipe
+from tests.test_reference import dense_attention
 
 
 def run(
@@ -22,14 +33,22 @@ def run(
     float32: bool = False,
     reverse: bool = False,
     num_pairs: int = 1,
+    sinks: np.ndarray | None = None,
+    faulty: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(out, lse, arrivals) of one launch. A plan may have room for more requests than the batch has."""
+    """(out, lse, arrivals) of one launch. A plan may have room for more requests than the batch has.
+
+    faulty: a request in whose row plan_requests has met a fault.
+    """
     case = inputs.case
     group_size = case.num_qo_heads // case.num_kv_heads
     shape = decode_recipe(case.q_len * group_size, case.head_dim, num_pairs)
     rows = case.batch_size + spare_requests
     items = np.zeros((rows, num_splits), kernels.params_dtype(kernels.load_source("decode"), "DecodeItem"))
     requests = requests_of(inputs, rows)
+    if faulty is not None:
+        requests[faulty] = 0
+        requests["total_len"][faulty] = NO_REQUEST
     requests["num_queries"] = case.q_len
     requests["first_query"] = np.arange(rows) * case.q_len
     items["request"] = requests[:, None]
@@ -55,6 +74,7 @@ def run(
         "v": inputs.v_pages,
         "out": out,
         "lse": lse,
+        "sinks": sinks,
         "items": items,
         "batch": rows,
         "page_ids": inputs.indices,
@@ -79,8 +99,7 @@ def run(
         "q_len": case.q_len,
         "column_blocks": kernels.fast_divide(shape.column_blocks),
         "out_float32": float32,
-        "sm_scale": case.sm_scale,
-        "logits_soft_cap": case.logits_soft_cap,
+        "scoring": (case.sm_scale, case.logits_soft_cap),
     }
     launch(
         "decode",
@@ -95,6 +114,7 @@ def run(
         STAGES=shape.stages,
         BFLOAT16=case.dtype == "bfloat16",
         SOFT_CAP=case.logits_soft_cap > 0,
+        SINKS=sinks is not None,
         SHARED_BYTES=shape.shared_bytes,
     )
     return out, lse, arrivals
@@ -259,6 +279,80 @@ def test_a_nan_is_seen(num_splits: int, shape: dict[str, int]) -> None:
     inputs.k_pages[inputs.indices[2]] = np.nan
     out, lse, _ = run(inputs, num_splits=num_splits)
     assert np.isnan(out.astype(np.float32)).all() and np.isnan(lse).all()
+
+
+SINKS = [
+    Case("sinks", RAGGED, num_qo_heads=4),
+    Case("sinks_group8_dim64", RAGGED, num_qo_heads=16, page_size=3),
+    Case("sinks_q_len3_window20", RAGGED, q_len=3, window_left=20, num_qo_heads=4, layout="HND"),
+    Case("sinks_q_in_shared", RAGGED, num_qo_heads=16, num_kv_heads=1, head_dim=128, dtype="bfloat16"),
+    Case("sinks_in_blocks_of_columns", (60, 4), q_len=9, num_qo_heads=8, num_kv_heads=1, head_dim=128),
+    Case("sinks_soft_cap", RAGGED, logits_soft_cap=1.5, num_qo_heads=4),
+    Case("sinks_middle_chunk", (48, 64, 16), page_offsets=(2, 1, 0), total_lens=(130, 65, 16), q_len=2, window_left=80),
+    Case("sinks_nothing_seen", (20, 4), page_offsets=(9, 9), total_lens=(300, 10), window_left=5, num_qo_heads=4),
+]
+
+
+def sinks_of(case: Case) -> np.ndarray:
+    """One a head: of the size of scores, far below, far above, and none."""
+    sinks = np.random.default_rng(1).normal(0, 2, case.num_qo_heads).astype(np.float32)
+    sinks[:3] = -np.inf, -200, 4
+    return sinks
+
+
+@pytest.mark.parametrize("num_splits", (1, 3))
+@pytest.mark.parametrize("case", SINKS, ids=str)
+def test_sinks(case: Case, num_splits: int) -> None:
+    """Once a row, also where it is split or sees no key; rows without a request have none."""
+    inputs, sinks = build(case), sinks_of(case)
+    out, lse, _ = run(inputs, num_splits=num_splits, sinks=sinks, spare_requests=2)
+    right, right_lse = with_sinks(*dense_attention(inputs), sinks)
+    tolerances = {"tolerance": OUT_TOLERANCE[case.dtype], "lse_tolerance": LSE_TOLERANCE_SOFT_CAP}
+    rows = len(right)
+    assert_close(out[:rows], right, lse[:rows], right_lse, **tolerances)
+    assert (out[rows:] == 0).all() and np.isneginf(lse[rows:]).all()
+
+    out, lse, _ = run(inputs, num_splits=num_splits, sinks=sinks, faulty=0)
+    q_len = case.q_len
+    assert (out[:q_len] == 0).all() and np.isneginf(lse[:q_len]).all()
+    assert_close(out[q_len:], right[q_len:], lse[q_len:], right_lse[q_len:], **tolerances)
+
+
+@pytest.mark.parametrize("num_splits", (1, 3))
+def test_sinks_of_minus_infinity_change_no_bit(num_splits: int) -> None:
+    inputs = build(Case("no_sinks", RAGGED, num_qo_heads=4))
+    none = np.full(4, -np.inf, np.float32)
+    for got, right in zip(
+        run(inputs, num_splits=num_splits, sinks=none), run(inputs, num_splits=num_splits), strict=True
+    ):
+        np.testing.assert_array_equal(got, right)
+
+
+@pytest.mark.parametrize("num_splits", (1, 3))
+def test_huge_sinks_and_huge_scores_are_finite(num_splits: int) -> None:
+    inputs = build(Case("huge_sinks", (40, 0), num_qo_heads=4, num_kv_heads=1, dtype="bfloat16"))
+    sinks = np.array([2.0**127, -(2.0**127), 2.0**20, np.inf], np.float32)
+    out, lse, _ = run(inputs, num_splits=num_splits, sinks=sinks)
+    without, lse_without, _ = run(inputs, num_splits=num_splits)
+    assert (out[:, [0, 2, 3]] == 0).all()
+    np.testing.assert_allclose(lse[:, [0, 2, 3]], [sinks[[0, 2, 3]]] * 2, rtol=1e-6)
+    np.testing.assert_array_equal(out[0, 1], without[0, 1])
+    np.testing.assert_allclose(lse[:, 1], [lse_without[0, 1], sinks[1]], rtol=1e-6)
+
+    inputs = build(Case("huge_scores", (40,), num_qo_heads=4, num_kv_heads=1, dtype="bfloat16"), scores="huge_border")
+    without, lse_without, _ = run(inputs, num_splits=num_splits)
+    out, lse, _ = run(inputs, num_splits=num_splits, sinks=np.zeros(4, np.float32))
+    assert np.isfinite(out.astype(np.float32)).all() and np.isfinite(lse).all()
+    seen = lse_without > 0
+    np.testing.assert_array_equal(out[seen], without[seen])
+    np.testing.assert_array_equal(lse, np.maximum(lse_without, 0))
+
+
+def test_a_sink_of_nan_is_seen() -> None:
+    inputs = build(Case("nan_sink", (40, 0), num_qo_heads=2))
+    out, lse, _ = run(inputs, sinks=np.array([np.nan, 0], np.float32))
+    assert np.isnan(out[:, 0].astype(np.float32)).all() and np.isnan(lse[:, 0]).all()
+    assert np.isfinite(out[:, 1].astype(np.float32)).all() and np.isfinite(lse[:, 1]).all()
 
 
 def test_needles_at_every_tile_and_split_border() -> None:

@@ -13,8 +13,6 @@ MAX_GRID_Y = 65535  # and z: CUDA's limit
 
 
 def merge_states(v: Any, s: Any, out: Any, lse: Any, base: float, sinks: Any = None) -> None:
-    if sinks is not None:
-        raise NotImplementedError("sinks on a GPU are not built yet; merge a state of v = 0 and s = sinks instead")
     rows, num_states, heads, _ = v.shape
     if not rows * heads:
         return
@@ -24,6 +22,7 @@ def merge_states(v: Any, s: Any, out: Any, lse: Any, base: float, sinks: Any = N
         "v_row_stride": _stride(v, 0), "v_state_stride": _stride(v, 1), "v_head_stride": _stride(v, 2),
         "s_row_stride": _stride(s, 0), "s_state_stride": _stride(s, 1), "s_head_stride": _stride(s, 2),
         "rows": rows, "num_states": num_states, "heads": heads, "row_major": row_major, "log2_of_base": math.log2(base),
+        "sinks": sinks,
     })  # fmt: skip
 
 
@@ -42,7 +41,13 @@ def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any, out: Any, lse: Any, base
 
 
 def _merge(
-    kernel: str, states: tuple[Any, ...], rows: int, heads: int, out: Any, row_major: bool, fields: dict[str, Any]
+    kernel: str,
+    states: tuple[Any, ...],
+    rows: int,
+    heads: int,
+    out: Any,
+    row_major: bool,
+    fields: dict[str, Any],
 ) -> None:
     """Row-major: the blocks of a row run one after the other, else the blocks of all rows for the same heads."""
     v = states[0]
@@ -51,7 +56,7 @@ def _merge(
     spots = [head_dim * itemsize, 16]
     spots += [number for array in states for number in (array.data.ptr, *array.strides[:-1])]
     vector = math.gcd(*spots, out.data.ptr // out.dtype.itemsize * itemsize) // itemsize
-    recipe = merge_recipe(kernel, heads, head_dim, vector, v.dtype, out.dtype)
+    recipe = merge_recipe(kernel, heads, head_dim, vector, v.dtype, out.dtype, fields.get("sinks") is not None)
     groups, layers = -(-heads * 32 // recipe.num_threads), -(-rows // MAX_GRID_Y)
     grid = (groups, -(-rows // layers), layers) if row_major else (rows, groups)
     device = f"cuda:{v.device.id}"

@@ -100,11 +100,8 @@ class Plan:
 
     def run(self, spec: AttentionSpec, arrays: RunArrays, kv: KVPages, signature: tuple[Any, ...]) -> None:
         """Attend. signature: equal to that of the run before where nothing but addresses differs from it."""
-        if arrays.sinks is not None:
-            raise NotImplementedError(
-                "sinks on a GPU are not built yet; pass NumPy arrays to compute on the CPU, or merge the result with "
-                "a state of v = 0 and s = sinks by merge_state"
-            )
+        if arrays.sinks is not None and spec.q_len is None:
+            raise NotImplementedError("sinks in prefill on a GPU are not built yet; pass NumPy arrays")
         stream: int = cupy.cuda.get_current_stream(self._index).ptr
         if cupy.cuda.runtime.streamIsCapturing(stream):
             self._check_capturable("run")
@@ -112,12 +109,12 @@ class Plan:
         if signature != self._signature:
             self._bind(arrays, kv)
             self._signature = signature
-        q, out, lse, _ = [0 if array is None else array.data.ptr for array in arrays]
+        q, *others = [0 if array is None else array.data.ptr for array in arrays]
         if cupy.cuda.runtime.getDevice() == self._index:
-            self._steps.launch_run(stream, q, kv.k_address, kv.v_address, out, lse)
+            self._steps.launch_run(stream, q, kv.k_address, kv.v_address, *others)
         else:
             with current_device(self._device):
-                self._steps.launch_run(stream, q, kv.k_address, kv.v_address, out, lse)
+                self._steps.launch_run(stream, q, kv.k_address, kv.v_address, *others)
 
     def _bind(self, arrays: RunArrays, kv: KVPages) -> None:
         """Write what the signature of a run decides."""
@@ -127,6 +124,7 @@ class Plan:
             RunShape(
                 q_shape=q.shape,
                 q_strides=q.strides[:2],
+                has_sinks=arrays.sinks is not None,
                 out_strides=out.strides[:2],
                 out_is_float32=out.dtype.itemsize == 4,
                 pool_shape=(kv.num_pages, kv.page_size, kv.num_kv_heads, kv.head_dim),
