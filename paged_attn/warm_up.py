@@ -71,6 +71,7 @@ def warm_up(
         page_size=as_int(page_size, "page_size", minimum=1),
         q_len=as_int(q_len, "q_len", minimum=1),
         max_batch_size=None if max_batch_size is None else as_int(max_batch_size, "max_batch_size", minimum=1),
+        sinks=sinks,
         soft_cap=soft_cap,
     )
     if num_qo_heads % num_kv_heads:
@@ -100,6 +101,7 @@ class Shapes:
     page_size: int
     q_len: int = 1
     max_batch_size: int | None = None
+    sinks: bool = False
     soft_cap: bool = False
 
     def spec(self, op: str) -> AttentionSpec:
@@ -125,18 +127,21 @@ def needed_recipes(op: str, shapes: Shapes, card: Card) -> Iterator[Recipe]:
     yield from recipes.TABLES
     if op == "append":
         yield recipes.append_recipe(shapes.num_kv_heads, shapes.head_dim)
-    elif op == "merge":
-        yield from recipes.merge_recipes(shapes.num_qo_heads, shapes.v_head_dim, shapes.dtype)
+        return
+    if op == "merge":
+        takes_sinks = list(recipes.merge_recipes(shapes.num_qo_heads, shapes.v_head_dim, shapes.dtype))
     elif op == "decode":
         yield from (recipes.PLAN_REQUESTS, recipes.PLAN_SPLITS)
-        yield from recipes.decode_recipes(shapes.spec(op), shapes.max_batch_size, card)
+        takes_sinks = [*recipes.decode_recipes(shapes.spec(op), shapes.max_batch_size, card)]
     else:
         yield recipes.PLAN_REQUESTS
-        for is_long in (False, True):
-            preferred, *others = recipes.prefill_recipes(shapes.spec(op), card, is_long=is_long)
-            yield from (preferred, *others[:-1])
-        if isinstance(preferred, recipes.HopperPrefillRecipe):
+        in_order = [recipes.prefill_recipes(shapes.spec(op), card, is_long=is_long) for is_long in (False, True)]
+        takes_sinks = [recipe for preferred, *others in in_order for recipe in (preferred, *others[:-1])]
+        if isinstance(takes_sinks[0], recipes.HopperPrefillRecipe):
             yield recipes.PLAN_TILES
+    yield from takes_sinks
+    if shapes.sinks:
+        yield from map(recipes.with_sinks, takes_sinks)
 
 
 def compile_all(needed: Iterator[Recipe], device: str) -> None:

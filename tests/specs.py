@@ -1,5 +1,6 @@
 """Specs of test cases: what recipes and plan layouts are made from."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,18 @@ def spec_of(case: Case, num_pages: int = 64) -> AttentionSpec:
 
 
 def decode_recipe(
-    rows: int, head_dim: int, num_pairs: int = 1, *, batch_invariant: bool = False, card: Card = H100, **fields: Any
+    rows: int,
+    head_dim: int,
+    num_pairs: int = 1,
+    *,
+    batch_invariant: bool = False,
+    card: Card = H100,
+    like: Case | None = None,
+    **fields: Any,
 ) -> DecodeRecipe:
-    """For `rows` query rows a KV head, of `num_pairs` requests and KV heads in all."""
-    case = Case("recipe", (1,), num_qo_heads=rows, num_kv_heads=1, head_dim=head_dim, **fields)
+    """For `rows` query rows a KV head, of `num_pairs` requests and KV heads in all; else like the case `like`."""
+    shape = {"q_len": 1, "num_qo_heads": rows, "num_kv_heads": 1, "head_dim": head_dim}
+    case = replace(like or Case("recipe", (1,)), **shape, **fields)
     return recipes.decode_recipe(spec_of(case), num_pairs, batch_invariant, card)
 
 

@@ -7,6 +7,7 @@ plan.run(q, kv, out, lse)            # the attention kernel
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,8 +19,8 @@ from paged_attn import compile as kernels
 from paged_attn import tensor_map
 from paged_attn.card import A100, Card
 from paged_attn.launches.steps import steps_of
-from paged_attn.plan_layout import Capacities, plan_layout
-from paged_attn.recipes import RunShape
+from paged_attn.plan_layout import Capacities, PrefillLayout, plan_layout
+from paged_attn.recipes import DecodeRecipe, RunShape
 from tests.cases import Inputs
 from tests.simt import card as shim
 from tests.specs import spec_of
@@ -30,7 +31,8 @@ STRUCTS = {
 
 
 class HostPlan:
-    """pages: the capacity; by default what the table has. source, constants: those of the attention kernel."""
+    """pages: the capacity; by default what the table has. recipe: of decode, in place of the one for these capacities.
+    source, constants: those of the attention kernel."""
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class HostPlan:
         spare_requests: int = 0,
         pages: int = 0,
         card: Card = A100,
+        recipe: DecodeRecipe | None = None,
         reverse: bool = False,
         source: str | None = None,
         **constants: int,
@@ -48,7 +51,8 @@ class HostPlan:
         case = inputs.case
         capacities = Capacities(case.batch_size + spare_requests, max(pages, inputs.indices.size))
         spec = spec_of(case, num_pages=len(inputs.k_pages))
-        self.layout = plan_layout(spec, case.page_stride, capacities, False, card)
+        layout = plan_layout(spec, case.page_stride, capacities, False, card)
+        self.layout = layout if recipe is None or isinstance(layout, PrefillLayout) else replace(layout, recipe=recipe)
         with _on_shim(reverse, **self._compiler):
             self._steps = steps_of(self.layout, "cuda:0")
         self.buffers: dict[str, np.ndarray] = {}

@@ -1,13 +1,13 @@
 """The decode kernel, run on a CPU by the SIMT shim, against the reference backend."""
 
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import paged_attn as pa
-from paged_attn import compile as kernels
 from paged_attn import recipes
+from paged_attn.card import A100
 from tests.cases import (
     DTYPES,
     LSE_TOLERANCE,
@@ -19,8 +19,8 @@ from tests.cases import (
     build,
     with_sinks,
 )
-from tests.simt.driver import launch
-from tests.simt.requests import NO_REQUEST, requests_of, seen_of
+from tests.simt.plans import HostPlan
+from tests.simt.requests import seen_of
 from tests.specs import decode_recipe
 from tests.test_reference import dense_attention
 
@@ -34,90 +34,43 @@ def run(
     reverse: bool = False,
     num_pairs: int = 1,
     sinks: np.ndarray | None = None,
-    faulty: int | None = None,
+    first_is_faulty: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(out, lse, arrivals) of one launch. A plan may have room for more requests than the batch has.
+    """(out, lse, arrivals) of one step. A plan may have room for more requests than the batch has.
 
-    faulty: a request in whose row plan_requests has met a fault.
+    num_splits: of every request; 1: as plan_splits has it. first_is_faulty: the indptr of request 0 is wrong.
     """
-    case = inputs.case
-    group_size = case.num_qo_heads // case.num_kv_heads
-    shape = decode_recipe(case.q_len * group_size, case.head_dim, num_pairs)
-    rows = case.batch_size + spare_requests
-    items = np.zeros((rows, num_splits), kernels.params_dtype(kernels.load_source("decode"), "DecodeItem"))
-    requests = requests_of(inputs, rows)
-    if faulty is not None:
-        requests[faulty] = 0
-        requests["total_len"][faulty] = NO_REQUEST
-    requests["num_queries"] = case.q_len
-    requests["first_query"] = np.arange(rows) * case.q_len
-    items["request"] = requests[:, None]
-    items["batch_index"] = np.arange(rows)[:, None]
-    items["split"] = np.arange(num_splits)
-    items["num_splits"] = num_splits
-    items["first_partial"] = np.arange(rows)[:, None] * num_splits
-    items["begin"], items["end"] = (limits[:, None] for limits in seen_of(inputs, requests))
-    items = items.ravel()[np.append(np.arange(items.size), 0)]
-    items["batch_index"][-1] = -1  # an idle one
-    items = np.random.default_rng(0).permutation(items)
-
+    case, rows = inputs.case, inputs.case.batch_size + spare_requests
+    recipe = decode_recipe(case.q_len * case.num_qo_heads // case.num_kv_heads, case.head_dim, num_pairs, like=case)
+    ctas_per_item = case.num_kv_heads * recipe.column_blocks
+    card = A100 if num_splits == 1 else replace(A100, num_sms=(rows * num_splits + 2) * ctas_per_item)
+    if first_is_faulty:
+        inputs = replace(inputs, indptr=np.append(np.int32(-1), inputs.indptr[1:]))
+    plan = HostPlan(inputs, spare_requests=spare_requests, card=card, recipe=recipe, reverse=reverse)
+    plan.plan()
+    if num_splits > 1:
+        split_all(plan, rows, num_splits)
     q = inputs.q.reshape(-1, case.num_qo_heads, case.head_dim)
     q = np.pad(q, ((0, spare_requests * case.q_len), (0, 0), (0, 0)), constant_values=np.nan)
     out = np.full(q.shape, np.nan, np.float32 if float32 else DTYPES[case.dtype])
     lse = np.full(q.shape[:2], np.nan, np.float32)
-    ctas = rows * num_splits * shape.column_blocks * case.num_kv_heads
-    arrivals = np.zeros(rows * shape.column_blocks * case.num_kv_heads, np.uint32)
-    page, slot, head = (0, 1, 2) if case.layout == "NHD" else (0, 2, 1)
-    params: dict[str, Any] = {
-        "q": q,
-        "k": inputs.k_pages,
-        "v": inputs.v_pages,
-        "out": out,
-        "lse": lse,
-        "sinks": sinks,
-        "items": items,
-        "batch": rows,
-        "page_ids": inputs.indices,
-        "num_page_ids": inputs.indices.size,
-        "partials": np.full((ctas, shape.columns, case.head_dim + 4), np.nan, np.float32),
-        "arrivals": arrivals,
-        "positions": {
-            "page_size": kernels.fast_divide(case.page_size),
-            "page_stride": case.page_stride,
-            "causal": True,
-            "window_left": case.window_left,
-        },
-        "k_strides": tuple(inputs.k_pages.strides[axis] // 16 for axis in (page, slot, head)),
-        "v_strides": tuple(inputs.v_pages.strides[axis] // 16 for axis in (page, slot, head)),
-        "q_row_stride": case.num_qo_heads * case.head_dim,
-        "q_head_stride": case.head_dim,
-        "out_row_stride": case.num_qo_heads * case.head_dim,
-        "out_head_stride": case.head_dim,
-        "num_qo_heads": case.num_qo_heads,
-        "num_kv_heads": kernels.fast_divide(case.num_kv_heads),
-        "group_size": kernels.fast_divide(group_size),
-        "q_len": case.q_len,
-        "column_blocks": kernels.fast_divide(shape.column_blocks),
-        "out_float32": float32,
-        "scoring": (case.sm_scale, case.logits_soft_cap),
-    }
-    launch(
-        "decode",
-        grid=items.size * shape.column_blocks * case.num_kv_heads,
-        block=shape.num_threads,
-        params=params,
-        shared_bytes=shape.shared_bytes,
-        reverse=reverse,
-        HEAD_DIM=case.head_dim,
-        COLUMNS=shape.columns,
-        WARPS=shape.warps,
-        STAGES=shape.stages,
-        BFLOAT16=case.dtype == "bfloat16",
-        SOFT_CAP=case.logits_soft_cap > 0,
-        SINKS=sinks is not None,
-        SHARED_BYTES=shape.shared_bytes,
-    )
-    return out, lse, arrivals
+    plan.run(q, inputs.kv(), out, lse, sinks)
+    return out, lse, plan.buffers["arrivals"]
+
+
+def split_all(plan: HostPlan, rows: int, num_splits: int) -> None:
+    """Items that split every request, in place of those of plan_splits, which leaves short ones whole."""
+    items, requests = plan.buffers["items"], plan.buffers["requests"][:rows]
+    made = np.zeros((rows, num_splits), items.dtype)
+    made["request"] = requests[:, None]
+    made["batch_index"] = np.arange(rows)[:, None]
+    made["split"] = np.arange(num_splits)
+    made["num_splits"] = num_splits
+    made["first_partial"] = np.arange(rows)[:, None] * num_splits
+    made["begin"], made["end"] = (limits[:, None] for limits in seen_of(plan.inputs, requests))
+    items["batch_index"] = -1  # the others are idle
+    items[: made.size] = made.ravel()
+    items[:] = np.random.default_rng(0).permutation(items)
 
 
 def check(inputs: Inputs, out: np.ndarray, lse: np.ndarray, arrivals: np.ndarray) -> None:
@@ -312,7 +265,7 @@ def test_sinks(case: Case, num_splits: int) -> None:
     assert_close(out[:rows], right, lse[:rows], right_lse, **tolerances)
     assert (out[rows:] == 0).all() and np.isneginf(lse[rows:]).all()
 
-    out, lse, _ = run(inputs, num_splits=num_splits, sinks=sinks, faulty=0)
+    out, lse, _ = run(inputs, num_splits=num_splits, sinks=sinks, first_is_faulty=True)
     q_len = case.q_len
     assert (out[:q_len] == 0).all() and np.isneginf(lse[:q_len]).all()
     assert_close(out[q_len:], right[q_len:], lse[q_len:], right_lse[q_len:], **tolerances)
