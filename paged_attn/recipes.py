@@ -1,8 +1,7 @@
 """Recipes: which kernel serves a call on a card, and how it is compiled and launched.
 
 Pure functions of a call's spec and a card: kernels' constants, threads and shared memory are known here alone. Plans,
-`warm_up`, `doctor`, the compile matrix and the tests read them. Nothing here looks at sequence lengths. The constants
-were measured on an H100 or an H200.
+`warm_up`, `doctor`, the compile matrix and the tests read them. Nothing here looks at sequence lengths.
 """
 
 from __future__ import annotations
@@ -132,16 +131,16 @@ def merge_recipes(heads: int, head_dim: int, dtype: np.dtype[Any]) -> Iterator[R
 # -- decode ----------------------------------------------------------------------------------------------------------
 
 # Warps of a CTA; and, where CTAs fill all SMs even so, of one of two that share an SM: each hides what the other does
-# before its first load and behind its last one. Rows of 112 dims do not gain.
+# before its first load and after its last one. Rows of 112 dims do not gain (trial 13).
 WARPS, WARPS_OF_MANY, MANY_PAIRS = 8, 4, 512
 
 # Slots for tiles of K and V that a warp has: two, as long as other warps of the SM have loads under way meanwhile. More
 # pay where a CTA has an SM for itself and its rows are short, or another block of columns reads the same K and V; and
-# where rows end inside of a line, so that neighbours fetch part of what a warp asks for.
+# where rows end inside of a line, so that neighbours fetch part of what a warp asks for (trials 14 and 18).
 STAGES, STAGES_OF_PART_LINES, STAGES_OF_SHARED_KV, STAGES_OF_SHORT_ROWS = 2, 3, 3, 4
 
 # CTAs that start together, so that the card spreads them evenly over its parts, and that blocks of columns which read
-# the same K and V do so at the same time. Not for many CTAs, where two have to wait for room.
+# the same K and V do so at the same time. Not for many CTAs, where two have to wait for room (trial 27).
 CLUSTER, MOST_CLUSTERED_PAIRS_PER_SM = 2, 8
 
 CTA_SHARED_BYTES = 1024  # that CUDA takes beside those of the kernel
@@ -228,7 +227,7 @@ def _decode_shared_bytes(head_dim: int, columns: int, warps: int, stages: int) -
 
 # Results of the Hopper prefill leave by TMA where a plan's pages have room for so many tokens of each request: while
 # they do, the Q of the tile after next has to wait, which short tiles do not hide. Without a capacity the room is the
-# power of two above what a step has: so much, or half of it.
+# power of two above what a step has: so much, or half of it (trial 6).
 TMA_OUT_TOKENS = 1024
 BEYOND_32_BITS = 2**32 - 1  # an offset in units of 16 bytes that no array reaches (load_global.cuh)
 

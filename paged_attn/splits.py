@@ -10,18 +10,18 @@ from .card import Card
 from .recipes import DecodeRecipe
 
 # Requests of about equal length that leave SMs idle are split into one CTA for each SM, and so are those that remain
-# where the others give each SM as many CTAs: more would only add partial states to merge. Ragged requests are cut into
-# pieces, about this many CTAs for each SM, so that no SM waits for a long one.
+# where the others give each SM as many CTAs: more would only add partial states to merge (trials 24 and 33). Ragged
+# requests are cut into pieces, about this many CTAs for each SM, so that no SM waits for a long one (trials 26, 34).
 RAGGED_CTAS_PER_SM = 16
 # Small batches use fewer pieces: the grid is sized for the worst case, and idle CTAs are not free. By CTAs for each SM
-# before the cut. Without clusters, idle CTAs leave SMs with two pieces beside SMs with none.
+# before the cut. Without clusters, idle CTAs leave SMs with two pieces beside SMs with none (trial 29).
 RAGGED_CTAS_PER_SM_SMALL_CLUSTERED, RAGGED_CTAS_PER_SM_SMALL_UNCLUSTERED = {1: 4, 2: 4}, {1: 1, 2: 3}
 
 # A batch-invariant plan divides a request among CTAs of so many warps in all, or leaves it whole where its KV heads and
-# blocks of columns have more, whatever the card.
+# blocks of columns have more, whatever the card (trial 32).
 INVARIANT_WARPS = 1024
 # It splits a request by its own length alone, and only where each split has so many tokens (TILES_WORTH_A_SPLIT of
-# kernels/splits.cu).
+# kernels/splits.cu; trial 31).
 TOKENS_WORTH_A_SPLIT = 512
 
 
