@@ -142,6 +142,7 @@ def _decode(head_dim: int, columns: int) -> list[dict[str, Any]]:
     return [
         {
             "HEAD_DIM": head_dim,
+            "V_HEAD_DIM": head_dim,
             "COLUMNS": columns,
             "WARPS": shape.warps,
             "STAGES": shape.stages,

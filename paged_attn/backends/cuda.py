@@ -836,6 +836,7 @@ class Plan:
             )
             columns, column_blocks = kernel_shape.columns, kernel_shape.column_blocks
             name, last = "decode", "batch"
+            constants["V_HEAD_DIM"] = spec.head_dim
             constants |= {"COLUMNS": columns, "WARPS": kernel_shape.warps, "STAGES": kernel_shape.stages}
             splits_of = functools.partial(
                 planner.decode_splits,

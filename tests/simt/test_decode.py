@@ -1,5 +1,6 @@
 """The decode kernel, run on a CPU by the SIMT shim, against the reference backend."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ def run(
     """
     case = inputs.case
     group_size = case.num_qo_heads // case.num_kv_heads
-    shape = planner.decode_shape(case.q_len, group_size, case.head_dim, num_pairs)
+    v_head_dim = inputs.v_pages.shape[-1]
+    shape = planner.decode_shape(case.q_len, group_size, case.head_dim, num_pairs, v_head_dim=v_head_dim)
     rows = case.batch_size + spare_requests
     items = np.zeros((rows, num_splits), kernels.params_dtype(kernels.load_source("decode"), "DecodeItem"))
     requests = requests_of(inputs, rows)
@@ -62,7 +64,7 @@ def run(
 
     q = inputs.q.reshape(-1, case.num_qo_heads, case.head_dim)
     q = np.pad(q, ((0, spare_requests * case.q_len), (0, 0), (0, 0)), constant_values=np.nan)
-    out = np.full(q.shape, np.nan, np.float32 if float32 else DTYPES[case.dtype])
+    out = np.full((*q.shape[:2], v_head_dim), np.nan, np.float32 if float32 else DTYPES[case.dtype])
     lse = np.full(q.shape[:2], np.nan, np.float32)
     ctas = rows * num_splits * shape.column_blocks * case.num_kv_heads
     arrivals = np.zeros(rows * shape.column_blocks * case.num_kv_heads, np.uint32)
@@ -78,7 +80,7 @@ def run(
         "batch": rows,
         "page_ids": inputs.indices,
         "num_page_ids": inputs.indices.size,
-        "partials": np.full((ctas, shape.columns, case.head_dim + 4), np.nan, np.float32),
+        "partials": np.full((ctas, shape.columns, v_head_dim + 4), np.nan, np.float32),
         "arrivals": arrivals,
         "positions": {
             "page_size": kernels.fast_divide(case.page_size),
@@ -90,8 +92,8 @@ def run(
         "v_strides": tuple(inputs.v_pages.strides[axis] // 16 for axis in (page, slot, head)),
         "q_row_stride": case.num_qo_heads * case.head_dim,
         "q_head_stride": case.head_dim,
-        "out_row_stride": case.num_qo_heads * case.head_dim,
-        "out_head_stride": case.head_dim,
+        "out_row_stride": case.num_qo_heads * v_head_dim,
+        "out_head_stride": v_head_dim,
         "num_qo_heads": case.num_qo_heads,
         "num_kv_heads": kernels.fast_divide(case.num_kv_heads),
         "group_size": kernels.fast_divide(group_size),
@@ -108,6 +110,7 @@ def run(
         shared_bytes=shape.shared_bytes,
         reverse=reverse,
         HEAD_DIM=case.head_dim,
+        V_HEAD_DIM=v_head_dim,
         COLUMNS=shape.columns,
         WARPS=shape.warps,
         STAGES=shape.stages,
@@ -292,10 +295,44 @@ SINKS = [
 ]
 
 
+WIDTHS = [
+    (Case("wide_keys", RAGGED, num_qo_heads=4, head_dim=192), 128),
+    (Case("wide_keys_round_the_ring", (1300, 515), num_qo_heads=16, num_kv_heads=1, head_dim=192, page_size=3), 128),
+    (Case("wide_values", RAGGED, num_qo_heads=4, layout="HND", dtype="bfloat16"), 128),
+    (Case("wide_values_q_len3_window20", RAGGED, q_len=3, window_left=20, num_qo_heads=16), 128),
+    (Case("wide_values_ring_of_3", (1300, 515), num_qo_heads=2, num_kv_heads=1, head_dim=64), 80),
+    (Case("narrow_values_ring_of_3", (1300, 515), num_qo_heads=2, num_kv_heads=1, head_dim=96, page_size=3), 32),
+    (Case("narrow_values_ring_of_4", (1300, 515), num_qo_heads=2, num_kv_heads=1, head_dim=64), 16),
+    (Case("one_wide_value", RAGGED, num_qo_heads=4, head_dim=16), 256),
+]
+
+
+def with_values_of(inputs: Inputs, v_head_dim: int) -> Inputs:
+    """The same inputs with another number of dims of V."""
+    repeats = -(-v_head_dim // inputs.case.head_dim)
+
+    def cut(v: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(np.concatenate([v * (i + 1) for i in range(repeats)], -1)[..., :v_head_dim])
+
+    return replace(inputs, v=[cut(v) for v in inputs.v], v_pages=cut(inputs.v_pages))
+
+
+@pytest.mark.parametrize("num_splits", (1, 3))
+@pytest.mark.parametrize(("case", "v_head_dim"), WIDTHS, ids=str)
+def test_values_of_other_dims_than_keys(case: Case, v_head_dim: int, num_splits: int) -> None:
+    inputs, sinks = with_values_of(build(case), v_head_dim), sinks_of(case)
+    right, right_lse = with_sinks(*dense_attention(inputs), sinks)
+    for spare in (0, 1):
+        out, lse, arrivals = run(inputs, num_splits=num_splits, sinks=sinks, spare_requests=spare)
+        rows = len(right)
+        assert_close(out[:rows], right, lse[:rows], right_lse, tolerance=OUT_TOLERANCE[case.dtype])
+        assert (out[rows:] == 0).all() and not arrivals.any()
+
+
 def sinks_of(case: Case) -> np.ndarray:
     """One a head: of the size of scores, far below, far above, and none."""
     sinks = np.random.default_rng(1).normal(0, 2, case.num_qo_heads).astype(np.float32)
-    sinks[:3] = -np.inf, -200, 4
+    sinks[:3] = (-np.inf, -200, 4)[: case.num_qo_heads]
     return sinks
 
 
