@@ -52,7 +52,7 @@ class DecodeLayout:
     def buffers(self) -> dict[str, int]:
         """Bytes by name."""
         requests, most = self.capacities.requests, self.splits(self.capacities.requests)
-        partial = self.recipe.columns * (self.spec.head_dim + 4) * 4  # RowState of each column, and its O
+        partial = self.recipe.columns * (self.spec.v_head_dim + 4) * 4  # RowState of each column, and its O
         return {
             **_step_buffers(self.capacities),
             "items": self.most_items * struct_bytes("decode", "DecodeItem"),

@@ -148,7 +148,7 @@ CTA_SHARED_BYTES = 1024  # that CUDA takes beside those of the kernel
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRecipe(Recipe):
-    """The decode kernel for one combination of q_len, group size, head_dim and dtype."""
+    """The decode kernel for one combination of q_len, group size, head dims and dtype."""
 
     columns: int  # query rows (token, head) that share one pass over a KV head, a multiple of 8
     column_blocks: int  # passes needed for q_len * group_size rows
@@ -166,28 +166,29 @@ def decode_recipe(spec: AttentionSpec, num_requests: int, batch_invariant: bool,
     Of a batch-invariant plan, what bits depend on (columns and warps) does not depend on the number of requests.
     """
     assert spec.q_len is not None
-    head_dim, num_pairs = spec.head_dim, num_requests * spec.num_kv_heads
-    rows = spec.q_len * spec.group_size
-    # Every 8 columns cost head_dim / 4 accumulator registers a thread; beyond this a kernel would spill.
-    max_columns = 32 if head_dim <= 64 else 16 if head_dim <= 128 else 8
+    dims, num_pairs = (spec.head_dim, spec.v_head_dim), num_requests * spec.num_kv_heads
+    rows, widest = spec.q_len * spec.group_size, max(dims)
+    # Every 8 columns cost v_head_dim / 4 accumulator registers a thread and head_dim / 8 of Q; beyond this a kernel
+    # would spill.
+    max_columns = 32 if widest <= 64 else 16 if widest <= 128 else 8
     columns = min(max_columns, _ceil_div(rows, 8) * 8)
     column_blocks = _ceil_div(rows, columns)
     warps = WARPS
-    two_ctas_fit_registers = columns == 8 or (head_dim, columns) == (128, 16)
-    smaller_ctas_pay = head_dim != 112 and (num_pairs >= MANY_PAIRS or batch_invariant)
-    if head_dim > 128 or (two_ctas_fit_registers and smaller_ctas_pay):
+    two_ctas_fit_registers = columns == 8 or (*dims, columns) == (128, 128, 16)
+    smaller_ctas_pay = widest != 112 and (num_pairs >= MANY_PAIRS or batch_invariant)
+    if widest > 128 or (two_ctas_fit_registers and smaller_ctas_pay):
         warps = WARPS_OF_MANY
     one_cta_per_sm = num_pairs * column_blocks <= card.num_sms
     stages = STAGES
-    if head_dim in (80, 96):
+    if widest in (80, 96):
         stages = STAGES_OF_PART_LINES
-    elif one_cta_per_sm and head_dim <= 64:
+    elif one_cta_per_sm and widest <= 64:
         stages = STAGES_OF_SHORT_ROWS
     elif one_cta_per_sm and column_blocks > 1:
         stages = STAGES_OF_SHARED_KV
-    ctas = (16 if two_ctas_fit_registers and head_dim <= 128 else 8) // warps  # that the registers of an SM are for
+    ctas = (16 if two_ctas_fit_registers and widest <= 128 else 8) // warps  # that the registers of an SM are for
     while True:
-        shared_bytes = _decode_shared_bytes(head_dim, columns, warps, stages)
+        shared_bytes = _decode_shared_bytes(*dims, columns, warps, stages)
         if stages == STAGES or ctas * (shared_bytes + CTA_SHARED_BYTES) <= card.shared_bytes:
             break
         stages -= 1
@@ -214,11 +215,12 @@ def decode_recipes(spec: AttentionSpec, max_batch_size: int | None, card: Card) 
             yield decode_recipe(spec, num_requests, batch_invariant, card)
 
 
-def _decode_shared_bytes(head_dim: int, columns: int, warps: int, stages: int) -> int:
-    tile = 16 * head_dim * 2  # one K or V tile: 16 tokens
-    out = columns * (head_dim + 4) * 4
-    shared_bytes = warps * (max(stages * tile, out) + columns * 8) + 32
-    if (head_dim, columns) == (128, 16):  # Q_IN_SHARED of the kernel
+def _decode_shared_bytes(head_dim: int, v_head_dim: int, columns: int, warps: int, stages: int) -> int:
+    k_tile, v_tile = 16 * head_dim * 2, 16 * v_head_dim * 2  # 16 tokens
+    ring = stages * max(k_tile, v_tile) if stages % 2 else stages // 2 * (k_tile + v_tile)
+    out = columns * (v_head_dim + 4) * 4
+    shared_bytes = warps * (max(ring, out) + columns * 8) + 32
+    if (head_dim, v_head_dim, columns) == (128, 128, 16):  # Q_IN_SHARED of the kernel
         shared_bytes = _ceil_div(shared_bytes, 128) * 128 + columns * head_dim * 2
     return shared_bytes
 
@@ -345,6 +347,7 @@ def _attention_constants(spec: AttentionSpec) -> dict[str, int]:
     """What all attention kernels are compiled with."""
     return {
         "HEAD_DIM": spec.head_dim,
+        "V_HEAD_DIM": spec.v_head_dim,
         "BFLOAT16": spec.dtype == _BFLOAT16,
         "SOFT_CAP": spec.scoring.logits_soft_cap > 0,
         "SINKS": False,

@@ -82,36 +82,45 @@ class Mutation:
 MUTATIONS = [
     # -- decode --
     Mutation(
-        "decode.cu", "a mask off by one",
-        "if (x < seen.begin || x >= seen.end) score", "if (x < seen.begin || x > seen.end) score",
+        "scores.cuh", "a mask off by one",
+        "if (x < begin || x >= end) score", "if (x < begin || x > end) score",
         decodes("group1"),
     ),
     Mutation(
+        "scores.cuh", "a cap of other units",
+        "scoring.logits_soft_cap * LOG2_E}", "scoring.logits_soft_cap}",
+        decodes("soft_cap"),
+    ),
+    Mutation(
+        "scores.cuh", "a sink for rows without a request",
+        "has_request ? __ldg(sinks + head) : -INF", "__ldg(sinks + head)",
+        partial(decode.test_sinks, decode.SINKS[0], 1),
+    ),
+    Mutation(
         "decode.cu", "a partial state left out of the merge",
-        "if (s + i * shares >= num_splits) continue;", "if (s + i * shares >= num_splits - 1) continue;",
+        "shares >= assignment.num_splits) continue;", "shares >= assignment.num_splits - 1) continue;",
         decodes("group1", 3),
     ),
     Mutation(
         "decode.cu", "pages counted from the first token instead of the first visible one",
-        "divide(end - left + (lane & 15), p.positions.page_size);\n        return",
-        "divide(visible - left + (lane & 15), p.positions.page_size);\n        return",
+        "kv_head, item.end, pool_policy(p)", "kv_head, visible, pool_policy(p)",
         decodes("window20"),
     ),
     Mutation(
         "decode.cu", "a page number too far on",
-        "page = ODD ? next_page : page_after_next;", "page = page_after_next;",
+        "after_k_page = ring::MIXES ? after_v_page : next_page;", "after_k_page = next_page;",
         decodes("round_a_ring_of_3"),
     ),
     Mutation(
         "decode.cu", "K read before it is there",
-        "wait_copies<STAGES - 1>();\n        __syncwarp();\n        float sums",
-        "wait_copies<STAGES>();\n        __syncwarp();\n        float sums",
+        "wait_copies<STAGES - 1>();\n        __syncwarp();\n        multiply_k_q",
+        "wait_copies<STAGES>();\n        __syncwarp();\n        multiply_k_q",
         decodes("group1"),
     ),
     Mutation(
         "decode.cu", "V read before it is there",
-        "wait_copies<STAGES - 1>();\n        __syncwarp();\n        constexpr",
-        "wait_copies<STAGES>();\n        __syncwarp();\n        constexpr",
+        "wait_copies<STAGES - 1>();\n        __syncwarp();\n        state.multiply_v_p",
+        "wait_copies<STAGES>();\n        __syncwarp();\n        state.multiply_v_p",
         decodes("round_a_ring_of_3"),
     ),
     # -- prefill --
