@@ -127,13 +127,13 @@ def params_dtype(source: str, struct: str) -> np.dtype[np.void]:
     known: dict[str, tuple[np.dtype[Any], int]] = {
         kind: (np.dtype(code), np.dtype(code).itemsize) for kind, code in _SCALARS.items()
     }
-    faults: dict[str, str] = {}  # a struct that lives on the device only may hold what it likes
+    faults: dict[str, str] = {}  # not of structs that live on the device only
     for given_alignment, name, body in _STRUCT.findall(_COMMENT.sub("", source)):
         fields: dict[str, list[Any]] = {"names": [], "formats": [], "offsets": []}
         end, alignment = 0, int(given_alignment or 1)
         if directive := re.search(r"#.*", body):
             faults[name] = (
-                f"{directive[0].strip()!r} stands among its fields, and the host would not know which of them the "
+                f"{directive[0].strip()!r} is among its fields, and the host would not know which of them the "
                 f"compiler sees; keep every field in every build"
             )
         elif name in known or name in faults:
@@ -254,7 +254,7 @@ def _launch_function() -> Any:
 class Launch:
     """A launch that is prepared once and repeated: only ``params``, the grid and the stream change.
 
-    ``params`` is the launch's own structured array; what stands there when it is called is what the kernel gets.
+    ``params`` is a structured array; the kernel gets what is stored there when the launch is called.
     ``cluster`` is the number of neighbouring blocks that start together on one part of the card (above 1: compute
     capability 9.0 and later); it divides the grid.
     """
@@ -272,7 +272,7 @@ class Launch:
             self._config.attributes, self._config.num_attributes = ctypes.addressof(self._cluster), 1
         self._arguments = (ctypes.c_void_p * 1)(params.ctypes.data)
         self._launch = _launch_function()
-        self._place: tuple[int, ...] | None = None  # the stream and the grid that stand in the config
+        self._configured_for: tuple[int, ...] | None = None  # the stream and the grid written to the config
         # Plain addresses are the cheapest arguments that ctypes knows.
         self._config_address = ctypes.addressof(self._config)
         self._arguments_address = ctypes.addressof(self._arguments)
@@ -299,11 +299,11 @@ class Launch:
 
     def __call__(self, stream: int, grid_x: int, grid_y: int = 1, grid_z: int = 1) -> None:
         """Launches on ``stream`` (its address, ``cupy.cuda.Stream.ptr``). The kernel's device is the current one."""
-        place = stream, grid_x, grid_y, grid_z
-        if place != self._place:  # the fields of a ctypes structure are slow
+        wanted = stream, grid_x, grid_y, grid_z
+        if wanted != self._configured_for:  # the fields of a ctypes structure are slow
             config = self._config
-            config.stream, config.grid_x, config.grid_y, config.grid_z = place
-            self._place = place
+            config.stream, config.grid_x, config.grid_y, config.grid_z = wanted
+            self._configured_for = wanted
         error = self._launch(self._config_address, self.kernel.function_pointer, self._arguments_address, None)
         if error:
             self._recover(error)

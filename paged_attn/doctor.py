@@ -61,11 +61,11 @@ class Finding:
 
 
 Probe = Callable[[], list[Finding]]
-Say = Callable[[str], None]  # told what is looked at next
+Say = Callable[[str], None]  # gets the name of what is looked at next
 
 
-def nobody(name: str) -> None:
-    """For whoever does not want to hear."""
+def in_silence(name: str) -> None:
+    """A Say that says nothing."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -117,7 +117,7 @@ class Driver:
     cards: tuple[FoundCard, ...]
 
 
-def found(say: Say = nobody) -> Iterator[Finding]:
+def found(say: Say = in_silence) -> Iterator[Finding]:
     probes: dict[str, Probe] = {
         "paged_attn": find_paged_attn,
         "Python": find_python,
@@ -219,7 +219,7 @@ def find_runtime() -> list[Finding]:
     try:
         from cupy.cuda import runtime
     except Exception:  # find_cupy says which
-        return [Finding("CUDA runtime", Verdict.NOTE, "not looked for: it is CuPy that loads it")]
+        return [Finding("CUDA runtime", Verdict.NOTE, "not looked for: CuPy loads it")]
     try:
         number = runtime.runtimeGetVersion()
     except Exception as error:
@@ -238,7 +238,7 @@ def find_nvrtc() -> list[Finding]:
     try:
         version = nvrtc_version()
     except ImportError:
-        text = "not looked for: it is CuPy that loads it, or cuda.bindings where there is no card"
+        text = "not looked for: CuPy loads it, or cuda.bindings where there is no card"
         return [Finding("NVRTC", Verdict.NOTE, text, compiler_command())]
     except Exception as error:
         return [Finding("NVRTC", Verdict.BAD, f"none ({reason(error)})", command)]
@@ -262,9 +262,9 @@ def nvrtc_version() -> tuple[int, ...]:
 
 def find_support() -> list[Finding]:
     try:
-        import cupy  # noqa: F401 (without it there is nobody to ask)
+        import cupy  # noqa: F401 (without it nothing can be asked)
     except Exception:
-        return [Finding("GPU support", Verdict.NOTE, "not asked for: it is CuPy that knows the card")]
+        return [Finding("GPU support", Verdict.NOTE, "not asked for: CuPy knows the card")]
     support = pa.supports("decode", device="cuda")
     text = "the current card can run the kernels" if support else support.reason
     return [Finding("GPU support", Verdict.GOOD if support else Verdict.BAD, text)]
@@ -338,7 +338,7 @@ def on_card() -> bool:
 # -- 2. what compiles --------------------------------------------------------------------------------------------------
 
 
-def kernels(say: Say = nobody) -> Iterator[Finding]:
+def kernels(say: Say = in_silence) -> Iterator[Finding]:
     """One finding a .cu file: on a card its kernels are built as a launch would, elsewhere for CARDS."""
     try:
         files = sorted({path.name for path in compile.kernel_files().values()})
@@ -513,7 +513,7 @@ CHECKS = {
 }
 
 
-def checks(say: Say = nobody) -> Iterator[Finding]:
+def checks(say: Say = in_silence) -> Iterator[Finding]:
     """Each public function on the card against NumPy; without a card, that it runs on NumPy."""
     for name, check in CHECKS.items():
         say(name)

@@ -1,7 +1,7 @@
 """What a plan consists of: named buffers of stated sizes, and the recipes of the kernels that read them.
 
-Pure functions of a spec, capacities and a card: whoever owns memory (CuPy, XLA) allocates the buffers, whose bytes must
-be zero at first, and hands their addresses to the launches of backends/cuda. Counters among them reset themselves.
+Pure functions of a spec, capacities and a card. The owner of memory (CuPy, XLA) allocates the buffers, whose bytes must
+be zero at first, and gives their addresses to launches/steps.py. Counters among them reset themselves.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def plan_layout(
 
 
 def _step_buffers(capacities: Capacities) -> dict[str, int]:
-    """What plan_requests writes: Request records with a sentinel behind them, and page ids."""
+    """What plan_requests writes: Request records, the last one a sentinel, and page ids."""
     return {
         "requests": (capacities.requests + 1) * struct_bytes("plan_requests", "Request"),
         "page_ids": capacities.pages * 4,

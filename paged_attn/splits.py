@@ -20,8 +20,8 @@ RAGGED_CTAS_PER_SM_SMALL_CLUSTERED, RAGGED_CTAS_PER_SM_SMALL_UNCLUSTERED = {1: 4
 # A batch-invariant plan divides a request among CTAs of so many warps in all, or leaves it whole where its KV heads and
 # blocks of columns have more, whatever the card (trial 32).
 INVARIANT_WARPS = 1024
-# It splits a request by its own length alone, and only where each split has so many tokens (TILES_WORTH_A_SPLIT of
-# kernels/splits.cu; trial 31).
+# It splits a request by the length of that request alone, and only where each split has so many tokens
+# (TILES_WORTH_A_SPLIT of kernels/splits.cu; trial 31).
 TOKENS_WORTH_A_SPLIT = 512
 
 
@@ -30,7 +30,7 @@ class DecodeSplits:
     """What the device needs to divide a step among CTAs, and what its answer may take."""
 
     ctas_per_item: int  # KV heads * column blocks
-    fixed_splits: int  # most splits of a request, by its own length alone; or 0: by all lengths
+    fixed_splits: int  # most splits of a request, by the request's length alone; or 0: by all lengths
     ctas_at_a_time: int  # that run on all SMs together
     ragged_ctas: int  # CTAs of a step whose requests are ragged, about; 0 with fixed_splits
     extra_items: int  # items that splitting may add to one for each request; it grows with the batch

@@ -55,7 +55,7 @@ class PoolGeometry:
 
     @property
     def outside(self) -> int:
-        """An index of the last dimension at which nothing stands: TMA gives zeros."""
+        """An index of the last dimension past the pool: TMA gives zeros."""
         return self.dims[-1]
 
 

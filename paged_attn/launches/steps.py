@@ -184,5 +184,5 @@ class _PlanRequests:
 
 
 def steps_of(layout: DecodeLayout | PrefillLayout, device: str) -> DecodeSteps | PrefillSteps:
-    """The launches of a plan, compiled; `place` comes next."""
+    """The launches of a plan, compiled; `place` must come next."""
     return DecodeSteps(layout, device) if isinstance(layout, DecodeLayout) else PrefillSteps(layout, device)

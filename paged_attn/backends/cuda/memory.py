@@ -21,7 +21,7 @@ def zeros(shape: tuple[int, ...], dtype: Any, device: str) -> Any:
 
 
 class current_device:
-    """`with current_device(device)` makes the device the current one; next to nothing where it already is."""
+    """`with current_device(device)` makes the device the current one; almost free where it already is."""
 
     __slots__ = ("_index", "_previous")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class PerThread(threading.local):
-    """A dict of each thread's own, which goes when the thread ends."""
+    """A dict for each thread, which goes when the thread ends."""
 
     def __init__(self) -> None:
         self.items: dict[Any, Any] = {}

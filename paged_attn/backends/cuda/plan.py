@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Plan:
-    """One step's metadata in buffers of its own, and the launches that read them.
+    """One step's metadata in buffers that the plan owns, and the launches that read them.
 
     With capacities the buffers are made once (by the first update) and never move, unless a later step has more heads
     or larger ones; without, they grow by doubling. A graph that captures the launches keeps the buffers that they have.

@@ -10,9 +10,10 @@ import numpy as np
 
 from ... import lifetimes
 from ...errors import fault_error
+from ...recipes import struct_bytes
 from .memory import current_device, zeros
 
-STATUS_BYTES = 16  # struct Status {int field; int index; i64 value;}
+STATUS_BYTES = struct_bytes("check_table", "Status")
 
 
 _device_words: dict[str, Any] = {}
@@ -31,7 +32,7 @@ def device_word(device: str) -> Any:
 
 
 def _new_device_word(device: str) -> Any:
-    """A word of zeros for kernels on any stream: it is made, and waited for, on a stream that has nothing else to do.
+    """A word of zeros for kernels on any stream: made, and waited for, on a stream without other work.
 
     The current stream would be the wrong one: others would not wait for it, and a graph that it captures would clear
     the word at every replay.

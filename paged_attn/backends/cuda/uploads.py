@@ -76,7 +76,7 @@ def int32_addresses(arrays: Sequence[Any], device: str) -> tuple[Any, list[int]]
 class PinnedBlock:
     view: np.ndarray[Any, Any]  # uint8 [size], which keeps the memory alive
     address: int
-    event: Any  # behind the last copy out of it
+    event: Any  # recorded after the last copy out of it
 
 
 _NO_BLOCK = PinnedBlock(np.empty(0, np.uint8), 0, None)
@@ -85,21 +85,21 @@ _NO_BLOCK = PinnedBlock(np.empty(0, np.uint8), 0, None)
 class Staging:
     """Pinned memory for the uploads of one thread: a block is filled piece by piece, for copies on one stream.
 
-    The block's event is recorded anew behind every copy; a full block is used again when the event is over. What a
-    thread leaves behind, whose copies may be under way, is there for the others.
+    The block's event is recorded anew after every copy; a full block is used again when the event is over. Blocks that
+    a thread leaves when it ends serve other threads, once their copies are over.
     """
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._block = _NO_BLOCK
         self._used = 0  # bytes of the block
-        self._stream: Any = None  # that the block's copies are on, held so that no other gets its address
+        self._stream: Any = None  # of the block's copies, held so that no other stream gets its address
         self._full: list[PinnedBlock] = []  # the longest waiting first
 
     def copy(
         self, parts: Sequence[np.ndarray[Any, Any]], dtype: np.dtype[Any], target: Any, num_bytes: int, stream: Any
     ) -> None:
-        """Copies 1-D arrays, one behind the other as `dtype` and num_bytes in all, to the device address `target`."""
+        """Copies 1-D arrays, one after the other as `dtype` and num_bytes in all, to the device address `target`."""
         is_same = self._stream is not None and stream.ptr == self._stream.ptr
         if not is_same or self._used + num_bytes > self._block.view.size:
             self._next_block(num_bytes)
@@ -111,12 +111,12 @@ class Staging:
         self._used = -(-end // 16) * 16
 
     def _next_block(self, num_bytes: int) -> None:
-        if self._used:  # the full block is let go first: nothing is written into it where no other can be had
+        if self._used:  # the full block is let go first: where no other can be allocated, nothing is written into it
             self._full.append(self._block)
             self._block, self._used = _NO_BLOCK, 0
-        for place, block in enumerate(self._full):
+        for index, block in enumerate(self._full):
             if block.view.size >= num_bytes and _is_over(block.event):
-                self._block = self._full.pop(place)
+                self._block = self._full.pop(index)
                 return
         if (left := _take_idle_block(self._device, num_bytes)) is not None:
             self._block = left
@@ -163,7 +163,7 @@ def _leave_blocks(device: str, blocks: list[PinnedBlock]) -> None:
 
 
 def _is_over(event: Any) -> bool:
-    """Whether what an event was recorded behind is over; asked in a way that no capture of another thread minds."""
+    """Whether the work before an event is over; asked in a way that disturbs no capture of another thread."""
     with lifetimes.capture_of_others():
         return bool(event.done)
 
