@@ -89,11 +89,11 @@ class AppendRecipe(Recipe):
 
 
 @functools.lru_cache(maxsize=256)
-def append_recipe(num_kv_heads: int, head_dim: int) -> AppendRecipe:
-    pieces = num_kv_heads * head_dim // 8
+def append_recipe(num_kv_heads: int, head_dim: int, v_head_dim: int) -> AppendRecipe:
+    pieces = num_kv_heads * max(head_dim, v_head_dim) // 8
     across = min(APPEND_THREADS, _ceil_div(pieces, 32) * 32)
     tokens = max(1, APPEND_THREADS // across)
-    constants = defines(HEAD_DIM=head_dim)
+    constants = defines(HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim)
     return AppendRecipe(kernel="append", threads=(across, tokens), constants=constants, tokens_per_block=tokens)
 
 
@@ -301,7 +301,8 @@ def prefill_recipes(spec: AttentionSpec, card: Card, *, is_long: bool = True) ->
     is_long: requests are expected to be of TMA_OUT_TOKENS or more.
     """
     portable = portable_prefill_recipe(spec)
-    if not (card.is_hopper and (64 <= spec.head_dim <= 128 or spec.head_dim == 256)):
+    has_dims = spec.v_head_dim == spec.head_dim and (64 <= spec.head_dim <= 128 or spec.head_dim == 256)
+    if not (card.is_hopper and has_dims):
         return (portable,)
     some_out = tensor_map.out_geometry(16, spec.num_qo_heads, spec.head_dim, spec.group_size)
     storing = _hopper_prefill_recipe(spec, sends=False)
@@ -311,11 +312,11 @@ def prefill_recipes(spec: AttentionSpec, card: Card, *, is_long: bool = True) ->
 
 
 def portable_prefill_recipe(spec: AttentionSpec) -> PrefillRecipe:
-    """32 rows a warp where their accumulators fit into registers, else 16."""
-    wide = spec.head_dim > 128
+    """32 rows a warp where their accumulators fit into registers, and Q and K into shared memory, else 16."""
+    wide = spec.v_head_dim > 128 or spec.head_dim > 192
     tile_rows, block = (64, 32) if wide else (128, 64)
-    row = 2 * spec.head_dim  # bytes of a row of Q, K or V in shared memory
-    shared_bytes = (tile_rows + 2 * block) * row + 4 * block * 4 + tile_rows * 16
+    k_row, v_row = 2 * spec.head_dim, 2 * spec.v_head_dim  # bytes; results are stored over Q
+    shared_bytes = tile_rows * max(k_row, v_row) + block * (k_row + v_row) + 4 * block * 4 + tile_rows * 16
     return PrefillRecipe(
         kernel="prefill",
         constants=defines(**_attention_constants(spec), TILE_ROWS=tile_rows, SHARED_BYTES=shared_bytes),

@@ -126,7 +126,7 @@ def needed_recipes(op: str, shapes: Shapes, card: Card) -> Iterator[Recipe]:
     (recipes.HopperPrefillRecipe.accepts)."""
     yield from recipes.TABLES
     if op == "append":
-        yield recipes.append_recipe(shapes.num_kv_heads, shapes.head_dim)
+        yield recipes.append_recipe(shapes.num_kv_heads, shapes.head_dim, shapes.v_head_dim)
         return
     if op == "merge":
         takes_sinks = list(recipes.merge_recipes(shapes.num_qo_heads, shapes.v_head_dim, shapes.dtype))

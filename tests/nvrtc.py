@@ -104,7 +104,7 @@ def variants() -> dict[str, list[dict[str, int]]]:
     ]
     made: list[Recipe] = [*recipes.TABLES, recipes.PLAN_REQUESTS, recipes.PLAN_SPLITS, recipes.PLAN_TILES]
     for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS):
-        made.append(recipes.append_recipe(8, head_dim))
+        made.append(recipes.append_recipe(8, head_dim, head_dim))
         for dtype in (np.dtype(DTYPES[name]) for name in dtypes):
             merges = [*recipes.merge_recipes(8, head_dim, dtype)]
             merges.append(recipes.merge_recipe("merge_states", 8, head_dim, 1, dtype, dtype))

@@ -66,7 +66,7 @@ class AppendLaunch:
     def _bind(self, kv: KVPages, slots: Any, k_strides: tuple[int, ...], v_strides: tuple[int, ...]) -> None:
         """Write what the signature of an append decides."""
         self._signature = None
-        recipe = append_recipe(kv.num_kv_heads, kv.head_dim)
+        recipe = append_recipe(kv.num_kv_heads, kv.head_dim, kv.v_head_dim)
         self._launch, self._write, write_rest = self._prepared(recipe)
         self._grid = min(-(-slots.size // recipe.tokens_per_block), MOST_APPEND_BLOCKS)
         write_rest(
