@@ -23,6 +23,7 @@ from . import backends, interop
 from .append import append
 from .checks import scalars, sequences, tables, tokens
 from .errors import OutOfPagesError
+from .interop import Array
 from .layout import Layout, as_layout
 from .lifetimes import loan_of, reading
 from .page_table import PageTable
@@ -196,10 +197,14 @@ def _one_thread_at_a_time(method: _Method) -> _Method:
 class PagedKVCache:
     """Pages of K and V for many sequences and layers, with sharing of prefixes by copy-on-write.
 
-    num_pages, page_size, num_kv_heads, head_dim: the extents of every layer's pool; page_size counts tokens.
-    layout: Layout or "NHD" / "HND". dtype: what K and V are stored in ("float16", "bfloat16", "float32", ...).
-    num_layers: layers that share the page lists; a page id means the same page in each of them.
-    device: "cpu", "cuda:<i>", ...; None is the current CUDA device if there is one, else the CPU.
+    Parameters
+    ----------
+    num_pages, page_size, num_kv_heads, head_dim: ints, the extents of every layer's pool; page_size counts tokens.
+    layout: Layout or "NHD" or "HND"; it has no default.
+    dtype: what K and V are stored in, "float16", "bfloat16", "float32", "float64" or such a NumPy dtype; no default.
+    v_head_dim: int, the last axis of V. Default None: head_dim.
+    num_layers: int, layers that share the page lists; a page id means the same page in each of them. Default 1.
+    device: "cpu", "cuda", "cuda:1", ... Default None: the current CUDA device where there is one, else the CPU.
 
     A sequence is the int that `new_sequence` or `fork` returned. A batch of them, `seqs`, is a list of such ints or an
     integer array [batch], without repetition. One that was freed, or is none of this cache, is a ValueError.
@@ -221,28 +226,38 @@ class PagedKVCache:
         *,
         layout: Layout | str,
         dtype: Any,
+        v_head_dim: int | None = None,
         num_layers: int = 1,
         device: Any = None,
     ) -> None:
-        num_pages, page_size, num_kv_heads, head_dim, num_layers = (
+        num_pages, page_size, num_kv_heads, head_dim, v_head_dim, num_layers = (
             scalars.as_int(value, name, minimum=1)
             for value, name in (
                 (num_pages, "num_pages"),
                 (page_size, "page_size"),
                 (num_kv_heads, "num_kv_heads"),
                 (head_dim, "head_dim"),
+                (head_dim if v_head_dim is None else v_head_dim, "v_head_dim"),
                 (num_layers, "num_layers"),
             )
         )
         layout, dtype = as_layout(layout), interop.as_dtype(dtype)
         self._device = interop.resolve_device(device)
         self._backend = backends.of(self._device)
-        support = supports("append", device=self._device, dtype=dtype, head_dim=head_dim)
+        support = supports("append", device=self._device, dtype=dtype, head_dim=head_dim, v_head_dim=v_head_dim)
         if not support:
             raise NotImplementedError(support.reason)
-        page = (page_size, num_kv_heads, head_dim) if layout is Layout.NHD else (num_kv_heads, page_size, head_dim)
-        self._storage = self._backend.zeros((num_layers, num_pages, 2, *page), dtype, self._device)
-        self._layers = tuple(PagedKV.combined(self._storage[i], layout=layout) for i in range(num_layers))
+        rows = (page_size, num_kv_heads) if layout is Layout.NHD else (num_kv_heads, page_size)
+        k_size, v_size = page_size * num_kv_heads * head_dim, page_size * num_kv_heads * v_head_dim
+        self._storage = self._backend.zeros((num_layers, num_pages, k_size + v_size), dtype, self._device)
+        self._layers = tuple(
+            PagedKV(
+                pages[:, :k_size].reshape(num_pages, *rows, head_dim),
+                pages[:, k_size:].reshape(num_pages, *rows, v_head_dim),
+                layout=layout,
+            )
+            for pages in (self._storage[i] for i in range(num_layers))
+        )
         self._num_pages, self._page_size = num_pages, page_size
 
         self._free_pages = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack: the first _num_free are free
@@ -258,9 +273,15 @@ class PagedKVCache:
         self._set_num_rows(16)
         self._in_use = threading.Lock()  # held by the call that a thread is in
 
+    def __repr__(self) -> str:
+        return (
+            f"PagedKVCache({len(self._layers)} x {self._layers[0]}: {np.count_nonzero(self._live_id >= 0)} sequences, "
+            f"{self._num_free} pages free)"
+        )
+
     @property
     def layers(self) -> tuple[PagedKV, ...]:
-        """One PagedKV a layer, always the same objects: views of one array [num_layers, num_pages, 2, ...], K first."""
+        """One PagedKV a layer, always the same objects: views of one [num_layers, num_pages, K and V of a page]."""
         return self._layers
 
     @property
@@ -360,8 +381,12 @@ class PagedKVCache:
         return reserved.slots
 
     @_one_thread_at_a_time
-    def write(self, slots: Any, k: Any, v: Any, layer: int = 0) -> None:
-        """Writes k, v [tokens, num_kv_heads, head_dim] into slots [tokens] of one layer, int64 or int32; -1 skips."""
+    def write(self, slots: Array, k: Array, v: Array, layer: int = 0) -> None:
+        """Writes new tokens into one layer.
+
+        slots: int64 or int32 [tokens], as `reserve` returns them; -1 skips the token.
+        k: [tokens, num_kv_heads, head_dim], v: [tokens, num_kv_heads, v_head_dim]. layer: int. Default 0.
+        """
         layer = scalars.as_int(layer, "layer", minimum=-(2**31))
         if not 0 <= layer < len(self._layers):
             raise ValueError(
@@ -372,9 +397,9 @@ class PagedKVCache:
 
     @_one_thread_at_a_time
     def append(
-        self, seqs: Sequence[int] | np.ndarray, counts: int | Sequence[int] | np.ndarray, k: Any, v: Any
+        self, seqs: Sequence[int] | np.ndarray, counts: int | Sequence[int] | np.ndarray, k: Array, v: Array
     ) -> None:
-        """`reserve` and `write` in one, for a cache of one layer: k, v [sum(counts), num_kv_heads, head_dim].
+        """`reserve` and `write` in one, for a cache of one layer: k [sum(counts), num_kv_heads, head_dim], v alike.
 
         Errors are those of `reserve` and `write`.
         """

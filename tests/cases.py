@@ -42,6 +42,8 @@ class Case:
     page_stride: int = 1
     total_lens: tuple[int, ...] | None = None
     given_scale: float | None = None  # sm_scale, where it is not the default
+    v_dim: int | None = None  # v_head_dim, where it is not head_dim
+    has_sinks: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -53,6 +55,10 @@ class Case:
     @property
     def is_decode(self) -> bool:
         return self.q_lens is None
+
+    @property
+    def v_head_dim(self) -> int:
+        return self.head_dim if self.v_dim is None else self.v_dim
 
     @property
     def queries(self) -> tuple[int, ...]:
@@ -92,6 +98,7 @@ class Inputs:
     qo_indptr: np.ndarray
     page_offset: np.ndarray | None = field(default=None)
     total_len: np.ndarray | None = field(default=None)
+    sinks: np.ndarray | None = field(default=None)
 
     def kv(self, to: Callable[[np.ndarray], Any] = np.asarray) -> pa.PagedKV:
         """The tagged pool; `to` brings an array where it is wanted (cupy.asarray, say)."""
@@ -131,7 +138,7 @@ def build(case: Case, *, needle: int | None = None, scores: str | None = None) -
 
     q = normal(sum(case.queries), case.num_qo_heads, dim)
     k = [normal(kv_len, heads, dim) for kv_len in case.kv_lens]
-    v = [normal(kv_len, heads, dim) for kv_len in case.kv_lens]
+    v = [normal(kv_len, heads, case.v_head_dim) for kv_len in case.kv_lens]
     if needle is not None:
         q[..., 0] = 4
         for keys, values in zip(k, v, strict=True):
@@ -149,7 +156,7 @@ def build(case: Case, *, needle: int | None = None, scores: str | None = None) -
     page_ids = random.permutation(num_pages)[: indptr[-1]]
     pools = []
     for dense in (k, v):
-        pool = np.full((num_pages, page_size, heads, dim), np.nan, dtype)
+        pool = np.full((num_pages, page_size, heads, dense[0].shape[-1]), np.nan, dtype)
         for request, tokens in enumerate(dense):
             for page in range(pages[request]):
                 piece = tokens[page * page_size : (page + 1) * page_size]
@@ -170,7 +177,15 @@ def build(case: Case, *, needle: int | None = None, scores: str | None = None) -
         qo_indptr=np.concatenate([[0], np.cumsum(case.queries)]).astype(np.int32),
         page_offset=None if case.page_offsets is None else np.array(case.page_offsets, np.int32),
         total_len=None if case.total_lens is None else np.array(case.total_lens, np.int32),
+        sinks=_sinks(case) if case.has_sinks else None,
     )
+
+
+def _sinks(case: Case) -> np.ndarray:
+    """Below, among and above the scores, and one head without."""
+    sinks = np.random.default_rng(zlib.crc32(case.name.encode())).normal(0, 2, case.num_qo_heads).astype(np.float32)
+    sinks[-1] = -np.inf
+    return sinks
 
 
 # Scores that are hard on a softmax which goes through the keys block by block, from the last to the first.
@@ -447,6 +462,34 @@ def _prefill_cases() -> Iterable[Case]:
     yield Case("long_tail", (1500, 700), q_lens=(33, 100), head_dim=128, layout="HND", dtype="bfloat16")
     yield Case("soft_cap_tail", (200, 90), q_lens=(64, 90), logits_soft_cap=2.0, head_dim=80)
 
+
+def _sink_cases() -> Iterable[Case]:
+    yield Case("sinks", _ragged(16), has_sinks=True)
+    yield Case("sinks_soft_cap_group3", _ragged(8), num_qo_heads=6, page_size=8, logits_soft_cap=3.0, has_sinks=True)
+    yield Case("sinks_empty", (0, 0), has_sinks=True)
+    yield Case("sinks_hidden", (100, 3), window_left=0, layout="HND", dtype="bfloat16", has_sinks=True)
+    for window in (-1, 127):  # layers of gpt-oss by turns
+        gpt_oss = {"num_qo_heads": 64, "num_kv_heads": 8, "window_left": window, "dtype": "bfloat16", "has_sinks": True}
+        yield Case(f"gpt_oss_window{window}", (300, 1, 129, 64), **gpt_oss)
+
+
+def _v_dim_cases() -> Iterable[Case]:
+    for head_dim, v_dim in ((192, 128), (64, 128)):
+        for layout, page_size, dtype in (("NHD", 16, "bfloat16"), ("HND", 3, "float16")):
+            yield Case(
+                f"dim{head_dim}_{v_dim}_{layout}", _ragged(page_size), head_dim=head_dim, v_dim=v_dim, layout=layout,
+                page_size=page_size, dtype=dtype, has_sinks=layout == "HND",
+            )  # fmt: skip
+
+
+SINKS = tuple(case for case in _sink_cases()) + tuple(
+    replace(case, name=f"{case.name}_prefill", q_lens=tuple((7, 1, 0, 33)[i % 4] for i in range(case.batch_size)))
+    for case in _sink_cases()
+) + (Case("sinks_q_len3", (40, 2, 0, 90), q_len=3, window_left=20, has_sinks=True),)  # fmt: skip
+V_DIMS = tuple(_v_dim_cases()) + tuple(
+    replace(case, name=f"{case.name}_prefill", q_lens=tuple((7, 1, 0, 33)[i % 4] for i in range(case.batch_size)))
+    for case in _v_dim_cases()
+)
 
 DECODE = tuple(replace(case, name=f"decode_{case.name}") for case in _decode_cases())
 PREFILL = tuple(replace(case, name=f"prefill_{case.name}") for case in _prefill_cases())

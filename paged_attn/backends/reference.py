@@ -216,7 +216,7 @@ def append(kv: KVPages, slots: np.ndarray, k: np.ndarray, v: np.ndarray, signatu
 
 
 def copy_pages(storage: np.ndarray, source: np.ndarray, target: np.ndarray) -> None:
-    """storage[:, target] = storage[:, source] for all layers of storage [num_layers, num_pages, 2, <page>]."""
+    """storage[:, target] = storage[:, source] for all layers of storage [num_layers, num_pages, K and V of a page]."""
     storage[:, target] = storage[:, source]
 
 
