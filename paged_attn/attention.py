@@ -334,9 +334,9 @@ class BatchDecodeWithPagedKVCache(_BatchAttention):
 
     Parameters
     ----------
-    max_batch_size: int, the most requests of a step.
+    max_batch_size: int, the most requests of a step. Default None: any number.
     max_pages: int, the most pages of all requests of a step together. With both, the plan's buffers never move and CUDA
-        graphs may capture plan() and run(). Default None: they grow by doubling.
+        graphs may capture plan() and run(). Default None: any number, and the buffers grow by doubling.
     batch_invariant: bool, whether a request's result is bitwise the same alone or in any batch. Default False.
     """
 
@@ -387,10 +387,10 @@ class BatchPrefillWithPagedKVCache(_BatchAttention):
 
     Parameters
     ----------
-    max_batch_size: int, the most requests of a step.
+    max_batch_size: int, the most requests of a step. Default None: any number.
     max_pages: int, the most pages of all requests of a step together. With both, the plan's buffers never move and CUDA
-        graphs may capture plan() and run(). Default None: they grow by doubling.
-    max_tokens: int, the most rows of q. Default None: any number.
+        graphs may capture plan() and run(). Default None: any number, and the buffers grow by doubling.
+    max_tokens: int, the most rows of q in a step. Default None: any number.
     batch_invariant: bool, whether a request's result is bitwise the same alone or in any batch. Default False.
     """
 

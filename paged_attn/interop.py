@@ -110,10 +110,6 @@ class _Bits:
 class Array(Protocol):
     """An array of any library that paged_attn takes: NumPy, CuPy, JAX, or another with DLPack."""
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> Any: ...
     def __dlpack__(self, *args: Any, **options: Any) -> Any: ...
 
 

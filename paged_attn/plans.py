@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import backends
-from .checks import arrays as array_checks
 from .checks import calls, overlaps, tables
+from .checks.arrays import signature_of
 from .holders import KVPages, TableArrays
 from .interop import Array, current_stream, native
 from .lifetimes import Loan, loan_of, used
@@ -95,7 +95,7 @@ class AttentionPlan:
             calls.check_qo_indptr(indptr, table.batch_size, total_rows)
             rows = (int(indptr[-1]),) if capacity is None else (int(indptr[-1]), capacity)
             return Step(spec, rows, table.is_split), Metadata(table, indptr)
-        signature = array_checks.signature_of(indptr), table.batch_size, spec.device
+        signature = signature_of(indptr), table.batch_size, spec.device
         if signature != self._qo_indptr:
             calls.check_qo_indptr(indptr, table.batch_size, total_rows, spec.device)
             self._qo_indptr = signature
@@ -117,16 +117,33 @@ class AttentionPlan:
 
     def check_run(self, step: Step, arrays: RunArrays, kv: KVPages) -> tuple[Any, ...]:
         """Check a run, unless one with this signature was checked last. Returns the signature."""
-        signature = (kv.signature, *map(array_checks.signature_of, arrays), step)
+        q, out, lse, sinks = arrays
+        signature = (
+            kv.signature,
+            signature_of(q),
+            None if out is None else signature_of(out),
+            None if lse is None else signature_of(lse),
+            None if sinks is None else signature_of(sinks),
+            step,
+        )
         if signature != self._signature:
             self._signature = None
             calls.check_layer(step.spec, kv)
             calls.check_arrays(step.spec, arrays, step.rows, self._remedy)
-            calls.check_sinks(arrays.sinks, step.is_split)
+            calls.check_sinks(sinks, step.is_split)
             self._compared = overlaps.compared((*arrays, kv.k_pages, kv.v_pages), RUN_PAIRS)
             self._signature = signature
         if self._compared:
-            overlaps.check_apart_from_pool(arrays, RUN_NAMES, kv, self._compared)
+            addresses = kv.k_address and (
+                q.data.ptr,
+                0 if out is None else out.data.ptr,
+                0 if lse is None else lse.data.ptr,
+                0 if sinks is None else sinks.data.ptr,
+                kv.k_address,
+                kv.v_address,
+            )
+            if not addresses or overlaps.may_overlap(addresses, self._compared):
+                overlaps.check_pairs((*arrays, kv.k_pages, kv.v_pages), RUN_NAMES, self._compared)
         return signature
 
     def update(self, step: Step, metadata: Metadata) -> None:
@@ -178,6 +195,8 @@ def spec_key(
 def with_results(arrays: RunArrays, spec: AttentionSpec, return_lse: bool) -> RunArrays:
     """The arrays with new ones for the results that were not given; lse only where it is asked for."""
     q, out, lse, sinks = arrays
+    if out is not None and (lse is not None or not return_lse):
+        return arrays
     if out is None:
         out = backends.of(spec.device).empty(spec.out_shape(q.shape), spec.dtype, spec.device)
     if lse is None and return_lse:
@@ -188,14 +207,13 @@ def with_results(arrays: RunArrays, spec: AttentionSpec, return_lse: bool) -> Ru
 def borrow(given: RunArrays) -> tuple[RunArrays, Loan | None]:
     """The arrays that a caller gave as NumPy or CuPy arrays, each taken once, and what is lent of them."""
     q, out, lse, sinks = given
-    arrays = RunArrays(
-        native(q, "q"),
-        None if out is None else native(out, "out", writable=True),
-        None if lse is None else native(lse, "lse", writable=True),
-        None if sinks is None else native(sinks, "sinks"),
-    )
-    if arrays.q is q and arrays.out is out and arrays.lse is lse and arrays.sinks is sinks:
-        return arrays, None
+    native_q = native(q, "q")
+    native_out = None if out is None else native(out, "out", writable=True)
+    native_lse = None if lse is None else native(lse, "lse", writable=True)
+    native_sinks = None if sinks is None else native(sinks, "sinks")
+    if native_q is q and native_out is out and native_lse is lse and native_sinks is sinks:
+        return given, None
+    arrays = RunArrays(native_q, native_out, native_lse, native_sinks)
     return arrays, loan_of(*zip(arrays, given, strict=True))
 
 

@@ -155,8 +155,8 @@ def build(case: Case, *, needle: int | None = None, scores: str | None = None) -
     num_pages = int(indptr[-1]) + UNUSED_PAGES
     page_ids = random.permutation(num_pages)[: indptr[-1]]
     pools = []
-    for dense in (k, v):
-        pool = np.full((num_pages, page_size, heads, dense[0].shape[-1]), np.nan, dtype)
+    for dense, pool_dim in ((k, dim), (v, case.v_head_dim)):
+        pool = np.full((num_pages, page_size, heads, pool_dim), np.nan, dtype)
         for request, tokens in enumerate(dense):
             for page in range(pages[request]):
                 piece = tokens[page * page_size : (page + 1) * page_size]

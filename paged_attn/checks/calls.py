@@ -238,9 +238,10 @@ def check_arrays(
     check_dtype(q, "q", spec.dtype, "q and kv share one dtype, and kv has it")
     check_device(q, "q", spec.device, "kv")
     check_strides(q, "q")
-    for array, (name, rule) in zip(arrays[1:], list(RUN_ARRAYS.items())[1:], strict=True):
-        if array is not None:
-            check_whole(array, name, rule.shape(spec, shape), rule.why, rule.dtypes(spec), spec.device, "q")
+    for array, (name, rule) in zip(arrays, RUN_ARRAYS.items(), strict=True):
+        if array is not None and array is not q:
+            shape, dtypes = rule.shape(spec, q.shape), rule.dtypes(spec)
+            check_whole(array, name, shape, rule.why, dtypes, spec.device, "q", is_written=rule.is_written)
             if array.size:
                 check_base(array, name, rule.alignment)
 

@@ -64,7 +64,7 @@ def check_merge_states(v: Any, s: Any, base: Any, sinks: Any, out: Any, lse: Any
     rows, _, heads, dim = v.shape
     _check_results(out, lse, (rows, heads, dim), v.dtype, device, "v without num_states")
     if sinks is not None:
-        check_whole(sinks, "sinks", (heads,), "one for each head of v", (FLOAT32,), device, "v")
+        check_whole(sinks, "sinks", (heads,), "one for each head of v", (FLOAT32,), device, "v", is_written=False)
     check_apart([(out, "out"), (lse, "lse")], [(v, "v"), (s, "s"), (sinks, "sinks")])
     return number
 
