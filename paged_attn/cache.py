@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,8 +25,10 @@ from .errors import OutOfPagesError
 from .interop import Array
 from .layout import Layout, as_layout
 from .lifetimes import loan_of, reading
+from .page_lists import PageLists, resized
 from .page_table import PageTable
 from .paged_kv import PagedKV
+from .ragged import ranges
 from .support import supports
 
 # A sequence id is (generation << ROW_BITS) | row: a row that is used again gives another id, so a freed id stays freed.
@@ -40,121 +41,6 @@ NOT_LIVE = (
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """first[0], first[0]+1, ... (count[0] of them), first[1], first[1]+1, ... as one array [sum(count)]."""
-    if np.count_nonzero(count == 1) == count.size:  # a decode step: one of each
-        return first
-    end = count.cumsum()
-    return np.repeat(first - end + count, count) + np.arange(end[-1])
-
-
-def _resized(array: np.ndarray, size: int) -> np.ndarray:
-    """A copy of a 1-D array with `size` elements, zeros behind the old ones."""
-    copy = np.zeros(size, array.dtype)
-    copy[: array.size] = array
-    return copy
-
-
-class _PageLists:
-    """The page ids of every sequence, in one flat array (the arena) on the host, and a copy of it on the device.
-
-    Row r owns the extent page_ids[start[r] : start[r] + capacity[r]]; its pages are the first count[r] entries. A list
-    that outgrows its extent moves to a new one of twice the size it needs, behind all others; when there is no room
-    behind them, all lists move to a new arena. The device gets only the entries that changed, with the next table.
-    """
-
-    def __init__(self, backend: ModuleType, device: str) -> None:
-        self._backend, self._device = backend, device
-        self.start = np.zeros(0, np.int64)
-        self.capacity = np.zeros(0, np.int64)
-        self.count = np.zeros(0, np.int64)
-        self.page_ids = np.zeros(1, np.int32)
-        self._used = 0
-        self._changed = np.zeros(1, np.int32)  # [arena size]; the first _num_changed: entries the device has not seen
-        self._num_changed = 0  # above the arena's size: every entry may be one
-        self._device_page_ids = backend.empty((0,), np.dtype(np.int32), device)  # as large as the arena, or outgrown
-
-    def set_num_rows(self, num_rows: int) -> None:
-        resized = [_resized(x, num_rows) for x in (self.start, self.capacity, self.count)]
-        self.start, self.capacity, self.count = resized
-
-    def pages(self, row: int, first: int = 0, last: int | None = None) -> np.ndarray:
-        """Pages first to last (excluded) of one row, a view."""
-        start = self.start[row]
-        return self.page_ids[start + first : start + (self.count[row] if last is None else last)]
-
-    def last_pages(self, rows: np.ndarray) -> np.ndarray:
-        """The last page of each row, a copy; of a row without pages, anything."""
-        return self.page_ids.take(self.start[rows] + self.count[rows] - 1, mode="clip")
-
-    def stage(self, rows: np.ndarray, counts: np.ndarray, pages: np.ndarray) -> np.ndarray:
-        """Writes counts[i] pages behind the end of the list of rows[i], which does not hold them before `commit`.
-
-        `pages` has those of rows[0] first, then those of rows[1], ... Returns where they stand in page_ids.
-        """
-        held = self.count[rows]
-        self._make_room(rows, held + counts)
-        entries = _ranges(self.start[rows] + held, counts)
-        self.page_ids[entries] = pages
-        return entries
-
-    def commit(self, rows: np.ndarray, counts: np.ndarray, entries: np.ndarray) -> None:
-        """The lists of `rows` now hold the pages that were staged."""
-        self.count[rows] += counts
-        self._mark_changed(entries)
-
-    def replace_last_pages(self, rows: np.ndarray, pages: np.ndarray) -> None:
-        entries = self.start[rows] + self.count[rows] - 1
-        self.page_ids[entries] = pages
-        self._mark_changed(entries)
-
-    def write_table(self, rows: np.ndarray, indptr: np.ndarray, last_page_len: np.ndarray, out: PageTable) -> None:
-        """Writes the table of `rows` into `out`, after what the device has not seen of the lists."""
-        device_page_ids = self._device_page_ids
-        if device_page_ids.size != self.page_ids.size:  # the lists have moved since, so that all of them are changed
-            device_page_ids = self._backend.empty(self.page_ids.shape, self.page_ids.dtype, self._device)
-        is_known = self._num_changed <= self._changed.size
-        changed = self._changed[: self._num_changed] if is_known else np.arange(self._used, dtype=np.int32)
-        values = self.page_ids[changed]
-        self._backend.update_table(device_page_ids, changed, values, self.start[rows], indptr, last_page_len, out)
-        self._device_page_ids = device_page_ids
-        self._num_changed = 0
-
-    def _make_room(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Sees to it that rows[i] has a capacity of counts[i] or more. No list changes by it, but for its place."""
-        short = self.capacity[rows] < counts
-        if not short.any():
-            return
-        page_ids, changed, used = self.page_ids, self._changed, self._used
-        is_new = used + 2 * int(counts[short].sum()) > page_ids.size
-        if is_new:
-            wanted = self.count.copy()
-            wanted[rows] = counts
-            rows, counts, used = np.arange(wanted.size), wanted, 0
-            size = max(page_ids.size, 4 * int(counts.sum()))  # at least half stays free: moving is amortised
-            page_ids, changed = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        else:
-            rows, counts = rows[short], counts[short]
-        held = self.count[rows]
-        end = used + np.cumsum(2 * counts)
-        start = end - 2 * counts
-        entries = _ranges(start, held)
-        page_ids[entries] = self.page_ids[_ranges(self.start[rows], held)]
-
-        # All is computed; from here on nothing raises.
-        self.page_ids, self._changed, self._used = page_ids, changed, int(end[-1])
-        if is_new:
-            self._num_changed = 0
-        self.start[rows], self.capacity[rows] = start, 2 * counts
-        self._mark_changed(entries)
-
-    def _mark_changed(self, entries: np.ndarray) -> None:
-        end = self._num_changed + entries.size
-        if end <= self._changed.size:
-            self._changed[self._num_changed : end] = entries
-        self._num_changed = end
 
 
 _NONE = np.zeros(0, np.int64)
@@ -265,7 +151,7 @@ class PagedKVCache:
         self._references = np.zeros(num_pages, np.int32)
         self._num_references = 0  # their sum
 
-        self._lists = _PageLists(self._backend, self._device)
+        self._lists = PageLists(self._backend, self._device)
         self._length = np.zeros(0, np.int64)  # [rows] tokens, reserved ones included
         self._live_id = np.zeros(0, np.int64)  # [rows] the id of the sequence in this row, -1 where there is none
         self._unused_ids: list[int] = []  # the ids that free rows give next; the last comes first
@@ -471,7 +357,7 @@ class PagedKVCache:
         page = lists.last_pages(rows)
         copied = page[copying]
         page[copying] = copies
-        position = _ranges(length, counts)
+        position = ranges(length, counts)
         number = position // page_size  # of the token's page in its sequence
         if np.count_nonzero(counts == 1) == counts.size:  # a decode step: the quick way to the same
             page[growing] = new_pages
@@ -542,7 +428,7 @@ class PagedKVCache:
         """Makes room for more sequences; the rows so far stay."""
         old = self._length.size
         self._lists.set_num_rows(num_rows)
-        length, live_id = _resized(self._length, num_rows), _resized(self._live_id, num_rows)
+        length, live_id = resized(self._length, num_rows), resized(self._live_id, num_rows)
         live_id[old:] = -1
         self._unused_ids += range(num_rows - 1, old - 1, -1)
         self._length, self._live_id = length, live_id

@@ -118,7 +118,7 @@ class PageTable(TableArrays):
     def to_block_table(self, max_pages_per_seq: int) -> Any:
         """The dense form: int32 [batch_size, max_pages_per_seq], -1 where there is no page."""
         scalars.as_int(max_pages_per_seq, "max_pages_per_seq", minimum=0)
-        tables.check_table_values(self, None)
+        tables.check_table_values(self)
         tables.check_block_width(self, max_pages_per_seq)
         with reading(self.loan):
             return self._backend.to_block_table(self, max_pages_per_seq)
@@ -141,7 +141,7 @@ class PageTable(TableArrays):
             overlap neither each other nor those of this table.
         """
         scalars.as_int(num_chunks, "num_chunks", minimum=1)
-        tables.check_table_values(self, None)
+        tables.check_table_values(self)
         rows = num_chunks * self.batch_size
         if out is None:
             indptr, indices, last_page_len, page_offset, total_len = _zeros(
@@ -173,7 +173,7 @@ class PageTable(TableArrays):
         positions: int32 [n]. Its position in the whole sequence; slot -1 where this table does not hold its page.
         """
         requests, places = native(batch_indices, "batch_indices"), native(positions, "positions")
-        tables.check_table_values(self, None)
+        tables.check_table_values(self)
         tables.check_token_places(requests, places, self)
         upload = self._backend.to_backend
         with reading(self.loan, loan_of((requests, batch_indices), (places, positions))):

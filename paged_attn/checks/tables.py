@@ -50,8 +50,11 @@ def check_table_arrays(
             check_device(array, name, device, "indptr")
 
 
-def check_table_values(table: TableArrays, num_pages: int | None) -> None:
-    """A host table in full, against a pool of `num_pages` pages (None: of any size). A device table is not read."""
+ANY_PAGE = INT_MAX  # the num_pages of a pool that is not at hand
+
+
+def check_table_values(table: TableArrays, num_pages: int = ANY_PAGE) -> None:
+    """A host table in full, against a pool of `num_pages` pages. A device table is not read."""
     if table.device != "cpu":
         return
     # As unsigned numbers negative ones are too large: one comparison is enough.
@@ -69,7 +72,7 @@ def check_table_values(table: TableArrays, num_pages: int | None) -> None:
         )
     first = int(indptr[0])
     used = table.indices[first : int(indptr[-1])]
-    if num_pages is not None and (bad := first_true(used.view(np.uint32) >= num_pages)) is not None:
+    if (bad := first_true(used.view(np.uint32) >= num_pages)) is not None:
         request = int(np.searchsorted(indptr, first + bad, side="right")) - 1
         page = int(used[bad])
         raise PageTableError(
