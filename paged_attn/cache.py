@@ -55,7 +55,7 @@ class _Reservation(NamedTuple):
     pages: np.ndarray = _NONE  # all that are taken: those that lists grow by, then `copies`
     rows_growing: np.ndarray = _NONE
     added: np.ndarray = _NONE  # pages that each of rows_growing grows by
-    staged: np.ndarray = _NONE  # where those stand in the lists
+    staged: np.ndarray = _NONE  # the indices of those in the lists
     rows_copying: np.ndarray = _NONE  # whose last page gives way to a copy
     copied: np.ndarray = _NONE  # that page of each
     copies: np.ndarray = _NONE
@@ -207,7 +207,7 @@ class PagedKVCache:
     def fork(self, seq: int, length: int | None = None) -> int:
         """A new sequence that begins with the first `length` tokens of `seq` (None: all) and shares their pages.
 
-        It takes no page; whoever writes first into a partly filled page that is shared takes a copy of it then.
+        It takes no page; the first write into a partly filled page that is shared takes a copy of it.
         Tokens of `seq` that are reserved must have been written (in every layer) before either side reserves again.
         ValueError if length is not in [0, seq_len(seq)].
         """
@@ -285,7 +285,8 @@ class PagedKVCache:
     def append(
         self, seqs: Sequence[int] | np.ndarray, counts: int | Sequence[int] | np.ndarray, k: Array, v: Array
     ) -> None:
-        """`reserve` and `write` in one, for a cache of one layer: k [sum(counts), num_kv_heads, head_dim], v alike.
+        """`reserve` and `write` in one, for a cache of one layer: k [sum(counts), num_kv_heads, head_dim],
+        v [sum(counts), num_kv_heads, v_head_dim].
 
         Errors are those of `reserve` and `write`.
         """
@@ -300,14 +301,14 @@ class PagedKVCache:
         tokens.check_new_tokens(self._layers[0], native_k, native_v, int(counts.sum()))
         reserved = self._prepare(rows, counts)
         with reading(loan_of((native_k, k), (native_v, v))):
-            append(self._layers[0], reserved.slots, native_k, native_v)  # where nobody's tokens are
+            append(self._layers[0], reserved.slots, native_k, native_v)  # into slots that hold no token yet
         self._commit(reserved)
 
     @_one_thread_at_a_time
     def page_table(self, seqs: Sequence[int] | np.ndarray, out: PageTable | None = None) -> PageTable:
         """The page table of a batch of sequences, reserved tokens included; row i is seqs[i].
 
-        out=None: a table in arrays of its own, on the cache's device.
+        out=None: a table in new arrays, on the cache's device.
         out: a table of PageTable.empty, whose arrays are written instead: their lengths are its capacity, and their
         addresses and shapes the same in every step. What is returned is a view of the first len(seqs) rows; `out`
         itself, whose rows past the batch are then empty, is what a CUDA graph plans. Entries of `indices` from
@@ -338,7 +339,7 @@ class PagedKVCache:
         return PageTable.of_own_arrays(indptr, indices, last_page_len, self._page_size, self._device)
 
     def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> _Reservation:
-        """All of a reservation that may raise. Pages that it takes are free, and entries that it writes nobody's."""
+        """All of a reservation that may raise. It takes free pages, and writes entries of no list."""
         lists, page_size = self._lists, self._page_size
         length, held = self._length[rows], lists.count[rows]
         longer = length + counts
@@ -397,7 +398,7 @@ class PagedKVCache:
     def _copying(self, rows: np.ndarray, length: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Which of the rows, `length` tokens long and about to get `counts` more, must first copy their last page.
 
-        Returns their places in `rows`.
+        Returns their indices in `rows`.
         """
         if self._num_references == self._num_pages - self._num_free:  # no page is shared
             return _NONE
@@ -408,7 +409,7 @@ class PagedKVCache:
             return writers[:0]
         writers, pages = writers[is_shared], pages[is_shared]
         shared, group, num_writers = np.unique(pages, return_inverse=True, return_counts=True)
-        # The longest writes behind the tokens of all others, so that even a call that fails later has hurt nobody.
+        # The longest writes behind the tokens of all others, so that a call that fails later harms none of them.
         by_length = np.argsort(length[writers], kind="stable")
         keeper = np.zeros(shared.size, np.int64)
         keeper[group[by_length]] = by_length  # of several values for one element NumPy keeps the last
@@ -417,7 +418,7 @@ class PagedKVCache:
         return writers[~keeps_original]
 
     def _release(self, pages: np.ndarray) -> None:
-        """One sequence lets go of these pages; those that nobody else holds become free."""
+        """One sequence releases these pages; those that no other sequence holds become free."""
         self._references[pages] -= 1
         self._num_references -= pages.size
         freed = pages[self._references[pages] == 0]

@@ -172,12 +172,12 @@ class PageTable(TableArrays):
         batch_indices: int32 [n]. The request of each token.
         positions: int32 [n]. Its position in the whole sequence; slot -1 where this table does not hold its page.
         """
-        requests, places = native(batch_indices, "batch_indices"), native(positions, "positions")
+        rows, offsets = native(batch_indices, "batch_indices"), native(positions, "positions")
         tables.check_table_values(self)
-        tables.check_token_places(requests, places, self)
+        tables.check_token_positions(rows, offsets, self)
         upload = self._backend.to_backend
-        with reading(self.loan, loan_of((requests, batch_indices), (places, positions))):
-            return self._backend.table_slots(self, upload(requests, self.device), upload(places, self.device))
+        with reading(self.loan, loan_of((rows, batch_indices), (offsets, positions))):
+            return self._backend.table_slots(self, upload(rows, self.device), upload(offsets, self.device))
 
     def validate(self, num_pages: int) -> "Validation":
         """Check every value against a pool of num_pages pages: a host table at once, a device table by a kernel.

@@ -175,7 +175,7 @@ class AttentionPlan:
 
 
 RUN_NAMES = (*RUN_ARRAYS, "kv.k_pages", "kv.v_pages")
-_WRITTEN = [place for place, array in enumerate(RUN_ARRAYS.values()) if array.is_written]
+_WRITTEN = [i for i, array in enumerate(RUN_ARRAYS.values()) if array.is_written]
 RUN_PAIRS = [(i, j) for i in _WRITTEN for j in range(len(RUN_NAMES)) if j > i or j not in _WRITTEN]
 
 

@@ -61,7 +61,7 @@ class Request:
 
 
 def tokens_before(position: np.ndarray, request: Request) -> np.ndarray:
-    """How many of the request's tokens stand before `position` in the whole sequence (int64, any shape)."""
+    """How many of the request's tokens are stored before `position` in the whole sequence (int64, any shape)."""
     page, slot = np.divmod(np.maximum(position, 0), request.page_size)
     behind = page - request.page_offset
     whole = -(-behind // request.page_stride)  # local pages that lie wholly before `page`
@@ -71,9 +71,9 @@ def tokens_before(position: np.ndarray, request: Request) -> np.ndarray:
 
 def kv_limits(request: Request, *, causal: bool, window_left: int) -> tuple[np.ndarray, np.ndarray]:
     """The local tokens [begin, end) that each query of the request sees: two int64 arrays [num_queries]."""
-    own = request.total_len - request.num_queries + np.arange(request.num_queries, dtype=np.int64)  # query's position
-    end = tokens_before(own + 1 if causal else np.full_like(own, request.total_len), request)
-    begin = tokens_before(own - window_left, request) if window_left >= 0 else np.zeros_like(own)
+    position = request.total_len - request.num_queries + np.arange(request.num_queries, dtype=np.int64)
+    end = tokens_before(position + 1 if causal else np.full_like(position, request.total_len), request)
+    begin = tokens_before(position - window_left, request) if window_left >= 0 else np.zeros_like(position)
     return np.minimum(begin, end), end
 
 

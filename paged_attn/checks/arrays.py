@@ -171,3 +171,8 @@ def first_true(wrong: np.ndarray) -> int | None:
     """Index of the first True, or None."""
     found = int(wrong.argmax()) if wrong.size else 0
     return found if wrong.size and wrong[found] else None
+
+
+def entry(field: str, index: int, array: np.ndarray) -> dict[str, Any]:
+    """For a PageTableError: which entry of which array is wrong, and its value."""
+    return {"field": field, "index": index, "value": int(array[index])}

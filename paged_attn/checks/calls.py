@@ -21,6 +21,7 @@ from .arrays import (
     check_strides,
     check_vector,
     check_whole,
+    entry,
     first_true,
 )
 from .pools import check_page_size, refuse_heads
@@ -143,17 +144,13 @@ def check_qo_indptr(qo_indptr: Any, batch_size: int, total_rows: int | None, dev
     if qo_indptr[0] != 0:
         raise PageTableError(
             f"qo_indptr[0] = {qo_indptr[0]}, and it must start at 0; pass qo_indptr - qo_indptr[0] and q from there on",
-            field="qo_indptr",
-            index=0,
-            value=int(qo_indptr[0]),
+            **entry("qo_indptr", 0, qo_indptr),
         )
     if (bad := first_true(qo_indptr[1:] < qo_indptr[:-1])) is not None:
         raise PageTableError(
             f"qo_indptr[{bad + 1}] = {qo_indptr[bad + 1]} is less than qo_indptr[{bad}] = {qo_indptr[bad]}, so "
             f"request {bad} has a negative number of queries; correct qo_indptr[{bad + 1}]",
-            field="qo_indptr",
-            index=bad + 1,
-            value=int(qo_indptr[bad + 1]),
+            **entry("qo_indptr", bad + 1, qo_indptr),
         )
     if total_rows is not None and qo_indptr[-1] != total_rows:
         raise PageTableError(

@@ -90,7 +90,7 @@ Compared = tuple[tuple[int, int, int, int], ...]
 
 
 def compared(arrays: Sequence[Any], pairs: Iterable[tuple[int, int]]) -> Compared:
-    """Of the pairs (i, j) of places in `arrays` those to be compared on every call: (i, j, bytes of i, bytes of j).
+    """Of the index pairs (i, j) of `arrays` those to be compared on every call: (i, j, bytes of i, bytes of j).
 
     The bytes are those from the first to the last one, of GPU arrays whose strides are not negative; 0 on the host,
     where NumPy compares. Arrays that are None or empty, and host metadata beside GPU arrays, overlap nothing.

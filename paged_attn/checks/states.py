@@ -41,9 +41,10 @@ def check_merge_state(states: Sequence[Any], base: Any, out: Any, lse: Any) -> f
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Whether an array and another of its shape have their elements at the same places."""
+    """Whether two arrays of one shape have every element at the same address."""
     if a.dtype != b.dtype or any(
-        own != other and extent > 1 for own, other, extent in zip(a.strides, b.strides, a.shape, strict=True)
+        stride_a != stride_b and extent > 1
+        for stride_a, stride_b, extent in zip(a.strides, b.strides, a.shape, strict=True)
     ):
         return False
     return a.ctypes.data == b.ctypes.data if isinstance(a, np.ndarray) else a.data.ptr == b.data.ptr

@@ -15,6 +15,7 @@ from .arrays import (
     check_shape,
     check_strides,
     check_vector,
+    entry,
     first_true,
 )
 from .overlaps import Compared, check_pairs, compared, may_overlap
@@ -45,9 +46,7 @@ def check_append(kv: KVPages, slots: Any, k: Any, v: Any) -> Compared:
         raise PageTableError(
             f"slots[{bad}] = {slots[bad]} is no slot of a pool of {kv.num_pages} pages of {kv.page_size} tokens; "
             f"pass slots in [0, {limit}), or -1 to skip a token",
-            field="slots",
-            index=bad,
-            value=int(slots[bad]),
+            **entry("slots", bad, slots),
         )
     return pairs
 
