@@ -62,7 +62,6 @@ class PageTable(TableArrays):
             **arrays,
             page_size=int(page_size),
             page_stride=int(page_stride),
-            is_split=False,
             writable=all(array is None or is_writable(mine, array) for array, mine in pairs),
             loan=loan_of(*pairs),
         )
@@ -71,19 +70,7 @@ class PageTable(TableArrays):
     def of_own_arrays(cls, indptr: Any, indices: Any, last_page_len: Any, page_size: int, device: str) -> "PageTable":
         """A plain table of native arrays that paged_attn has made. Checks would take as long as all the rest."""
         table = cls.__new__(cls)
-        table._set(
-            indptr=indptr,
-            indices=indices,
-            last_page_len=last_page_len,
-            page_size=page_size,
-            page_offset=None,
-            page_stride=1,
-            total_len=None,
-            is_split=False,
-            writable=True,
-            loan=None,
-            device=device,
-        )
+        table._set(indptr=indptr, indices=indices, last_page_len=last_page_len, page_size=page_size, device=device)
         return table
 
     @classmethod

@@ -29,10 +29,9 @@ class Scoring(NamedTuple):
     Attributes
     ----------
     sm_scale: float, the factor of the products <q, k>. Default None: 1 / sqrt(head_dim).
-    causal: bool, whether a query sees no position after its own; query i of n has the position total_len - n + i.
-        Default True.
-    window_left: int, how many keys to the left of its position a query sees, beside its own. Default -1: all.
-    logits_soft_cap: float c, by which scores become c * tanh(score / c) after sm_scale. Default 0.0: off.
+    causal: bool, whether a query sees no later position; query i of n is at total_len - n + i. Default True.
+    window_left: int, how many keys left of its position a query sees, beside its own. Default -1: all.
+    logits_soft_cap: float c: scores become c * tanh(score / c), after sm_scale. Default 0.0: off.
     """
 
     sm_scale: float | None = None
