@@ -282,12 +282,14 @@ class _BatchAttention:
                 raise RuntimeError("run() was called before plan(); call plan(kv, table, ...) once a step, then run()")
             given = RunArrays(q, out, lse, sinks)
             arrays, loan = borrow(given)
-            pools.check_kv(kv, "run(q, kv)")
+            if type(kv) is not PagedKV:
+                pools.check_kv(kv, "run(q, kv)")
             signature = plan.check_run(plan.step, arrays, kv)
-            arrays = with_results(arrays, plan.step.spec, return_lse)
+            if out is None or return_lse:
+                arrays = with_results(arrays, plan.step.spec, return_lse)
             if arrays.q.size:
                 plan.launch(arrays, kv, signature, loan)
-            return _results(given, arrays, return_lse)
+            return out if out is not None and not return_lse else _results(given, arrays, return_lse)
         finally:
             self._in_use.release()
 

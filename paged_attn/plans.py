@@ -27,20 +27,19 @@ MOST_KEPT = 16  # plans of one-shot calls that a thread keeps
 _LSE_DTYPE = np.dtype(np.float32)
 
 
+Rows = tuple[int, ...] | range  # the extents that axis 0 of q may have
+
+
 class Step(NamedTuple):
     """What runs need to know of the step that was planned last."""
 
     spec: AttentionSpec
-    rows: tuple[int, ...] | range  # the extents that axis 0 of q may have
+    rows: Rows
     is_split: bool  # the table's rows are chunks of requests
 
 
-class Metadata(NamedTuple):
-    """What a plan copies of a step."""
-
-    table: TableArrays
-    qo_indptr: Any = None  # None: decode
-    loan: Loan | None = None  # of qo_indptr
+# A step, and what a plan copies of it: the table, qo_indptr (None: decode), and the loan of that.
+Planned = tuple[Step, TableArrays, Any, Loan | None]
 
 
 class AttentionPlan:
@@ -70,14 +69,12 @@ class AttentionPlan:
         self._signature: tuple[Any, ...] | None = None  # of the last run
         self._compared: overlaps.Compared = ()  # its arrays that must not overlap
 
-    def check_decode(
-        self, kv: KVPages, table: TableArrays, num_qo_heads: int, q_len: int, scoring: Scoring
-    ) -> tuple[Step, Metadata]:
+    def check_decode(self, kv: KVPages, table: TableArrays, num_qo_heads: int, q_len: int, scoring: Scoring) -> Planned:
         """A step of decode. q_len: queries a request."""
         spec = self._check_spec(kv, table, num_qo_heads, scoring, q_len)
         capacity = self.capacities["max_batch_size"]
         rows = (table.batch_size,) if capacity is None else (table.batch_size, capacity)
-        return Step(spec, rows, table.is_split), Metadata(table)
+        return self._step_of(spec, rows, table), table, None, None
 
     def check_prefill(
         self,
@@ -87,20 +84,25 @@ class AttentionPlan:
         num_qo_heads: int,
         scoring: Scoring,
         total_rows: int | None = None,
-    ) -> tuple[Step, Metadata]:
+    ) -> Planned:
         """A step of prefill. total_rows: the rows of q where they are known, at which a host's qo_indptr ends."""
         spec = self._check_spec(kv, table, num_qo_heads, scoring, None)
         indptr, capacity = native(qo_indptr, "qo_indptr"), self.capacities["max_tokens"]
         if isinstance(indptr, np.ndarray):
             calls.check_qo_indptr(indptr, table.batch_size, total_rows)
             rows = (int(indptr[-1]),) if capacity is None else (int(indptr[-1]), capacity)
-            return Step(spec, rows, table.is_split), Metadata(table, indptr)
+            return self._step_of(spec, rows, table), table, indptr, None
         signature = signature_of(indptr), table.batch_size, spec.device
         if signature != self._qo_indptr:
             calls.check_qo_indptr(indptr, table.batch_size, total_rows, spec.device)
             self._qo_indptr = signature
         any_rows = range(2**31 if capacity is None else capacity + 1)  # only the device knows how many rows q has
-        return Step(spec, any_rows, table.is_split), Metadata(table, indptr, loan_of((indptr, qo_indptr)))
+        return self._step_of(spec, any_rows, table), table, indptr, loan_of((indptr, qo_indptr))
+
+    def _step_of(self, spec: AttentionSpec, rows: Rows, table: TableArrays) -> Step:
+        """The step; the same object as before where it is equal, which is quick to compare."""
+        step = spec, rows, table.is_split
+        return self.step if self.step == step else Step(*step)
 
     def _check_spec(
         self, kv: KVPages, table: TableArrays, num_qo_heads: int, scoring: Scoring, q_len: int | None
@@ -134,21 +136,22 @@ class AttentionPlan:
             self._compared = overlaps.compared((*arrays, kv.k_pages, kv.v_pages), RUN_PAIRS)
             self._signature = signature
         if self._compared:
-            addresses = kv.k_address and (
+            k_address = kv.k_address  # 0 on the host, where NumPy compares
+            addresses = k_address and (
                 q.data.ptr,
                 0 if out is None else out.data.ptr,
                 0 if lse is None else lse.data.ptr,
                 0 if sinks is None else sinks.data.ptr,
-                kv.k_address,
+                k_address,
                 kv.v_address,
             )
             if not addresses or overlaps.may_overlap(addresses, self._compared):
                 overlaps.check_pairs((*arrays, kv.k_pages, kv.v_pages), RUN_NAMES, self._compared)
         return signature
 
-    def update(self, step: Step, metadata: Metadata) -> None:
+    def update(self, step: Step, table: TableArrays, qo_indptr: Any, loan: Loan | None) -> None:
         """Have the backend's plan take over a step. Where that raises, the step before stays."""
-        spec, (table, qo_indptr, loan) = step.spec, metadata
+        spec = step.spec
         tables.check_capacities(table, qo_indptr, spec.q_len, **self.capacities)
         plan = self.backend_plan
         if self.step is None or self.step.spec.device != spec.device:
@@ -195,8 +198,6 @@ def spec_key(
 def with_results(arrays: RunArrays, spec: AttentionSpec, return_lse: bool) -> RunArrays:
     """The arrays with new ones for the results that were not given; lse only where it is asked for."""
     q, out, lse, sinks = arrays
-    if out is not None and (lse is not None or not return_lse):
-        return arrays
     if out is None:
         out = backends.of(spec.device).empty(spec.out_shape(q.shape), spec.dtype, spec.device)
     if lse is None and return_lse:
@@ -261,13 +262,14 @@ def attend_once(
         plan = AttentionPlan(max_tokens=max_tokens, one_shot=True, remedy=remedy)
     if qo_indptr is None:
         assert q_len is not None
-        step, metadata = plan.check_decode(kv, table, shape[-2], q_len, scoring)
+        planned = plan.check_decode(kv, table, shape[-2], q_len, scoring)
     else:
-        step, metadata = plan.check_prefill(kv, table, qo_indptr, shape[-2], scoring, shape[0])
+        planned = plan.check_prefill(kv, table, qo_indptr, shape[-2], scoring, shape[0])
+    step = planned[0]
     signature = plan.check_run(step, arrays, kv)
     arrays = with_results(arrays, step.spec, return_lse)
     if arrays.q.size:
-        plan.update(step, metadata)
+        plan.update(*planned)
         plan.launch(arrays, kv, signature, loan)
     if key:
         _kept.plans[key] = plan, stream  # held so that no other stream gets its address
