@@ -26,7 +26,6 @@ from .support import check_supported
 MOST_KEPT = 16  # plans of one-shot calls that a thread keeps
 _LSE_DTYPE = np.dtype(np.float32)
 
-
 Rows = tuple[int, ...] | range  # the extents that axis 0 of q may have
 
 
@@ -119,7 +118,7 @@ class AttentionPlan:
 
     def check_run(self, step: Step, arrays: RunArrays, kv: KVPages) -> tuple[Any, ...]:
         """Check a run, unless one with this signature was checked last. Returns the signature."""
-        q, out, lse, sinks = arrays
+        q, out, lse, sinks = arrays  # one by one here and in `borrow`: every layer waits for this
         signature = (
             kv.signature,
             signature_of(q),
