@@ -43,7 +43,7 @@ def append(kv: PagedKV, slots: Array, k: Array, v: Array) -> None:
     else:
         pairs = tokens.check_append(kv, native_slots, native_k, native_v)
         check_supported("append", kv.device, kv.dtype, kv.head_dim, kv.v_head_dim)
-        if not isinstance(native_slots, np.ndarray):  # whose values count, too
+        if not isinstance(native_slots, np.ndarray):  # whose values are checked on every call
             _passed = signature, pairs
     if not native_slots.size:
         return

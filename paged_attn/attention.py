@@ -52,18 +52,16 @@ def decode(
     kv: PagedKV, one layer's pool.
     table: PageTable, on kv's device or of NumPy arrays, whose values are checked.
     sm_scale: float, the factor of the products <q, k>. Default None: 1 / sqrt(head_dim).
-    window_left: int, how many keys to the left of its position a query sees, beside its own. Default -1: all.
-    logits_soft_cap: float c, by which scores become c * tanh(score / c) after sm_scale. Default 0.0: off.
-    sinks: float32 [num_qo_heads], in the natural-log units of scores; exp(sinks[h]) is added to the denominator of
-        every row of head h. Default None: no sinks.
-    out: array that is written and returned, of q's shape with v_head_dim for head_dim, of q's dtype or float32; it
-        overlaps no other argument. Default None: a new one of q's dtype.
-    lse: float32 array that is written, of q's shape without head_dim; it overlaps no other argument. Default None: a
-        new one where return_lse asks for it.
-    return_lse: bool, whether to return lse, too: the natural logarithm of the sum of the exponentials of a query's
-        scores and its sink; -inf, with out = 0, where there are none. Default False.
+    window_left: int, how many keys left of its position a query sees, beside its own. Default -1: all.
+    logits_soft_cap: float c: scores become c * tanh(score / c), after sm_scale. Default 0.0: off.
+    sinks: float32 [num_qo_heads], natural log: exp(sinks[h]) joins every denominator of head h. Default None: none.
+    out: array to write and return, q's shape with v_head_dim, q's dtype or float32. Default None: a new one.
+    lse: float32 array to write, q's shape without head_dim. Default None: a new one where return_lse asks for it.
+    return_lse: bool, whether to return (out, lse). Default False.
 
-    Results are arrays of q's library.
+    lse is the natural logarithm of the sum of the exponentials of a query's scores and its sink (in the same units);
+    where there are none it is -inf, and out is 0. out and lse overlap no other argument. Results are arrays of q's
+    library.
     """
     pools.check_operands(kv, table, "decode(q, kv, table)")
     given = RunArrays(q, out, lse, sinks)
@@ -96,21 +94,16 @@ def prefill(
     qo_indptr: int32 [batch + 1], NumPy or on kv's device; request i has rows qo_indptr[i] to qo_indptr[i+1] of q.
     kv: PagedKV, one layer's pool.
     table: PageTable, on kv's device or of NumPy arrays, whose values are checked.
-    causal: bool, whether a query sees no position after its own; query i of n has the position total_len - n + i.
-        Default True.
+    causal: bool, whether a query sees no later position; query i of n is at total_len - n + i. Default True.
     sm_scale: float, the factor of the products <q, k>. Default None: 1 / sqrt(head_dim).
-    window_left: int, how many keys to the left of its position a query sees, beside its own. Default -1: all.
-    logits_soft_cap: float c, by which scores become c * tanh(score / c) after sm_scale. Default 0.0: off.
-    sinks: float32 [num_qo_heads], in the natural-log units of scores; exp(sinks[h]) is added to the denominator of
-        every row of head h. Default None: no sinks.
-    out: array that is written and returned, of q's shape with v_head_dim for head_dim, of q's dtype or float32; it
-        overlaps no other argument. Default None: a new one of q's dtype.
-    lse: float32 array that is written, of q's shape without head_dim; it overlaps no other argument. Default None: a
-        new one where return_lse asks for it.
-    return_lse: bool, whether to return lse, too: the natural logarithm of the sum of the exponentials of a query's
-        scores and its sink; -inf, with out = 0, where there are none. Default False.
+    window_left: int, how many keys left of its position a query sees, beside its own. Default -1: all.
+    logits_soft_cap: float c: scores become c * tanh(score / c), after sm_scale. Default 0.0: off.
+    sinks: float32 [num_qo_heads], natural log: exp(sinks[h]) joins every denominator of head h. Default None: none.
+    out: array to write and return, q's shape with v_head_dim, q's dtype or float32. Default None: a new one.
+    lse: float32 array to write, q's shape without head_dim. Default None: a new one where return_lse asks for it.
+    return_lse: bool, whether to return (out, lse). Default False.
 
-    Results are arrays of q's library.
+    What decode says of its results holds here.
     """
     pools.check_operands(kv, table, "prefill(q, qo_indptr, kv, table)")
     given = RunArrays(q, out, lse, sinks)
@@ -155,18 +148,14 @@ def single_decode(
     v: the same with v_head_dim for head_dim.
     layout: Layout or "NHD" or "HND"; it has no default.
     sm_scale: float, the factor of the products <q, k>. Default None: 1 / sqrt(head_dim).
-    window_left: int, how many keys to the left of its position a query sees, beside its own. Default -1: all.
-    logits_soft_cap: float c, by which scores become c * tanh(score / c) after sm_scale. Default 0.0: off.
-    sinks: float32 [num_qo_heads], in the natural-log units of scores; exp(sinks[h]) is added to the denominator of
-        every row of head h. Default None: no sinks.
-    out: array that is written and returned, of q's shape with v_head_dim for head_dim, of q's dtype or float32; it
-        overlaps no other argument. Default None: a new one of q's dtype.
-    lse: float32 array that is written, of q's shape without head_dim; it overlaps no other argument. Default None: a
-        new one where return_lse asks for it.
-    return_lse: bool, whether to return lse, too: the natural logarithm of the sum of the exponentials of a query's
-        scores and its sink; -inf, with out = 0, where there are none. Default False.
+    window_left: int, how many keys left of its position a query sees, beside its own. Default -1: all.
+    logits_soft_cap: float c: scores become c * tanh(score / c), after sm_scale. Default 0.0: off.
+    sinks: float32 [num_qo_heads], natural log: exp(sinks[h]) joins every denominator of head h. Default None: none.
+    out: array to write and return, q's shape with v_head_dim, q's dtype or float32. Default None: a new one.
+    lse: float32 array to write, q's shape without head_dim. Default None: a new one where return_lse asks for it.
+    return_lse: bool, whether to return (out, lse). Default False.
 
-    Results are arrays of q's library.
+    What decode says of its results holds here.
     """
     kv, table = _one_request(k, v, layout)
     given = RunArrays(q, out, lse, sinks)
@@ -202,21 +191,16 @@ def single_prefill(
     k: [len, num_kv_heads, head_dim] (NHD) or [num_kv_heads, len, head_dim] (HND).
     v: the same with v_head_dim for head_dim.
     layout: Layout or "NHD" or "HND"; it has no default.
-    causal: bool, whether a query sees no position after its own; query i of n has the position total_len - n + i.
-        Default True.
+    causal: bool, whether a query sees no later position; query i of n is at total_len - n + i. Default True.
     sm_scale: float, the factor of the products <q, k>. Default None: 1 / sqrt(head_dim).
-    window_left: int, how many keys to the left of its position a query sees, beside its own. Default -1: all.
-    logits_soft_cap: float c, by which scores become c * tanh(score / c) after sm_scale. Default 0.0: off.
-    sinks: float32 [num_qo_heads], in the natural-log units of scores; exp(sinks[h]) is added to the denominator of
-        every row of head h. Default None: no sinks.
-    out: array that is written and returned, of q's shape with v_head_dim for head_dim, of q's dtype or float32; it
-        overlaps no other argument. Default None: a new one of q's dtype.
-    lse: float32 array that is written, of q's shape without head_dim; it overlaps no other argument. Default None: a
-        new one where return_lse asks for it.
-    return_lse: bool, whether to return lse, too: the natural logarithm of the sum of the exponentials of a query's
-        scores and its sink; -inf, with out = 0, where there are none. Default False.
+    window_left: int, how many keys left of its position a query sees, beside its own. Default -1: all.
+    logits_soft_cap: float c: scores become c * tanh(score / c), after sm_scale. Default 0.0: off.
+    sinks: float32 [num_qo_heads], natural log: exp(sinks[h]) joins every denominator of head h. Default None: none.
+    out: array to write and return, q's shape with v_head_dim, q's dtype or float32. Default None: a new one.
+    lse: float32 array to write, q's shape without head_dim. Default None: a new one where return_lse asks for it.
+    return_lse: bool, whether to return (out, lse). Default False.
 
-    Results are arrays of q's library.
+    What decode says of its results holds here.
     """
     kv, table = _one_request(k, v, layout)
     given = RunArrays(q, out, lse, sinks)
@@ -283,16 +267,12 @@ class _BatchAttention:
         q: as many rows as the plan's batch (for prefill, qo_indptr[-1]) or as its capacity max_batch_size (for prefill,
             max_tokens); rows past the batch become out = 0, lse = -inf.
         kv: PagedKV, any layer like the one planned with.
-        sinks: float32 [num_qo_heads], in the natural-log units of scores; exp(sinks[h]) is added to the denominator of
-            every row of head h. Default None: no sinks.
-        out: array that is written and returned, of q's shape with v_head_dim for head_dim, of q's dtype or float32; it
-            overlaps no other argument. Default None: a new one of q's dtype.
-        lse: float32 array that is written, of q's shape without head_dim; it overlaps no other argument. Default None:
-            a new one where return_lse asks for it.
-        return_lse: bool, whether to return lse, too: the natural logarithm of the sum of the exponentials of a query's
-            scores and its sink; -inf, with out = 0, where there are none. Default False.
+        sinks: float32 [num_qo_heads], natural log: exp(sinks[h]) joins every denominator of head h. Default None: none.
+        out: array to write and return, q's shape with v_head_dim, q's dtype or float32. Default None: a new one.
+        lse: float32 array to write, q's shape without head_dim. Default None: a new one where return_lse asks for it.
+        return_lse: bool, whether to return (out, lse). Default False.
 
-        Results are arrays of q's library.
+        What decode says of its results holds here.
         """
         if not self._in_use.acquire(False):
             raise self._is_in_use("run")
@@ -302,12 +282,14 @@ class _BatchAttention:
                 raise RuntimeError("run() was called before plan(); call plan(kv, table, ...) once a step, then run()")
             given = RunArrays(q, out, lse, sinks)
             arrays, loan = borrow(given)
-            pools.check_kv(kv, "run(q, kv)")
+            if type(kv) is not PagedKV:
+                pools.check_kv(kv, "run(q, kv)")
             signature = plan.check_run(plan.step, arrays, kv)
-            arrays = with_results(arrays, plan.step.spec, return_lse)
+            if out is None or return_lse:
+                arrays = with_results(arrays, plan.step.spec, return_lse)
             if arrays.q.size:
                 plan.launch(arrays, kv, signature, loan)
-            return _results(given, arrays, return_lse)
+            return out if out is not None and not return_lse else _results(given, arrays, return_lse)
         finally:
             self._in_use.release()
 
@@ -334,9 +316,9 @@ class BatchDecodeWithPagedKVCache(_BatchAttention):
 
     Parameters
     ----------
-    max_batch_size: int, the most requests of a step.
+    max_batch_size: int, the most requests of a step. Default None: any number.
     max_pages: int, the most pages of all requests of a step together. With both, the plan's buffers never move and CUDA
-        graphs may capture plan() and run(). Default None: they grow by doubling.
+        graphs may capture plan() and run(). Default None: any number, and the buffers grow by doubling.
     batch_invariant: bool, whether a request's result is bitwise the same alone or in any batch. Default False.
     """
 
@@ -367,8 +349,8 @@ class BatchDecodeWithPagedKVCache(_BatchAttention):
         num_qo_heads: int, a multiple of the KV heads.
         q_len: int, causal queries a request. Default 1.
         sm_scale: float, the factor of the products <q, k>. Default None: 1 / sqrt(head_dim).
-        window_left: int, how many keys to the left of its position a query sees, beside its own. Default -1: all.
-        logits_soft_cap: float c, by which scores become c * tanh(score / c) after sm_scale. Default 0.0: off.
+        window_left: int, how many keys left of its position a query sees, beside its own. Default -1: all.
+        logits_soft_cap: float c: scores become c * tanh(score / c), after sm_scale. Default 0.0: off.
         """
         pools.check_operands(kv, table, "plan(kv, table, num_qo_heads)")
         if not self._in_use.acquire(False):
@@ -387,10 +369,10 @@ class BatchPrefillWithPagedKVCache(_BatchAttention):
 
     Parameters
     ----------
-    max_batch_size: int, the most requests of a step.
+    max_batch_size: int, the most requests of a step. Default None: any number.
     max_pages: int, the most pages of all requests of a step together. With both, the plan's buffers never move and CUDA
-        graphs may capture plan() and run(). Default None: they grow by doubling.
-    max_tokens: int, the most rows of q. Default None: any number.
+        graphs may capture plan() and run(). Default None: any number, and the buffers grow by doubling.
+    max_tokens: int, the most rows of q in a step. Default None: any number.
     batch_invariant: bool, whether a request's result is bitwise the same alone or in any batch. Default False.
     """
 
@@ -431,11 +413,10 @@ class BatchPrefillWithPagedKVCache(_BatchAttention):
         table: PageTable, on kv's device or of NumPy arrays, whose values are checked.
         qo_indptr: int32 [batch + 1], NumPy or on kv's device; request i has rows qo_indptr[i] to qo_indptr[i+1] of q.
         num_qo_heads: int, a multiple of the KV heads.
-        causal: bool, whether a query sees no position after its own; query i of n has the position total_len - n + i.
-            Default True.
+        causal: bool, whether a query sees no later position; query i of n is at total_len - n + i. Default True.
         sm_scale: float, the factor of the products <q, k>. Default None: 1 / sqrt(head_dim).
-        window_left: int, how many keys to the left of its position a query sees, beside its own. Default -1: all.
-        logits_soft_cap: float c, by which scores become c * tanh(score / c) after sm_scale. Default 0.0: off.
+        window_left: int, how many keys left of its position a query sees, beside its own. Default -1: all.
+        logits_soft_cap: float c: scores become c * tanh(score / c), after sm_scale. Default 0.0: off.
         """
         pools.check_operands(kv, table, "plan(kv, table, qo_indptr, num_qo_heads)")
         if not self._in_use.acquire(False):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,10 +22,13 @@ from . import backends, interop
 from .append import append
 from .checks import scalars, sequences, tables, tokens
 from .errors import OutOfPagesError
+from .interop import Array
 from .layout import Layout, as_layout
 from .lifetimes import loan_of, reading
+from .page_lists import PageLists, resized
 from .page_table import PageTable
 from .paged_kv import PagedKV
+from .ragged import ranges
 from .support import supports
 
 # A sequence id is (generation << ROW_BITS) | row: a row that is used again gives another id, so a freed id stays freed.
@@ -41,121 +43,6 @@ NOT_LIVE = (
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """first[0], first[0]+1, ... (count[0] of them), first[1], first[1]+1, ... as one array [sum(count)]."""
-    if np.count_nonzero(count == 1) == count.size:  # a decode step: one of each
-        return first
-    end = count.cumsum()
-    return np.repeat(first - end + count, count) + np.arange(end[-1])
-
-
-def _resized(array: np.ndarray, size: int) -> np.ndarray:
-    """A copy of a 1-D array with `size` elements, zeros behind the old ones."""
-    copy = np.zeros(size, array.dtype)
-    copy[: array.size] = array
-    return copy
-
-
-class _PageLists:
-    """The page ids of every sequence, in one flat array (the arena) on the host, and a copy of it on the device.
-
-    Row r owns the extent page_ids[start[r] : start[r] + capacity[r]]; its pages are the first count[r] entries. A list
-    that outgrows its extent moves to a new one of twice the size it needs, behind all others; when there is no room
-    behind them, all lists move to a new arena. The device gets only the entries that changed, with the next table.
-    """
-
-    def __init__(self, backend: ModuleType, device: str) -> None:
-        self._backend, self._device = backend, device
-        self.start = np.zeros(0, np.int64)
-        self.capacity = np.zeros(0, np.int64)
-        self.count = np.zeros(0, np.int64)
-        self.page_ids = np.zeros(1, np.int32)
-        self._used = 0
-        self._changed = np.zeros(1, np.int32)  # [arena size]; the first _num_changed: entries the device has not seen
-        self._num_changed = 0  # above the arena's size: every entry may be one
-        self._device_page_ids = backend.empty((0,), np.dtype(np.int32), device)  # as large as the arena, or outgrown
-
-    def set_num_rows(self, num_rows: int) -> None:
-        resized = [_resized(x, num_rows) for x in (self.start, self.capacity, self.count)]
-        self.start, self.capacity, self.count = resized
-
-    def pages(self, row: int, first: int = 0, last: int | None = None) -> np.ndarray:
-        """Pages first to last (excluded) of one row, a view."""
-        start = self.start[row]
-        return self.page_ids[start + first : start + (self.count[row] if last is None else last)]
-
-    def last_pages(self, rows: np.ndarray) -> np.ndarray:
-        """The last page of each row, a copy; of a row without pages, anything."""
-        return self.page_ids.take(self.start[rows] + self.count[rows] - 1, mode="clip")
-
-    def stage(self, rows: np.ndarray, counts: np.ndarray, pages: np.ndarray) -> np.ndarray:
-        """Writes counts[i] pages behind the end of the list of rows[i], which does not hold them before `commit`.
-
-        `pages` has those of rows[0] first, then those of rows[1], ... Returns where they stand in page_ids.
-        """
-        held = self.count[rows]
-        self._make_room(rows, held + counts)
-        entries = _ranges(self.start[rows] + held, counts)
-        self.page_ids[entries] = pages
-        return entries
-
-    def commit(self, rows: np.ndarray, counts: np.ndarray, entries: np.ndarray) -> None:
-        """The lists of `rows` now hold the pages that were staged."""
-        self.count[rows] += counts
-        self._mark_changed(entries)
-
-    def replace_last_pages(self, rows: np.ndarray, pages: np.ndarray) -> None:
-        entries = self.start[rows] + self.count[rows] - 1
-        self.page_ids[entries] = pages
-        self._mark_changed(entries)
-
-    def write_table(self, rows: np.ndarray, indptr: np.ndarray, last_page_len: np.ndarray, out: PageTable) -> None:
-        """Writes the table of `rows` into `out`, after what the device has not seen of the lists."""
-        device_page_ids = self._device_page_ids
-        if device_page_ids.size != self.page_ids.size:  # the lists have moved since, so that all of them are changed
-            device_page_ids = self._backend.empty(self.page_ids.shape, self.page_ids.dtype, self._device)
-        is_known = self._num_changed <= self._changed.size
-        changed = self._changed[: self._num_changed] if is_known else np.arange(self._used, dtype=np.int32)
-        values = self.page_ids[changed]
-        self._backend.update_table(device_page_ids, changed, values, self.start[rows], indptr, last_page_len, out)
-        self._device_page_ids = device_page_ids
-        self._num_changed = 0
-
-    def _make_room(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Sees to it that rows[i] has a capacity of counts[i] or more. No list changes by it, but for its place."""
-        short = self.capacity[rows] < counts
-        if not short.any():
-            return
-        page_ids, changed, used = self.page_ids, self._changed, self._used
-        is_new = used + 2 * int(counts[short].sum()) > page_ids.size
-        if is_new:
-            wanted = self.count.copy()
-            wanted[rows] = counts
-            rows, counts, used = np.arange(wanted.size), wanted, 0
-            size = max(page_ids.size, 4 * int(counts.sum()))  # at least half stays free: moving is amortised
-            page_ids, changed = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        else:
-            rows, counts = rows[short], counts[short]
-        held = self.count[rows]
-        end = used + np.cumsum(2 * counts)
-        start = end - 2 * counts
-        entries = _ranges(start, held)
-        page_ids[entries] = self.page_ids[_ranges(self.start[rows], held)]
-
-        # All is computed; from here on nothing raises.
-        self.page_ids, self._changed, self._used = page_ids, changed, int(end[-1])
-        if is_new:
-            self._num_changed = 0
-        self.start[rows], self.capacity[rows] = start, 2 * counts
-        self._mark_changed(entries)
-
-    def _mark_changed(self, entries: np.ndarray) -> None:
-        end = self._num_changed + entries.size
-        if end <= self._changed.size:
-            self._changed[self._num_changed : end] = entries
-        self._num_changed = end
-
-
 _NONE = np.zeros(0, np.int64)
 
 
@@ -168,7 +55,7 @@ class _Reservation(NamedTuple):
     pages: np.ndarray = _NONE  # all that are taken: those that lists grow by, then `copies`
     rows_growing: np.ndarray = _NONE
     added: np.ndarray = _NONE  # pages that each of rows_growing grows by
-    staged: np.ndarray = _NONE  # where those stand in the lists
+    staged: np.ndarray = _NONE  # the indices of those in the lists
     rows_copying: np.ndarray = _NONE  # whose last page gives way to a copy
     copied: np.ndarray = _NONE  # that page of each
     copies: np.ndarray = _NONE
@@ -196,10 +83,14 @@ def _one_thread_at_a_time(method: _Method) -> _Method:
 class PagedKVCache:
     """Pages of K and V for many sequences and layers, with sharing of prefixes by copy-on-write.
 
-    num_pages, page_size, num_kv_heads, head_dim: the extents of every layer's pool; page_size counts tokens.
-    layout: Layout or "NHD" / "HND". dtype: what K and V are stored in ("float16", "bfloat16", "float32", ...).
-    num_layers: layers that share the page lists; a page id means the same page in each of them.
-    device: "cpu", "cuda:<i>", ...; None is the current CUDA device if there is one, else the CPU.
+    Parameters
+    ----------
+    num_pages, page_size, num_kv_heads, head_dim: ints, the extents of every layer's pool; page_size counts tokens.
+    layout: Layout or "NHD" or "HND"; it has no default.
+    dtype: what K and V are stored in, "float16", "bfloat16", "float32", "float64" or such a NumPy dtype; no default.
+    v_head_dim: int, the last axis of V. Default None: head_dim.
+    num_layers: int, layers that share the page lists; a page id means the same page in each of them. Default 1.
+    device: "cpu", "cuda", "cuda:1", ... Default None: the current CUDA device where there is one, else the CPU.
 
     A sequence is the int that `new_sequence` or `fork` returned. A batch of them, `seqs`, is a list of such ints or an
     integer array [batch], without repetition. One that was freed, or is none of this cache, is a ValueError.
@@ -221,28 +112,38 @@ class PagedKVCache:
         *,
         layout: Layout | str,
         dtype: Any,
+        v_head_dim: int | None = None,
         num_layers: int = 1,
         device: Any = None,
     ) -> None:
-        num_pages, page_size, num_kv_heads, head_dim, num_layers = (
+        num_pages, page_size, num_kv_heads, head_dim, v_head_dim, num_layers = (
             scalars.as_int(value, name, minimum=1)
             for value, name in (
                 (num_pages, "num_pages"),
                 (page_size, "page_size"),
                 (num_kv_heads, "num_kv_heads"),
                 (head_dim, "head_dim"),
+                (head_dim if v_head_dim is None else v_head_dim, "v_head_dim"),
                 (num_layers, "num_layers"),
             )
         )
         layout, dtype = as_layout(layout), interop.as_dtype(dtype)
         self._device = interop.resolve_device(device)
         self._backend = backends.of(self._device)
-        support = supports("append", device=self._device, dtype=dtype, head_dim=head_dim)
+        support = supports("append", device=self._device, dtype=dtype, head_dim=head_dim, v_head_dim=v_head_dim)
         if not support:
             raise NotImplementedError(support.reason)
-        page = (page_size, num_kv_heads, head_dim) if layout is Layout.NHD else (num_kv_heads, page_size, head_dim)
-        self._storage = self._backend.zeros((num_layers, num_pages, 2, *page), dtype, self._device)
-        self._layers = tuple(PagedKV.combined(self._storage[i], layout=layout) for i in range(num_layers))
+        rows = (page_size, num_kv_heads) if layout is Layout.NHD else (num_kv_heads, page_size)
+        k_size, v_size = page_size * num_kv_heads * head_dim, page_size * num_kv_heads * v_head_dim
+        self._storage = self._backend.zeros((num_layers, num_pages, k_size + v_size), dtype, self._device)
+        self._layers = tuple(
+            PagedKV(
+                pages[:, :k_size].reshape(num_pages, *rows, head_dim),
+                pages[:, k_size:].reshape(num_pages, *rows, v_head_dim),
+                layout=layout,
+            )
+            for pages in (self._storage[i] for i in range(num_layers))
+        )
         self._num_pages, self._page_size = num_pages, page_size
 
         self._free_pages = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack: the first _num_free are free
@@ -250,7 +151,7 @@ class PagedKVCache:
         self._references = np.zeros(num_pages, np.int32)
         self._num_references = 0  # their sum
 
-        self._lists = _PageLists(self._backend, self._device)
+        self._lists = PageLists(self._backend, self._device)
         self._length = np.zeros(0, np.int64)  # [rows] tokens, reserved ones included
         self._live_id = np.zeros(0, np.int64)  # [rows] the id of the sequence in this row, -1 where there is none
         self._unused_ids: list[int] = []  # the ids that free rows give next; the last comes first
@@ -258,9 +159,15 @@ class PagedKVCache:
         self._set_num_rows(16)
         self._in_use = threading.Lock()  # held by the call that a thread is in
 
+    def __repr__(self) -> str:
+        return (
+            f"PagedKVCache({len(self._layers)} x {self._layers[0]}: {np.count_nonzero(self._live_id >= 0)} sequences, "
+            f"{self._num_free} pages free)"
+        )
+
     @property
     def layers(self) -> tuple[PagedKV, ...]:
-        """One PagedKV a layer, always the same objects: views of one array [num_layers, num_pages, 2, ...], K first."""
+        """One PagedKV a layer, always the same objects: views of one [num_layers, num_pages, K and V of a page]."""
         return self._layers
 
     @property
@@ -300,7 +207,7 @@ class PagedKVCache:
     def fork(self, seq: int, length: int | None = None) -> int:
         """A new sequence that begins with the first `length` tokens of `seq` (None: all) and shares their pages.
 
-        It takes no page; whoever writes first into a partly filled page that is shared takes a copy of it then.
+        It takes no page; the first write into a partly filled page that is shared takes a copy of it.
         Tokens of `seq` that are reserved must have been written (in every layer) before either side reserves again.
         ValueError if length is not in [0, seq_len(seq)].
         """
@@ -360,8 +267,12 @@ class PagedKVCache:
         return reserved.slots
 
     @_one_thread_at_a_time
-    def write(self, slots: Any, k: Any, v: Any, layer: int = 0) -> None:
-        """Writes k, v [tokens, num_kv_heads, head_dim] into slots [tokens] of one layer, int64 or int32; -1 skips."""
+    def write(self, slots: Array, k: Array, v: Array, layer: int = 0) -> None:
+        """Writes new tokens into one layer.
+
+        slots: int64 or int32 [tokens], as `reserve` returns them; -1 skips the token.
+        k: [tokens, num_kv_heads, head_dim], v: [tokens, num_kv_heads, v_head_dim]. layer: int. Default 0.
+        """
         layer = scalars.as_int(layer, "layer", minimum=-(2**31))
         if not 0 <= layer < len(self._layers):
             raise ValueError(
@@ -372,9 +283,10 @@ class PagedKVCache:
 
     @_one_thread_at_a_time
     def append(
-        self, seqs: Sequence[int] | np.ndarray, counts: int | Sequence[int] | np.ndarray, k: Any, v: Any
+        self, seqs: Sequence[int] | np.ndarray, counts: int | Sequence[int] | np.ndarray, k: Array, v: Array
     ) -> None:
-        """`reserve` and `write` in one, for a cache of one layer: k, v [sum(counts), num_kv_heads, head_dim].
+        """`reserve` and `write` in one, for a cache of one layer: k [sum(counts), num_kv_heads, head_dim],
+        v [sum(counts), num_kv_heads, v_head_dim].
 
         Errors are those of `reserve` and `write`.
         """
@@ -389,14 +301,14 @@ class PagedKVCache:
         tokens.check_new_tokens(self._layers[0], native_k, native_v, int(counts.sum()))
         reserved = self._prepare(rows, counts)
         with reading(loan_of((native_k, k), (native_v, v))):
-            append(self._layers[0], reserved.slots, native_k, native_v)  # where nobody's tokens are
+            append(self._layers[0], reserved.slots, native_k, native_v)  # into slots that hold no token yet
         self._commit(reserved)
 
     @_one_thread_at_a_time
     def page_table(self, seqs: Sequence[int] | np.ndarray, out: PageTable | None = None) -> PageTable:
         """The page table of a batch of sequences, reserved tokens included; row i is seqs[i].
 
-        out=None: a table in arrays of its own, on the cache's device.
+        out=None: a table in new arrays, on the cache's device.
         out: a table of PageTable.empty, whose arrays are written instead: their lengths are its capacity, and their
         addresses and shapes the same in every step. What is returned is a view of the first len(seqs) rows; `out`
         itself, whose rows past the batch are then empty, is what a CUDA graph plans. Entries of `indices` from
@@ -427,7 +339,7 @@ class PagedKVCache:
         return PageTable.of_own_arrays(indptr, indices, last_page_len, self._page_size, self._device)
 
     def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> _Reservation:
-        """All of a reservation that may raise. Pages that it takes are free, and entries that it writes nobody's."""
+        """All of a reservation that may raise. It takes free pages, and writes entries of no list."""
         lists, page_size = self._lists, self._page_size
         length, held = self._length[rows], lists.count[rows]
         longer = length + counts
@@ -446,7 +358,7 @@ class PagedKVCache:
         page = lists.last_pages(rows)
         copied = page[copying]
         page[copying] = copies
-        position = _ranges(length, counts)
+        position = ranges(length, counts)
         number = position // page_size  # of the token's page in its sequence
         if np.count_nonzero(counts == 1) == counts.size:  # a decode step: the quick way to the same
             page[growing] = new_pages
@@ -486,7 +398,7 @@ class PagedKVCache:
     def _copying(self, rows: np.ndarray, length: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Which of the rows, `length` tokens long and about to get `counts` more, must first copy their last page.
 
-        Returns their places in `rows`.
+        Returns their indices in `rows`.
         """
         if self._num_references == self._num_pages - self._num_free:  # no page is shared
             return _NONE
@@ -497,7 +409,7 @@ class PagedKVCache:
             return writers[:0]
         writers, pages = writers[is_shared], pages[is_shared]
         shared, group, num_writers = np.unique(pages, return_inverse=True, return_counts=True)
-        # The longest writes behind the tokens of all others, so that even a call that fails later has hurt nobody.
+        # The longest writes behind the tokens of all others, so that a call that fails later harms none of them.
         by_length = np.argsort(length[writers], kind="stable")
         keeper = np.zeros(shared.size, np.int64)
         keeper[group[by_length]] = by_length  # of several values for one element NumPy keeps the last
@@ -506,7 +418,7 @@ class PagedKVCache:
         return writers[~keeps_original]
 
     def _release(self, pages: np.ndarray) -> None:
-        """One sequence lets go of these pages; those that nobody else holds become free."""
+        """One sequence releases these pages; those that no other sequence holds become free."""
         self._references[pages] -= 1
         self._num_references -= pages.size
         freed = pages[self._references[pages] == 0]
@@ -517,7 +429,7 @@ class PagedKVCache:
         """Makes room for more sequences; the rows so far stay."""
         old = self._length.size
         self._lists.set_num_rows(num_rows)
-        length, live_id = _resized(self._length, num_rows), _resized(self._live_id, num_rows)
+        length, live_id = resized(self._length, num_rows), resized(self._live_id, num_rows)
         live_id[old:] = -1
         self._unused_ids += range(num_rows - 1, old - 1, -1)
         self._length, self._live_id = length, live_id

@@ -21,7 +21,7 @@ class Frozen:
         self.__setattr__(name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copy and pickle take: a copy has arrays of its own, of which it derives anew."""
+        """What copy and pickle take: a copy has other arrays, and derives anew from them."""
         return {
             name: value
             for name, value in vars(self).items()

@@ -100,12 +100,12 @@ class TableArrays(Frozen):
     indices: Any
     last_page_len: Any
     page_size: int
-    page_offset: Any
-    page_stride: int
-    total_len: Any
-    is_split: bool  # its rows are chunks of requests, made by PageTable.split
-    writable: bool  # whether a cache, or split, may write it as its `out`
-    loan: Loan | None  # keeps arrays that came by DLPack until the kernels that read them are over
+    page_offset: Any = None
+    page_stride: int = 1
+    total_len: Any = None
+    is_split: bool = False  # its rows are chunks of requests, made by PageTable.split
+    writable: bool = True  # whether a cache, or split, may write it as its `out`
+    loan: Loan | None = None  # keeps arrays that came by DLPack until the kernels that read them are over
 
     @cached_property
     def batch_size(self) -> int:

@@ -110,10 +110,6 @@ class _Bits:
 class Array(Protocol):
     """An array of any library that paged_attn takes: NumPy, CuPy, JAX, or another with DLPack."""
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> Any: ...
     def __dlpack__(self, *args: Any, **options: Any) -> Any: ...
 
 
@@ -180,7 +176,7 @@ def _from_dlpack(x: Any, name: str, writable: bool) -> Any:
         if cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream(device_id).ptr):
             raise TypeError(
                 f"{name} ({type(x).__module__}.{type(x).__qualname__}) is to be taken by DLPack while the stream is "
-                f"capturing a CUDA graph, and its library would have the stream wait for its own, which ends the "
+                f"capturing a CUDA graph, and its library would have the stream wait for another, which ends the "
                 f"capture; take it before, {name} = cupy.from_dlpack({name}), and keep that"
             )
     try:
@@ -257,7 +253,7 @@ def device_of(array: Any) -> str:
 
 
 def address_of(array: Any) -> int:
-    """Where a CuPy array begins; 0 for a NumPy array, whose address nobody asks for."""
+    """Where a CuPy array begins; 0 for a NumPy array."""
     return 0 if isinstance(array, np.ndarray) else int(array.data.ptr)
 
 

@@ -23,10 +23,10 @@ class PageTable(TableArrays):
     indices: int32 [at least indptr[-1]]. Page ids; entries past indptr[-1] are never read.
     last_page_len: int32 [batch_size]. Tokens in the last page, in [1, page_size] where there is a page.
     page_size: int, tokens a page.
-    page_offset: None or int32 [batch_size]. Page j of request i holds the tokens of its sequence from position
-        (page_offset[i] + j * page_stride) * page_size on; None is 0, the plain table.
+    page_offset: int32 [batch_size]. Page j of request i holds the tokens of its sequence from position
+        (page_offset[i] + j * page_stride) * page_size on. Default None: 0, the plain table.
     page_stride: int. Default 1; n for a table that holds every n-th page of a sequence.
-    total_len: None or int32 [batch_size]. The length from which masks count; None is seq_lens.
+    total_len: int32 [batch_size]. The length from which masks count. Default None: seq_lens.
 
     Arrays are NumPy, CuPy, JAX or others with `__dlpack__`, all on one device. Their values are checked where they are
     used: NumPy arrays before anything is launched, device arrays by the kernels.
@@ -62,7 +62,6 @@ class PageTable(TableArrays):
             **arrays,
             page_size=int(page_size),
             page_stride=int(page_stride),
-            is_split=False,
             writable=all(array is None or is_writable(mine, array) for array, mine in pairs),
             loan=loan_of(*pairs),
         )
@@ -71,19 +70,7 @@ class PageTable(TableArrays):
     def of_own_arrays(cls, indptr: Any, indices: Any, last_page_len: Any, page_size: int, device: str) -> "PageTable":
         """A plain table of native arrays that paged_attn has made. Checks would take as long as all the rest."""
         table = cls.__new__(cls)
-        table._set(
-            indptr=indptr,
-            indices=indices,
-            last_page_len=last_page_len,
-            page_size=page_size,
-            page_offset=None,
-            page_stride=1,
-            total_len=None,
-            is_split=False,
-            writable=True,
-            loan=None,
-            device=device,
-        )
+        table._set(indptr=indptr, indices=indices, last_page_len=last_page_len, page_size=page_size, device=device)
         return table
 
     @classmethod
@@ -104,22 +91,21 @@ class PageTable(TableArrays):
         Row i begins with the page ids of request i; entries past its last page are not read.
         """
         scalars.as_int(page_size, "page_size", minimum=1)
-        given = block_table, seq_lens
-        block_table, seq_lens = native(block_table, "block_table"), native(seq_lens, "seq_lens")
-        tables.check_block_table(block_table, seq_lens, page_size)
-        batch_size, max_pages_per_seq = block_table.shape
-        device = device_of(block_table)
+        pages, lengths = native(block_table, "block_table"), native(seq_lens, "seq_lens")
+        tables.check_block_table(pages, lengths, page_size)
+        batch_size, max_pages_per_seq = pages.shape
+        device = device_of(pages)
         arrays = _zeros(device, batch_size + 1, batch_size * max_pages_per_seq, batch_size)
         table = cls(*arrays, page_size=page_size)
         if batch_size:
-            with reading(loan_of((block_table, given[0]), (seq_lens, given[1]))):
-                backends.of(device).from_block_table(block_table, seq_lens, table.page_size, table)
+            with reading(loan_of((pages, block_table), (lengths, seq_lens))):
+                backends.of(device).from_block_table(pages, lengths, table.page_size, table)
         return table
 
     def to_block_table(self, max_pages_per_seq: int) -> Any:
         """The dense form: int32 [batch_size, max_pages_per_seq], -1 where there is no page."""
         scalars.as_int(max_pages_per_seq, "max_pages_per_seq", minimum=0)
-        tables.check_table_values(self, None)
+        tables.check_table_values(self)
         tables.check_block_width(self, max_pages_per_seq)
         with reading(self.loan):
             return self._backend.to_block_table(self, max_pages_per_seq)
@@ -142,7 +128,7 @@ class PageTable(TableArrays):
             overlap neither each other nor those of this table.
         """
         scalars.as_int(num_chunks, "num_chunks", minimum=1)
-        tables.check_table_values(self, None)
+        tables.check_table_values(self)
         rows = num_chunks * self.batch_size
         if out is None:
             indptr, indices, last_page_len, page_offset, total_len = _zeros(
@@ -173,13 +159,12 @@ class PageTable(TableArrays):
         batch_indices: int32 [n]. The request of each token.
         positions: int32 [n]. Its position in the whole sequence; slot -1 where this table does not hold its page.
         """
-        given = batch_indices, positions
-        batch_indices, positions = native(batch_indices, "batch_indices"), native(positions, "positions")
-        tables.check_table_values(self, None)
-        tables.check_token_places(batch_indices, positions, self)
+        rows, offsets = native(batch_indices, "batch_indices"), native(positions, "positions")
+        tables.check_table_values(self)
+        tables.check_token_positions(rows, offsets, self)
         upload = self._backend.to_backend
-        with reading(self.loan, loan_of((batch_indices, given[0]), (positions, given[1]))):
-            return self._backend.table_slots(self, upload(batch_indices, self.device), upload(positions, self.device))
+        with reading(self.loan, loan_of((rows, batch_indices), (offsets, positions))):
+            return self._backend.table_slots(self, upload(rows, self.device), upload(offsets, self.device))
 
     def validate(self, num_pages: int) -> "Validation":
         """Check every value against a pool of num_pages pages: a host table at once, a device table by a kernel.

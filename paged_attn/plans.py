@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import backends
-from .checks import arrays as array_checks
 from .checks import calls, overlaps, tables
+from .checks.arrays import signature_of
 from .holders import KVPages, TableArrays
 from .interop import Array, current_stream, native
 from .lifetimes import Loan, loan_of, used
@@ -26,21 +26,19 @@ from .support import check_supported
 MOST_KEPT = 16  # plans of one-shot calls that a thread keeps
 _LSE_DTYPE = np.dtype(np.float32)
 
+Rows = tuple[int, ...] | range  # the extents that axis 0 of q may have
+
 
 class Step(NamedTuple):
     """What runs need to know of the step that was planned last."""
 
     spec: AttentionSpec
-    rows: tuple[int, ...] | range  # the extents that axis 0 of q may have
+    rows: Rows
     is_split: bool  # the table's rows are chunks of requests
 
 
-class Metadata(NamedTuple):
-    """What a plan copies of a step."""
-
-    table: TableArrays
-    qo_indptr: Any = None  # None: decode
-    loan: Loan | None = None  # of qo_indptr
+# A step, and what a plan copies of it: the table, qo_indptr (None: decode), and the loan of that.
+Planned = tuple[Step, TableArrays, Any, Loan | None]
 
 
 class AttentionPlan:
@@ -70,14 +68,12 @@ class AttentionPlan:
         self._signature: tuple[Any, ...] | None = None  # of the last run
         self._compared: overlaps.Compared = ()  # its arrays that must not overlap
 
-    def check_decode(
-        self, kv: KVPages, table: TableArrays, num_qo_heads: int, q_len: int, scoring: Scoring
-    ) -> tuple[Step, Metadata]:
+    def check_decode(self, kv: KVPages, table: TableArrays, num_qo_heads: int, q_len: int, scoring: Scoring) -> Planned:
         """A step of decode. q_len: queries a request."""
         spec = self._check_spec(kv, table, num_qo_heads, scoring, q_len)
         capacity = self.capacities["max_batch_size"]
         rows = (table.batch_size,) if capacity is None else (table.batch_size, capacity)
-        return Step(spec, rows, table.is_split), Metadata(table)
+        return self._step_of(spec, rows, table), table, None, None
 
     def check_prefill(
         self,
@@ -87,20 +83,25 @@ class AttentionPlan:
         num_qo_heads: int,
         scoring: Scoring,
         total_rows: int | None = None,
-    ) -> tuple[Step, Metadata]:
+    ) -> Planned:
         """A step of prefill. total_rows: the rows of q where they are known, at which a host's qo_indptr ends."""
         spec = self._check_spec(kv, table, num_qo_heads, scoring, None)
         indptr, capacity = native(qo_indptr, "qo_indptr"), self.capacities["max_tokens"]
         if isinstance(indptr, np.ndarray):
             calls.check_qo_indptr(indptr, table.batch_size, total_rows)
             rows = (int(indptr[-1]),) if capacity is None else (int(indptr[-1]), capacity)
-            return Step(spec, rows, table.is_split), Metadata(table, indptr)
-        signature = array_checks.signature_of(indptr), table.batch_size, spec.device
+            return self._step_of(spec, rows, table), table, indptr, None
+        signature = signature_of(indptr), table.batch_size, spec.device
         if signature != self._qo_indptr:
             calls.check_qo_indptr(indptr, table.batch_size, total_rows, spec.device)
             self._qo_indptr = signature
         any_rows = range(2**31 if capacity is None else capacity + 1)  # only the device knows how many rows q has
-        return Step(spec, any_rows, table.is_split), Metadata(table, indptr, loan_of((indptr, qo_indptr)))
+        return self._step_of(spec, any_rows, table), table, indptr, loan_of((indptr, qo_indptr))
+
+    def _step_of(self, spec: AttentionSpec, rows: Rows, table: TableArrays) -> Step:
+        """The step; the same object as before where it is equal, which is quick to compare."""
+        step = spec, rows, table.is_split
+        return self.step if self.step == step else Step(*step)
 
     def _check_spec(
         self, kv: KVPages, table: TableArrays, num_qo_heads: int, scoring: Scoring, q_len: int | None
@@ -117,21 +118,39 @@ class AttentionPlan:
 
     def check_run(self, step: Step, arrays: RunArrays, kv: KVPages) -> tuple[Any, ...]:
         """Check a run, unless one with this signature was checked last. Returns the signature."""
-        signature = (kv.signature, *map(array_checks.signature_of, arrays), step)
+        q, out, lse, sinks = arrays  # one by one here and in `borrow`: every layer waits for this
+        signature = (
+            kv.signature,
+            signature_of(q),
+            None if out is None else signature_of(out),
+            None if lse is None else signature_of(lse),
+            None if sinks is None else signature_of(sinks),
+            step,
+        )
         if signature != self._signature:
             self._signature = None
             calls.check_layer(step.spec, kv)
             calls.check_arrays(step.spec, arrays, step.rows, self._remedy)
-            calls.check_sinks(arrays.sinks, step.is_split)
+            calls.check_sinks(sinks, step.is_split)
             self._compared = overlaps.compared((*arrays, kv.k_pages, kv.v_pages), RUN_PAIRS)
             self._signature = signature
         if self._compared:
-            overlaps.check_apart_from_pool(arrays, RUN_NAMES, kv, self._compared)
+            k_address = kv.k_address  # 0 on the host, where NumPy compares
+            addresses = k_address and (
+                q.data.ptr,
+                0 if out is None else out.data.ptr,
+                0 if lse is None else lse.data.ptr,
+                0 if sinks is None else sinks.data.ptr,
+                k_address,
+                kv.v_address,
+            )
+            if not addresses or overlaps.may_overlap(addresses, self._compared):
+                overlaps.check_pairs((*arrays, kv.k_pages, kv.v_pages), RUN_NAMES, self._compared)
         return signature
 
-    def update(self, step: Step, metadata: Metadata) -> None:
+    def update(self, step: Step, table: TableArrays, qo_indptr: Any, loan: Loan | None) -> None:
         """Have the backend's plan take over a step. Where that raises, the step before stays."""
-        spec, (table, qo_indptr, loan) = step.spec, metadata
+        spec = step.spec
         tables.check_capacities(table, qo_indptr, spec.q_len, **self.capacities)
         plan = self.backend_plan
         if self.step is None or self.step.spec.device != spec.device:
@@ -158,7 +177,7 @@ class AttentionPlan:
 
 
 RUN_NAMES = (*RUN_ARRAYS, "kv.k_pages", "kv.v_pages")
-_WRITTEN = [place for place, array in enumerate(RUN_ARRAYS.values()) if array.is_written]
+_WRITTEN = [i for i, array in enumerate(RUN_ARRAYS.values()) if array.is_written]
 RUN_PAIRS = [(i, j) for i in _WRITTEN for j in range(len(RUN_NAMES)) if j > i or j not in _WRITTEN]
 
 
@@ -188,14 +207,13 @@ def with_results(arrays: RunArrays, spec: AttentionSpec, return_lse: bool) -> Ru
 def borrow(given: RunArrays) -> tuple[RunArrays, Loan | None]:
     """The arrays that a caller gave as NumPy or CuPy arrays, each taken once, and what is lent of them."""
     q, out, lse, sinks = given
-    arrays = RunArrays(
-        native(q, "q"),
-        None if out is None else native(out, "out", writable=True),
-        None if lse is None else native(lse, "lse", writable=True),
-        None if sinks is None else native(sinks, "sinks"),
-    )
-    if arrays.q is q and arrays.out is out and arrays.lse is lse and arrays.sinks is sinks:
-        return arrays, None
+    native_q = native(q, "q")
+    native_out = None if out is None else native(out, "out", writable=True)
+    native_lse = None if lse is None else native(lse, "lse", writable=True)
+    native_sinks = None if sinks is None else native(sinks, "sinks")
+    if native_q is q and native_out is out and native_lse is lse and native_sinks is sinks:
+        return given, None
+    arrays = RunArrays(native_q, native_out, native_lse, native_sinks)
     return arrays, loan_of(*zip(arrays, given, strict=True))
 
 
@@ -243,13 +261,14 @@ def attend_once(
         plan = AttentionPlan(max_tokens=max_tokens, one_shot=True, remedy=remedy)
     if qo_indptr is None:
         assert q_len is not None
-        step, metadata = plan.check_decode(kv, table, shape[-2], q_len, scoring)
+        planned = plan.check_decode(kv, table, shape[-2], q_len, scoring)
     else:
-        step, metadata = plan.check_prefill(kv, table, qo_indptr, shape[-2], scoring, shape[0])
+        planned = plan.check_prefill(kv, table, qo_indptr, shape[-2], scoring, shape[0])
+    step = planned[0]
     signature = plan.check_run(step, arrays, kv)
     arrays = with_results(arrays, step.spec, return_lse)
     if arrays.q.size:
-        plan.update(step, metadata)
+        plan.update(*planned)
         plan.launch(arrays, kv, signature, loan)
     if key:
         _kept.plans[key] = plan, stream  # held so that no other stream gets its address

@@ -24,15 +24,14 @@ class Scoring(NamedTuple):
         score[x]  = -inf                                     where the query does not see x
         weight[x] = exp(score[x]) / sum(exp(score))          the sum includes exp(sinks[h]) where there are sinks
 
-    Query i of a request with n queries has the position p = total_len - n + i.
+    Scores may be up to 2**23 in size (in decode they, and <q, k>, up to 2**127).
 
     Attributes
     ----------
-    sm_scale: float, the factor of the products. Default None: 1 / sqrt(head_dim). Scores may be up to 2**23 in size (in
-        decode they, and <q, k>, up to 2**127).
-    causal: bool, whether a query sees no position after its own. Decode is causal. Default True.
-    window_left: int, keys that a query sees to the left of its own position. Default -1: all.
-    logits_soft_cap: float, the bound c of the scores, applied after sm_scale. Default 0.0: none.
+    sm_scale: float, the factor of the products <q, k>. Default None: 1 / sqrt(head_dim).
+    causal: bool, whether a query sees no later position; query i of n is at total_len - n + i. Default True.
+    window_left: int, how many keys left of its position a query sees, beside its own. Default -1: all.
+    logits_soft_cap: float c: scores become c * tanh(score / c), after sm_scale. Default 0.0: off.
     """
 
     sm_scale: float | None = None

@@ -59,7 +59,7 @@ def supports(
 
     Parameters
     ----------
-    op: "append", "decode", "prefill" or "merge".
+    op: "append", "decode", "prefill" or "merge". Default "decode".
     device: "cpu", "cuda", "cuda:1", ... Default None: the current CUDA device where there is one, else the CPU.
     dtype: "float16", "bfloat16", "float32", "float64", or such a NumPy dtype. Default None: not asked about.
     head_dim, v_head_dim, num_qo_heads, num_kv_heads, page_size: ints. Default None: not asked about; v_head_dim is then

@@ -42,6 +42,7 @@ class World:
         self.kv_mistagged = pa.PagedKV(self.kv_hnd.k_pages, self.kv_hnd.v_pages, layout="NHD")
         self.indptr, self.indices, self.last_page_len = int32(0, 2, 3), int32(4, 1, 5), int32(3, 4)
         self.table = self.make_table()
+        self.chunks = self.table.split(1)
         self.q, self.q_prefill = normal(2, NUM_QO_HEADS, HEAD_DIM), normal(5, NUM_QO_HEADS, HEAD_DIM)
         self.q_four = normal(2, 3, NUM_QO_HEADS, HEAD_DIM)
         self.qo_indptr = int32(0, 2, 5)
@@ -732,6 +733,38 @@ bad(
 bad(
     "decode: out of JAX", attend(out=jnp.zeros((2, 4, 16), jnp.float16)), ValueError, "out", "JAX array", "pass a NumPy"
 )
+bad(
+    "decode: shape of sinks",
+    attend(sinks=lambda w: w.lse),
+    ValueError,
+    "sinks must have 1 axes",
+    "(2, 4)",
+    "reshape sinks",
+)
+bad(
+    "decode: heads of sinks", attend(sinks=lambda w: w.lse[0, :3]), ValueError,
+    "sinks must have shape [4], one for each query head", "sinks.shape=(3,)", "slice sinks",
+)  # fmt: skip
+bad(
+    "decode: dtype of sinks", attend(sinks=lambda w: w.out[0, 0, :4]), TypeError,
+    "sinks must be float32", "got float16", "sinks.astype(np.float32)",
+)  # fmt: skip
+bad(
+    "decode: strided sinks", attend(sinks=lambda w: w.normal(4, 2, dtype=np.float32)[:, 0]), ValueError,
+    "sinks must be C-contiguous", "(8,)", "np.ascontiguousarray(sinks)",
+)  # fmt: skip
+bad(
+    "decode: sinks of a split table",
+    lambda w: pa.decode(w.q, w.kv, w.chunks, sinks=w.lse[0]),
+    ValueError,
+    "sinks were given with a table that split() made",
+    "every chunk",
+    "merge_states(v, s, sinks=sinks)",
+)
+bad(
+    "merge_states: heads of sinks", lambda w: pa.merge_states(w.states, w.logs, sinks=w.lse[0, :2]), ValueError,
+    "sinks must have shape [4], one for each head of v", "(2,)", "slice sinks",
+)  # fmt: skip
 
 
 def read_only(_: World) -> np.ndarray:
@@ -1621,6 +1654,12 @@ overlapping(
 overlapping(
     "prefill, out = q", lambda w: pa.prefill(w.q_prefill, w.qo_indptr, w.kv, w.table, out=w.q_prefill), "out", "q"
 )
+overlapping(
+    "decode, lse over sinks",
+    lambda w: pa.decode(w.q, w.kv, w.table, lse=w.lse, sinks=w.lse[0]),
+    "lse",
+    "sinks",
+)
 overlapping("run, out = q", lambda w: w.decode.run(w.q, w.kv, out=w.q), "out", "q")
 overlapping(
     "run of prefill, lse over V",
@@ -1932,6 +1971,11 @@ TWO_DEVICES: dict[str, tuple[Callable[[TwoDevices], Any], type[Exception], tuple
         lambda w: pa.decode(w.q, w.kv, w.host.table, lse=w.host.lse),
         TypeError,
         ("lse lives on cpu and q on cuda:0", "pass cupy.asarray(lse)"),
+    ),
+    "sinks on the host": (
+        lambda w: pa.decode(w.q, w.kv, w.host.table, sinks=w.host.lse[0]),
+        TypeError,
+        ("sinks lives on cpu and q on cuda:0", "pass cupy.asarray(sinks)"),
     ),
     "kv of a run": (
         lambda w: w.host.decode.run(w.host.q, w.kv),

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -47,8 +48,21 @@ def test_a_pool_is_frozen(xp) -> None:
         assert pool.writable
 
 
+def test_a_pool_holds_whatever_has_a_shape() -> None:
+    """Stand-ins for arrays, as jax.jit has them: nothing is checked, and what can be derived is."""
+    shape = jax.ShapeDtypeStruct(SHAPES["NHD"], np.float16)
+    kv = pa.PagedKV.__new__(pa.PagedKV)
+    kv._set(k_pages=shape, v_pages=object(), layout=pa.Layout.NHD, writable=False, loan=None)
+    assert (kv.num_pages, kv.page_size, kv.num_kv_heads, kv.head_dim) == (5, 4, 2, 16)
+    assert kv.dtype == np.float16
+    with pytest.raises(AttributeError, match="k_pages cannot be assigned"):
+        kv.k_pages = shape
+
+
 def test_a_pool_can_be_copied() -> None:
     kv = pa.PagedKV(*(random_pool(np, SHAPES["HND"]) for _ in "kv"), layout="HND")
+    assert kv.signature
+    assert "signature" not in vars(copy.deepcopy(kv)), "a copy's arrays are others"
     for other in (copy.copy(kv), copy.deepcopy(kv), pickle.loads(pickle.dumps(kv))):
         assert other.signature == kv.signature and other.layout is pa.Layout.HND
         np.testing.assert_array_equal(other.v_pages, kv.v_pages)

@@ -378,6 +378,18 @@ def test_a_one_shot_call_checks_everything_before_it_makes_a_plan(monkeypatch: p
             once(inputs, **{name: value})
 
 
+def test_a_plan_and_a_cache_show_what_they_are() -> None:
+    inputs = build(DECODE_CASE)
+    plan = pa.BatchDecodeWithPagedKVCache(max_batch_size=8)
+    assert repr(plan) == "BatchDecodeWithPagedKVCache(max_batch_size=8, batch_invariant=False): not planned"
+    plan.plan(inputs.kv(), inputs.table(), DECODE_CASE.num_qo_heads, window_left=7)
+    assert "num_qo_heads=8" in repr(plan) and "window_left=7" in repr(plan)
+    cache = pa.PagedKVCache(9, 16, 2, 64, layout="NHD", dtype="float16", num_layers=3, device="cpu")
+    cache.reserve([cache.new_sequence()], 17)
+    assert repr(cache).startswith("PagedKVCache(3 x PagedKV(num_pages=9, page_size=16")
+    assert repr(cache).endswith("1 sequences, 7 pages free)")
+
+
 # -- forms of q and of results -----------------------------------------------------------------------------------------
 
 

@@ -4,29 +4,24 @@
     lse[i]       = log (sum_x exp(scores[i, x]) + exp(sink))      over the tokens x that query i sees (kv_limits)
     out[i]       = sum_x exp(scores[i, x] - lse[i]) * v[x]        the sink of the head, where there are sinks
 
-All of it in float32 (in float64 for a float64 q). A query that sees no token has out = 0 and lse = -inf, and what a
-query does not see never reaches it, be it inf or NaN. Whatever numpy.errstate the caller has set, inf and NaN of the
-data go their IEEE way. Arguments come checked (spec.py) and host tables are checked by value, so that nothing here
-repeats a check; whether a step fits into a plan's capacity, which a plan alone knows, check_capacities says.
+All of it in float32 (in float64 for a float64 q). A query that sees no token has out = 0 and lse = -inf (the sink,
+where there is one), and what a query does not see never reaches it, be it inf or NaN. Whatever numpy.errstate the
+caller has set, inf and NaN of the data go their IEEE way. Arguments come checked, values of host tables included.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..checks.tables import check_table_values
 from ..errors import PageTableError
+from ..holders import KVPages, TableArrays
+from ..ragged import ranges
+from ..spec import AttentionSpec, RunArrays
 
-if TYPE_CHECKING:
-    from ..holders import KVPages, TableArrays
-    from ..spec import AttentionSpec, RunArrays
-
-ANY_PAGE = 2**31 - 1  # a num_pages for checks of a table whose pool is not at hand
 SCORES_AT_ONCE = 1 << 24  # a long prefill is done in blocks of queries, so that its scores stay under 64 MB
 
 
@@ -66,7 +61,7 @@ class Request:
 
 
 def tokens_before(position: np.ndarray, request: Request) -> np.ndarray:
-    """How many of the request's tokens stand before `position` in the whole sequence (int64, any shape)."""
+    """How many of the request's tokens are stored before `position` in the whole sequence (int64, any shape)."""
     page, slot = np.divmod(np.maximum(position, 0), request.page_size)
     behind = page - request.page_offset
     whole = -(-behind // request.page_stride)  # local pages that lie wholly before `page`
@@ -76,9 +71,9 @@ def tokens_before(position: np.ndarray, request: Request) -> np.ndarray:
 
 def kv_limits(request: Request, *, causal: bool, window_left: int) -> tuple[np.ndarray, np.ndarray]:
     """The local tokens [begin, end) that each query of the request sees: two int64 arrays [num_queries]."""
-    own = request.total_len - request.num_queries + np.arange(request.num_queries, dtype=np.int64)  # query's position
-    end = tokens_before(own + 1 if causal else np.full_like(own, request.total_len), request)
-    begin = tokens_before(own - window_left, request) if window_left >= 0 else np.zeros_like(own)
+    position = request.total_len - request.num_queries + np.arange(request.num_queries, dtype=np.int64)
+    end = tokens_before(position + 1 if causal else np.full_like(position, request.total_len), request)
+    begin = tokens_before(position - window_left, request) if window_left >= 0 else np.zeros_like(position)
     return np.minimum(begin, end), end
 
 
@@ -93,7 +88,6 @@ def seq_lens(table: TableArrays) -> np.ndarray:
 
 def split_table(table: TableArrays, num_chunks: int, out: TableArrays) -> None:
     """Row c*batch + i of `out` is chunk c of request i: pages [c*n // num_chunks, (c+1)*n // num_chunks) of its n."""
-    check_table_values(table, ANY_PAGE)
     pages = np.diff(table.indptr).astype(np.int64)
     chunk = np.arange(num_chunks, dtype=np.int64)[:, None]
     first = chunk * pages // num_chunks  # [num_chunks, batch], as all below
@@ -104,7 +98,7 @@ def split_table(table: TableArrays, num_chunks: int, out: TableArrays) -> None:
     total_len = np.broadcast_to(seq_lens(table) if table.total_len is None else table.total_len, counts.shape)
     indptr = _indptr(counts.ravel())
     _write_rows(out, indptr, last_page_len.ravel())
-    out.indices[: indptr[-1]] = table.indices[_ranges(table.indptr[:-1] + first, counts)]
+    out.indices[: indptr[-1]] = table.indices[ranges((table.indptr[:-1] + first).ravel(), counts.ravel())]
     assert out.page_offset is not None and out.total_len is not None
     out.page_offset[: counts.size] = page_offset.ravel()
     out.total_len[: counts.size] = total_len.ravel()
@@ -120,17 +114,7 @@ def from_block_table(block_table: np.ndarray, seq_lens: np.ndarray, page_size: i
 
 def to_block_table(table: TableArrays, max_pages_per_seq: int) -> np.ndarray:
     """The dense form: int32 [batch, max_pages_per_seq], -1 where there is no page."""
-    check_table_values(table, ANY_PAGE)
     pages = np.diff(table.indptr)
-    if (pages > max_pages_per_seq).any():
-        request = int(np.argmax(pages))
-        raise PageTableError(
-            f"request {request} has {pages[request]} pages, more than max_pages_per_seq={max_pages_per_seq}; "
-            f"pass to_block_table({pages[request]}) or more",
-            field="indptr",
-            index=request,
-            value=int(pages[request]),
-        )
     block_table = np.full((pages.size, max_pages_per_seq), -1, np.int32)
     block_table[np.arange(max_pages_per_seq) < pages[:, None]] = table.indices[table.indptr[0] : table.indptr[-1]]
     return block_table
@@ -138,7 +122,6 @@ def to_block_table(table: TableArrays, max_pages_per_seq: int) -> np.ndarray:
 
 def table_slots(table: TableArrays, batch_indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Slot (page*page_size + offset, int64 [n]) of each position of its request; -1 where the table lacks that page."""
-    check_table_values(table, ANY_PAGE)
     page, slot = np.divmod(positions.astype(np.int64), table.page_size)
     behind = page - (0 if table.page_offset is None else table.page_offset[batch_indices])
     local = behind // table.page_stride
@@ -178,19 +161,12 @@ def update_table(
 ) -> None:
     """Change entries of the arena of page ids, then gather the batch's pages from it into `out`."""
     page_lists[update_index] = update_value
-    out.indices[: indptr[-1]] = page_lists[_ranges(starts, np.diff(indptr))]
+    out.indices[: indptr[-1]] = page_lists[ranges(starts, np.diff(indptr))]
     _write_rows(out, indptr, last_page_len)
 
 
 def _indptr(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)])
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... start + count - 1 of each row, one row after the other."""
-    starts, counts = np.ravel(starts).astype(np.int64), np.ravel(counts).astype(np.int64)
-    before = np.cumsum(counts) - counts
-    return np.repeat(starts - before, counts) + np.arange(counts.sum())
 
 
 def _write_rows(out: Any, indptr: np.ndarray, last_page_len: np.ndarray) -> None:
@@ -216,7 +192,7 @@ def append(kv: KVPages, slots: np.ndarray, k: np.ndarray, v: np.ndarray, signatu
 
 
 def copy_pages(storage: np.ndarray, source: np.ndarray, target: np.ndarray) -> None:
-    """storage[:, target] = storage[:, source] for all layers of storage [num_layers, num_pages, 2, <page>]."""
+    """storage[:, target] = storage[:, source] for all layers of storage [num_layers, num_pages, K and V of a page]."""
     storage[:, target] = storage[:, source]
 
 

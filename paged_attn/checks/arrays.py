@@ -130,33 +130,37 @@ def check_base(array: Any, name: str, unit: int = ALIGNMENT) -> None:
         )
 
 
-def check_contiguous(array: Any, name: str) -> None:
-    if not array.flags.c_contiguous:
-        raise ValueError(
-            f"{name} must be C-contiguous, got strides {array.strides} for {name}.shape={array.shape}; "
-            f"pass an array made by empty_like or a slice of leading rows of one"
-        )
-
-
 def check_whole(
-    array: Any, name: str, shape: tuple[int, ...], why: str, dtypes: Sequence[np.dtype], device: str, source: str
+    array: Any,
+    name: str,
+    shape: tuple[int, ...],
+    why: str,
+    dtypes: Sequence[np.dtype],
+    device: str,
+    source: str,
+    *,
+    is_written: bool = True,
 ) -> None:
-    """An array that is read or written whole: C-contiguous, of `shape` and one of `dtypes`, beside `source`."""
+    """An array that is written or read as one block: C-contiguous, of `shape` (which `why` explains) and one of
+    `dtypes`, on the device of `source`."""
     check_shape(array, name, shape, why)
     if array.dtype not in dtypes:
         allowed = " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes))
-        raise TypeError(
-            f"{name} must be {allowed}, got {array.dtype}; make it empty(shape, dtype={_spelled(dtypes[0])})"
-        )
+        wanted = _spelled(dtypes[0])
+        remedy = f"make it empty(shape, dtype={wanted})" if is_written else f"pass {name}.astype({wanted})"
+        raise TypeError(f"{name} must be {allowed}, got {array.dtype}; {remedy}")
     check_device(array, name, device, source)
-    check_contiguous(array, name)
+    if not array.flags.c_contiguous:
+        block = "an array made by empty_like or a slice of leading rows of one"
+        raise ValueError(
+            f"{name} must be C-contiguous, got strides {array.strides} for {name}.shape={array.shape}; "
+            f"pass {block if is_written else f'np.ascontiguousarray({name})'}"
+        )
     check_base(array, name, array.dtype.itemsize)
 
 
-def signature_of(array: Any) -> tuple[Any, ...] | None:
+def signature_of(array: Any) -> tuple[Any, ...]:
     """Shape, strides, dtype, device and alignment. Arrays with equal signatures pass or fail the checks together."""
-    if array is None:
-        return None
     if isinstance(array, np.ndarray):
         return array.shape, array.strides, array.dtype
     pointer = array.data
@@ -167,3 +171,8 @@ def first_true(wrong: np.ndarray) -> int | None:
     """Index of the first True, or None."""
     found = int(wrong.argmax()) if wrong.size else 0
     return found if wrong.size and wrong[found] else None
+
+
+def entry(field: str, index: int, array: np.ndarray) -> dict[str, Any]:
+    """For a PageTableError: which entry of which array is wrong, and its value."""
+    return {"field": field, "index": index, "value": int(array[index])}

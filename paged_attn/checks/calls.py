@@ -21,6 +21,7 @@ from .arrays import (
     check_strides,
     check_vector,
     check_whole,
+    entry,
     first_true,
 )
 from .pools import check_page_size, refuse_heads
@@ -143,17 +144,13 @@ def check_qo_indptr(qo_indptr: Any, batch_size: int, total_rows: int | None, dev
     if qo_indptr[0] != 0:
         raise PageTableError(
             f"qo_indptr[0] = {qo_indptr[0]}, and it must start at 0; pass qo_indptr - qo_indptr[0] and q from there on",
-            field="qo_indptr",
-            index=0,
-            value=int(qo_indptr[0]),
+            **entry("qo_indptr", 0, qo_indptr),
         )
     if (bad := first_true(qo_indptr[1:] < qo_indptr[:-1])) is not None:
         raise PageTableError(
             f"qo_indptr[{bad + 1}] = {qo_indptr[bad + 1]} is less than qo_indptr[{bad}] = {qo_indptr[bad]}, so "
             f"request {bad} has a negative number of queries; correct qo_indptr[{bad + 1}]",
-            field="qo_indptr",
-            index=bad + 1,
-            value=int(qo_indptr[bad + 1]),
+            **entry("qo_indptr", bad + 1, qo_indptr),
         )
     if total_rows is not None and qo_indptr[-1] != total_rows:
         raise PageTableError(
@@ -238,9 +235,10 @@ def check_arrays(
     check_dtype(q, "q", spec.dtype, "q and kv share one dtype, and kv has it")
     check_device(q, "q", spec.device, "kv")
     check_strides(q, "q")
-    for array, (name, rule) in zip(arrays[1:], list(RUN_ARRAYS.items())[1:], strict=True):
-        if array is not None:
-            check_whole(array, name, rule.shape(spec, shape), rule.why, rule.dtypes(spec), spec.device, "q")
+    for array, (name, rule) in zip(arrays, RUN_ARRAYS.items(), strict=True):
+        if array is not None and array is not q:
+            shape, dtypes = rule.shape(spec, q.shape), rule.dtypes(spec)
+            check_whole(array, name, shape, rule.why, dtypes, spec.device, "q", is_written=rule.is_written)
             if array.size:
                 check_base(array, name, rule.alignment)
 

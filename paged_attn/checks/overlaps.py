@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from ..holders import KVPages
-
 _MOST_WORK = 10_000  # steps of np.shares_memory: far more than strides that divide each other take
 
 
@@ -92,7 +90,7 @@ Compared = tuple[tuple[int, int, int, int], ...]
 
 
 def compared(arrays: Sequence[Any], pairs: Iterable[tuple[int, int]]) -> Compared:
-    """Of the pairs (i, j) of places in `arrays` those to be compared on every call: (i, j, bytes of i, bytes of j).
+    """Of the index pairs (i, j) of `arrays` those to be compared on every call: (i, j, bytes of i, bytes of j).
 
     The bytes are those from the first to the last one, of GPU arrays whose strides are not negative; 0 on the host,
     where NumPy compares. Arrays that are None or empty, and host metadata beside GPU arrays, overlap nothing.
@@ -107,18 +105,15 @@ def compared(arrays: Sequence[Any], pairs: Iterable[tuple[int, int]]) -> Compare
     return tuple((i, j, sizes[i], sizes[j]) for i, j in pairs if sizes[i] >= 0 and sizes[j] >= 0)
 
 
-def check_apart_from_pool(
-    given: tuple[Any, ...], names: Sequence[str], kv: KVPages, pairs: Compared, remedy: str = OTHER_MEMORY
-) -> None:
-    """The arrays of a call, of which `compared` of (*given, kv.k_pages, kv.v_pages) has made the pairs, are apart."""
-    if kv.k_address:
-        at = [0 if array is None or isinstance(array, np.ndarray) else array.data.ptr for array in given]
-        at += kv.k_address, kv.v_address
-        for i, j, i_size, j_size in pairs:
-            if -i_size < at[i] - at[j] < j_size:
-                break
-        else:
-            return
-    arrays = (*given, kv.k_pages, kv.v_pages)
+def may_overlap(addresses: Sequence[int], pairs: Compared) -> bool:
+    """Whether the ranges of bytes of a pair overlap. addresses: where the arrays that `compared` has seen begin now."""
+    for i, j, i_size, j_size in pairs:
+        if -i_size < addresses[i] - addresses[j] < j_size:
+            return True
+    return False
+
+
+def check_pairs(arrays: Sequence[Any], names: Sequence[str], pairs: Compared, remedy: str = OTHER_MEMORY) -> None:
+    """The arrays of these pairs are apart; the first of a pair is the one to be replaced."""
     for i, j, _, _ in pairs:
         _check_pair((arrays[i], names[i]), (arrays[j], names[j]), remedy)

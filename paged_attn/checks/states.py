@@ -41,9 +41,10 @@ def check_merge_state(states: Sequence[Any], base: Any, out: Any, lse: Any) -> f
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Whether an array and another of its shape have their elements at the same places."""
+    """Whether two arrays of one shape have every element at the same address."""
     if a.dtype != b.dtype or any(
-        own != other and extent > 1 for own, other, extent in zip(a.strides, b.strides, a.shape, strict=True)
+        stride_a != stride_b and extent > 1
+        for stride_a, stride_b, extent in zip(a.strides, b.strides, a.shape, strict=True)
     ):
         return False
     return a.ctypes.data == b.ctypes.data if isinstance(a, np.ndarray) else a.data.ptr == b.data.ptr
@@ -64,7 +65,7 @@ def check_merge_states(v: Any, s: Any, base: Any, sinks: Any, out: Any, lse: Any
     rows, _, heads, dim = v.shape
     _check_results(out, lse, (rows, heads, dim), v.dtype, device, "v without num_states")
     if sinks is not None:
-        check_whole(sinks, "sinks", (heads,), "one for each head of v", (FLOAT32,), device, "v")
+        check_whole(sinks, "sinks", (heads,), "one for each head of v", (FLOAT32,), device, "v", is_written=False)
     check_apart([(out, "out"), (lse, "lse")], [(v, "v"), (s, "s"), (sinks, "sinks")])
     return number
 

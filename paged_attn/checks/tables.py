@@ -7,7 +7,7 @@ import numpy as np
 from ..errors import PageTableError
 from ..holders import TableArrays
 from ..interop import device_of
-from .arrays import INT32, check_device, check_shape, check_vector, first_true, moved
+from .arrays import INT32, check_device, check_shape, check_vector, entry, first_true, moved
 from .overlaps import check_apart
 from .scalars import INT_MAX, as_int
 
@@ -50,8 +50,11 @@ def check_table_arrays(
             check_device(array, name, device, "indptr")
 
 
-def check_table_values(table: TableArrays, num_pages: int | None) -> None:
-    """A host table in full, against a pool of `num_pages` pages (None: of any size). A device table is not read."""
+ANY_PAGE = INT_MAX  # the num_pages of a pool that is not at hand
+
+
+def check_table_values(table: TableArrays, num_pages: int = ANY_PAGE) -> None:
+    """A host table in full, against a pool of `num_pages` pages. A device table is not read."""
     if table.device != "cpu":
         return
     # As unsigned numbers negative ones are too large: one comparison is enough.
@@ -59,17 +62,15 @@ def check_table_values(table: TableArrays, num_pages: int | None) -> None:
     begins, ends = indptr[:-1].view(np.uint32), indptr[1:].view(np.uint32)
     if (bad := first_true((ends < begins) | (ends > limit))) is not None:
         begin, end = int(indptr[bad]), int(indptr[bad + 1])
-        place = bad + 1 if 0 <= begin <= limit else 0
+        index = bad + 1 if 0 <= begin <= limit else 0
         raise PageTableError(
-            f"indptr[{place}] = {indptr[place]} gives request {bad} the pages [{begin}, {end}) of indices, which has "
-            f"{limit} entries; indptr must not decrease and must stay within [0, {limit}]: correct indptr[{place}]",
-            field="indptr",
-            index=place,
-            value=int(indptr[place]),
+            f"indptr[{index}] = {indptr[index]} gives request {bad} the pages [{begin}, {end}) of indices, which has "
+            f"{limit} entries; indptr must not decrease and must stay within [0, {limit}]: correct indptr[{index}]",
+            **entry("indptr", index, indptr),
         )
     first = int(indptr[0])
     used = table.indices[first : int(indptr[-1])]
-    if num_pages is not None and (bad := first_true(used.view(np.uint32) >= num_pages)) is not None:
+    if (bad := first_true(used.view(np.uint32) >= num_pages)) is not None:
         request = int(np.searchsorted(indptr, first + bad, side="right")) - 1
         page = int(used[bad])
         raise PageTableError(
@@ -85,17 +86,13 @@ def check_table_values(table: TableArrays, num_pages: int | None) -> None:
         raise PageTableError(
             f"last_page_len[{bad}] = {last[bad]}, and a request that has pages has 1 <= last_page_len <= "
             f"page_size={table.page_size}; correct last_page_len[{bad}]",
-            field="last_page_len",
-            index=bad,
-            value=int(last[bad]),
+            **entry("last_page_len", bad, last),
         )
     for array, field in ((table.page_offset, "page_offset"), (table.total_len, "total_len")):
         if array is not None and (bad := first_true(array < 0)) is not None:
             raise PageTableError(
                 f"{field}[{bad}] = {array[bad]}, and it must not be negative; correct {field}[{bad}]",
-                field=field,
-                index=bad,
-                value=int(array[bad]),
+                **entry(field, bad, array),
             )
     if table.page_offset is None and limit * table.page_stride * table.page_size <= INT_MAX:
         return
@@ -108,9 +105,7 @@ def check_table_values(table: TableArrays, num_pages: int | None) -> None:
         raise PageTableError(
             f"request {bad} ends at position {end_position[bad]:.0f}, and positions stay below 2**31 "
             f"({counts[bad]} pages of {table.page_size} tokens); correct {field}[{bad}]",
-            field=field,
-            index=bad,
-            value=int(end_position[bad]),
+            **entry(field, bad, end_position),
         )
 
 
@@ -150,7 +145,7 @@ def _check_table_writable(out: TableArrays, remedy: str) -> None:
 
 
 def check_split_out(out: Any, table: TableArrays, num_chunks: int) -> None:
-    """`out` of PageTable.split: num_chunks * batch_size rows, positions of its own, room for every page."""
+    """`out` of PageTable.split: num_chunks * batch_size rows, positions, room for every page."""
     check_table(out, "out")
     rows = num_chunks * table.batch_size
     if out.batch_size != rows:
@@ -204,9 +199,7 @@ def check_block_table(block_table: Any, seq_lens: Any, page_size: int) -> None:
         raise PageTableError(
             f"seq_lens[{bad}] = {seq_lens[bad]}, which is not in [0, {max_pages * page_size}] (block_table has "
             f"{max_pages} pages of {page_size} tokens a row); correct seq_lens[{bad}] or pass a wider block_table",
-            field="seq_lens",
-            index=bad,
-            value=int(seq_lens[bad]),
+            **entry("seq_lens", bad, seq_lens),
         )
     pages = -(-seq_lens.astype(np.int64) // page_size)
     wrong = (np.arange(max_pages) < pages[:, None]) & (block_table < 0)
@@ -234,7 +227,7 @@ def check_block_width(table: TableArrays, max_pages_per_seq: int) -> None:
         )
 
 
-def check_token_places(batch_indices: Any, positions: Any, table: TableArrays) -> None:
+def check_token_positions(batch_indices: Any, positions: Any, table: TableArrays) -> None:
     """The arguments of PageTable.slots: int32 [n] both, beside the table or on the host, where values are checked."""
     check_vector(batch_indices, "batch_indices", INT32, None, "the request of each token")
     check_vector(positions, "positions", INT32, batch_indices.shape[0], "one for each entry of batch_indices")
@@ -249,9 +242,7 @@ def check_token_places(batch_indices: Any, positions: Any, table: TableArrays) -
         if isinstance(array, np.ndarray) and (bad := first_true((array < 0) | (array >= limit))) is not None:
             raise PageTableError(
                 f"{name}[{bad}] = {array[bad]}, which is not in [0, {limit}); correct {name}[{bad}]",
-                field=name,
-                index=bad,
-                value=int(array[bad]),
+                **entry(name, bad, array),
             )
 
 

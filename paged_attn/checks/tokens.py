@@ -15,11 +15,12 @@ from .arrays import (
     check_shape,
     check_strides,
     check_vector,
+    entry,
     first_true,
 )
-from .overlaps import Compared, check_apart_from_pool, compared
+from .overlaps import Compared, check_pairs, compared, may_overlap
 
-APPEND_NAMES = ("slots", "k", "v", "kv.k_pages", "kv.v_pages")
+_APPEND_NAMES = ("slots", "k", "v", "kv.k_pages", "kv.v_pages")
 _APPEND_PAIRS = [(i, j) for i in (1, 2, 0) for j in (3, 4)]
 
 
@@ -45,9 +46,7 @@ def check_append(kv: KVPages, slots: Any, k: Any, v: Any) -> Compared:
         raise PageTableError(
             f"slots[{bad}] = {slots[bad]} is no slot of a pool of {kv.num_pages} pages of {kv.page_size} tokens; "
             f"pass slots in [0, {limit}), or -1 to skip a token",
-            field="slots",
-            index=bad,
-            value=int(slots[bad]),
+            **entry("slots", bad, slots),
         )
     return pairs
 
@@ -76,4 +75,9 @@ def check_new_tokens(kv: KVPages, k: Any, v: Any, tokens: int, slots: Any = None
 
 def check_append_apart(kv: KVPages, slots: Any, k: Any, v: Any, pairs: Compared) -> None:
     """The pool overlaps none of the others. pairs: those that check_append returned for arrays like these."""
-    check_apart_from_pool((slots, k, v), APPEND_NAMES, kv, pairs, "{name}.copy()")
+    if kv.k_address:
+        slots_address = 0 if slots is None or isinstance(slots, np.ndarray) else slots.data.ptr
+        addresses = slots_address, k.data.ptr, v.data.ptr, kv.k_address, kv.v_address
+        if not may_overlap(addresses, pairs):
+            return
+    check_pairs((slots, k, v, kv.k_pages, kv.v_pages), _APPEND_NAMES, pairs, "{name}.copy()")
