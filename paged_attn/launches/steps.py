@@ -6,9 +6,11 @@ or XLA. `place` says where the buffers are, `bind` what shapes and strides the r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
-from ..compile import Launch, fast_divide, prepare
+from ..compile import Launch, Recipe, fast_divide, prepare
 from ..plan_layout import DecodeLayout, PrefillLayout
 from ..recipes import (
     PLAN_REQUESTS,
@@ -29,11 +31,11 @@ class DecodeSteps:
     """plan_requests and plan_splits once a step, decode once a layer."""
 
     def __init__(self, layout: DecodeLayout, device: str) -> None:
-        capacities, most = layout.capacities, layout.splits(layout.capacities.requests)
-        self._layout, self._device, self._batch_size = layout, device, -1
+        most = layout.splits(layout.capacities.requests)
+        self._layout, self._batch_size = layout, -1
         self._plan_requests = _PlanRequests(layout, device)
         self._plan_splits = prepare(PLAN_SPLITS, device, {
-            "max_batch_size": capacities.requests,
+            "max_batch_size": layout.capacities.requests,
             "max_items": layout.most_items,
             "positions": positions(layout),
             "ctas_an_item": most.ctas_per_item,
@@ -41,16 +43,13 @@ class DecodeSteps:
             "ctas_at_a_time": most.ctas_at_a_time,
             "fixed_splits": most.fixed_splits,
         })  # fmt: skip
-        self._runs: dict[DecodeRecipe, DirectRun] = {}
-        self._addresses: Addresses = {}
-        self.launch_run = self._run_of(layout.recipe)  # with sinks when a run has them
+        self._runs = _Runs(functools.partial(_decode_run, layout, device))
+        self.launch_run = self._runs[layout.recipe]
 
     def place(self, addresses: Addresses) -> None:
-        self._addresses = addresses
         self._plan_requests.place(addresses)
         place(self._plan_splits, addresses)
-        for run in self._runs.values():
-            run.place(addresses)
+        self._runs.place(addresses)
 
     def launch_plan(self, stream: int, table: Sequence[int], batch_size: int, num_indices: int) -> None:
         """table: addresses, as ScheduleParams begins."""
@@ -66,34 +65,15 @@ class DecodeSteps:
         """Items past the run's batch belong to rows that q does not have."""
         assert self._layout.spec.q_len is not None
         batch, recipe = run.q_shape[0] // self._layout.spec.q_len, self._layout.recipe
-        self.launch_run = self._run_of(with_sinks(recipe) if run.has_sinks else recipe)
+        self.launch_run = self._runs[with_sinks(recipe) if run.has_sinks else recipe]
         self.launch_run.bind(run, self._layout.grid(batch), batch)
-
-    def _run_of(self, recipe: DecodeRecipe) -> DirectRun:
-        run = self._runs.get(recipe)
-        if run is None:
-            spec = self._layout.spec
-            run = DirectRun(recipe, self._device, last="batch", fields={
-                "positions": positions(self._layout),
-                "num_qo_heads": spec.num_qo_heads,
-                "num_kv_heads": fast_divide(spec.num_kv_heads),
-                "group_size": fast_divide(spec.group_size),
-                "q_len": spec.q_len,
-                "column_blocks": fast_divide(recipe.column_blocks),
-                "num_page_ids": self._layout.capacities.pages,
-                "scoring": scoring(self._layout),
-            })  # fmt: skip
-            run.place(self._addresses)
-            self._runs[recipe] = run
-        return run
 
 
 class PrefillSteps:
     """plan_requests, and on Hopper plan_tiles, once a step; one of the prefill kernels once a layer."""
 
     def __init__(self, layout: PrefillLayout, device: str) -> None:
-        self._layout, self._device = layout, device
-        self._addresses: Addresses = {}
+        self._layout = layout
         self._plan_requests = _PlanRequests(layout, device)
         self._plan_tiles: Launch | None = None
         if layout.orders_tiles:
@@ -103,17 +83,15 @@ class PrefillSteps:
                 "group_size": layout.spec.group_size,
                 "tile_rows": layout.recipes[0].tile_rows,
             })  # fmt: skip
-        self._runs: dict[PrefillRecipe, DirectRun | HopperRun] = {}
-        self.recipe = layout.recipes[0]  # of the last bind; the first is compiled now, others when a run needs them
-        self.launch_run = self._run_of(self.recipe)
+        self._runs = _Runs(functools.partial(_prefill_run, layout, device))
+        self.recipe = layout.recipes[0]  # of the last bind
+        self.launch_run = self._runs[self.recipe]
 
     def place(self, addresses: Addresses) -> None:
-        self._addresses = addresses
         self._plan_requests.place(addresses)
         if self._plan_tiles is not None:
             place(self._plan_tiles, addresses)
-        for run in self._runs.values():
-            run.place(addresses)
+        self._runs.place(addresses)
 
     def launch_plan(self, stream: int, table: Sequence[int], batch_size: int, num_indices: int) -> None:
         """table: addresses, as ScheduleParams begins."""
@@ -122,34 +100,64 @@ class PrefillSteps:
             self._plan_tiles(stream, 1)
 
     def bind(self, run: RunShape) -> None:
-        self.recipe = next(recipe for recipe in self._layout.recipes if recipe.accepts(run))
+        recipe = next(recipe for recipe in self._layout.recipes if recipe.accepts(run))
+        self.recipe = with_sinks(recipe) if run.has_sinks else recipe
         rows, spec = run.q_shape[0], self._layout.spec
-        tiles = self.recipe.most_tiles(rows * spec.group_size, self._layout.capacities.requests)
-        self.launch_run = self._run_of(self.recipe)
+        tiles = recipe.most_tiles(rows * spec.group_size, self._layout.capacities.requests)
+        self.launch_run = self._runs[self.recipe]
         self.launch_run.bind(run, tiles * spec.num_kv_heads, rows, tiles)
 
-    def _run_of(self, recipe: PrefillRecipe) -> DirectRun | HopperRun:
-        run = self._runs.get(recipe)
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+AnyRun = TypeVar("AnyRun", bound=DirectRun | HopperRun)
+
+
+class _Runs(Generic[AnyRecipe, AnyRun]):
+    """The runs of a plan by recipe, each compiled when it is first needed."""
+
+    def __init__(self, make: Callable[[AnyRecipe], AnyRun]) -> None:
+        self._make = make
+        self._made: dict[AnyRecipe, AnyRun] = {}
+        self._addresses: Addresses = {}
+
+    def place(self, addresses: Addresses) -> None:
+        self._addresses = addresses
+        for run in self._made.values():
+            run.place(addresses)
+
+    def __getitem__(self, recipe: AnyRecipe) -> AnyRun:
+        run = self._made.get(recipe)
         if run is None:
-            if isinstance(recipe, HopperPrefillRecipe):
-                run = HopperRun(recipe, self._layout, self._device)
-            else:
-                run = self._portable_run(recipe)
+            run = self._make(recipe)
             run.place(self._addresses)
-            self._runs[recipe] = run
+            self._made[recipe] = run
         return run
 
-    def _portable_run(self, recipe: PrefillRecipe) -> DirectRun:
-        spec = self._layout.spec
-        return DirectRun(recipe, self._device, last="num_tiles", fields={
-            "positions": positions(self._layout),
-            "num_requests": self._layout.capacities.requests,
-            "num_qo_heads": spec.num_qo_heads,
-            "num_kv_heads": spec.num_kv_heads,
-            "group_size": spec.group_size,
-            "sm_scale": spec.scoring.sm_scale,
-            "logits_soft_cap": spec.scoring.logits_soft_cap,
-        })  # fmt: skip
+
+def _decode_run(layout: DecodeLayout, device: str, recipe: DecodeRecipe) -> DirectRun:
+    return DirectRun(recipe, device, last="batch", fields={
+        "positions": positions(layout),
+        "num_qo_heads": layout.spec.num_qo_heads,
+        "num_kv_heads": fast_divide(layout.spec.num_kv_heads),
+        "group_size": fast_divide(layout.spec.group_size),
+        "q_len": layout.spec.q_len,
+        "column_blocks": fast_divide(recipe.column_blocks),
+        "num_page_ids": layout.capacities.pages,
+        "scoring": scoring(layout),
+    })  # fmt: skip
+
+
+def _prefill_run(layout: PrefillLayout, device: str, recipe: PrefillRecipe) -> DirectRun | HopperRun:
+    if isinstance(recipe, HopperPrefillRecipe):
+        return HopperRun(recipe, layout, device)
+    return DirectRun(recipe, device, last="num_tiles", fields={
+        "positions": positions(layout),
+        "num_requests": layout.capacities.requests,
+        "num_qo_heads": layout.spec.num_qo_heads,
+        "num_kv_heads": layout.spec.num_kv_heads,
+        "group_size": layout.spec.group_size,
+        **scoring(layout),
+    })  # fmt: skip
 
 
 class _PlanRequests:
