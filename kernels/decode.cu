@@ -22,8 +22,8 @@
 // Who owns what
 //   grid   one CTA per (item, KV head, block of COLUMNS columns), an item being a split of a request. Blocks of columns
 //          vary fastest, which read the same K and V, then KV heads, so that CTAs which run together read neighbouring
-//          memory. The hardware hands out CTAs, the longest items first, which evens out SMs of unequal bandwidth better
-//          than any equal split; two at a time, where planner.py says so.
+//          memory. The hardware hands out CTAs, the longest items first, which evens out SMs of unequal bandwidth
+//          better than any equal split; two at a time, where planner.py says so.
 //   warp   an independent pipeline over tiles of 16 tokens: tile = (i * WARPS + warp) * num_splits + split.
 //          No barrier of the block before the end but that of Q_IN_SHARED.
 //   shared memory, per warp: a ring of STAGES slots for tiles of K and V (Ring). At the end the same bytes hold the
@@ -48,7 +48,8 @@
 #include "scores.cuh"
 #include "shared_rows.cuh"
 
-// -- 1. constants ------------------------------------------------------------------------------------------------------
+// -- 1. constants
+// ------------------------------------------------------------------------------------------------------
 
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM >= 16 && HEAD_DIM <= 256, "HEAD_DIM must be a multiple of 16 up to 256");
 static_assert(V_HEAD_DIM % 16 == 0 && V_HEAD_DIM >= 16 && V_HEAD_DIM <= 256,
@@ -96,9 +97,9 @@ constexpr int PARTIALS_IN_FLIGHT = 8;            // partial states that a thread
 //   3        K0 V1 K3 V4 ...    V0 K2 V3 K5 ...    K1 V2 K4 V5 ...
 //   4        K0 K2 K4 K6 ...    V0 V2 V4 V6 ...    K1 K3 K5 K7 ...    V1 V3 V5 V7 ...
 namespace ring {
-constexpr bool MIXES = STAGES % 2 == 1;            // a slot holds K and V by turns
-constexpr int TILES_AFTER_K = STAGES / 2;          // K of tile i is replaced by K, or where slots mix V, of tile i + this
-constexpr int TILES_AFTER_V = (STAGES + 1) / 2;    // V of tile i is replaced by V, or where slots mix K, of tile i + this
+constexpr bool MIXES = STAGES % 2 == 1;          // a slot holds K and V by turns
+constexpr int TILES_AFTER_K = STAGES / 2;        // from a tile to the one that replaces its K
+constexpr int TILES_AFTER_V = (STAGES + 1) / 2;  // from a tile to the one that replaces its V
 constexpr int LARGER_TILE = K_TILE_BYTES > V_TILE_BYTES ? K_TILE_BYTES : V_TILE_BYTES;
 
 // Where a slot begins; that of STAGES is the end.
@@ -122,7 +123,8 @@ constexpr int Q_OFFSET = (FLAGS_OFFSET + 16 + 127) / 128 * 128;         // [COLU
 static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * KRows::BYTES : FLAGS_OFFSET + 16) == SHARED_BYTES,
               "SHARED_BYTES must be what planner.py says");
 
-// -- 2. parameters -----------------------------------------------------------------------------------------------------
+// -- 2. parameters
+// -----------------------------------------------------------------------------------------------------
 
 struct DecodeParams {
     const u16* q;  // from here to batch: what a run may change
@@ -172,7 +174,8 @@ __device__ __forceinline__ int columns_of(const DecodeParams& p, int block) {
     return columns_left < COLUMNS ? columns_left : COLUMNS;
 }
 
-// -- 3. tiles from the pool into the ring ------------------------------------------------------------------------------
+// -- 3. tiles from the pool into the ring
+// ------------------------------------------------------------------------------
 
 // A tile is known by how many tokens are left from its first one to the end of the item: token i of the tile is there
 // if i < left, and the warp's next tile has `left` less its stride.
@@ -225,15 +228,16 @@ struct TileLoader {
     }
 };
 
-// K and V must not push results and partial states out of L2. But where neighbours in a line or another block of columns
-// read them too, evicting them first would be too early (trial 104). Requests that share pages run together and mostly
-// find them.
+// K and V must not push results and partial states out of L2. But where neighbours in a line or another block of
+// columns read them too, evicting them first would be too early (trial 104). Requests that share pages run together and
+// mostly find them.
 __device__ __forceinline__ u64 pool_policy(const DecodeParams& p) {
     const bool is_only_reader = HEAD_DIM * 2 % 128 == 0 && V_HEAD_DIM * 2 % 128 == 0 && p.column_blocks.divisor == 1;
     return cache_policy(is_only_reader ? Evict::FIRST : Evict::UNCHANGED);
 }
 
-// -- 4. scores ---------------------------------------------------------------------------------------------------------
+// -- 4. scores
+// ---------------------------------------------------------------------------------------------------------
 
 // Q^T. Its B fragments for one k-step are values[step]: a lane holds dims 2 * pair, + 1 (and + 8) of column quad. q is
 // asked for before K and V, by row and head of column c, which lane c knows (trial 103).
@@ -334,10 +338,11 @@ __device__ __forceinline__ void mask(float (&score)[N_TILES][4], const KvLimits*
         }
 }
 
-// -- 5. online softmax -------------------------------------------------------------------------------------------------
+// -- 5. online softmax
+// -------------------------------------------------------------------------------------------------
 
-// The states of a warp's columns: a lane has columns n * 8 + 2 * pair, + 1, of these dims m * 16 + quad (and + 8) of O^T
-// and the sum over its own tokens. Scores are kept as they are (attention_state.cuh).
+// The states of a warp's columns: a lane has columns n * 8 + 2 * pair, + 1, of these dims m * 16 + quad (and + 8) of
+// O^T and the sum over its own tokens. Scores are kept as they are (attention_state.cuh).
 struct WarpState {
     float out[N_TILES][M_TILES][4];
     float max[N_TILES][2];
@@ -387,7 +392,8 @@ struct WarpState {
         }
     }
 
-    // -- 6. weights and values -----------------------------------------------------------------------------------------
+    // -- 6. weights and values
+    // -----------------------------------------------------------------------------------------
 
     // P^T: exponentials, rounded to the element type and turned into B fragments; then what rounding has left of them.
     __device__ __forceinline__ void take_weights(u32 (&weight)[PARTS][N_TILES][2], const float (&score)[N_TILES][4],
@@ -439,7 +445,8 @@ struct WarpState {
         }
     }
 
-    // -- 7. states of warps and splits ---------------------------------------------------------------------------------
+    // -- 7. states of warps and splits
+    // ---------------------------------------------------------------------------------
 
     // Into shared memory, where the warp's tiles were: [COLUMNS][STATE] floats.
     __device__ __forceinline__ void store(float* states) const {
@@ -490,10 +497,7 @@ struct Results {
         const RowEnd end = end_row(state.max * score_factors(p.scoring).scale, state.sum, sink);
         const i64 at = row * p.out_row_stride + head * p.out_head_stride + dim;
         float4 out = state.out;
-        out.x *= end.weight;
-        out.y *= end.weight;
-        out.z *= end.weight;
-        out.w *= end.weight;
+        multiply(out, end.weight);
         if (p.out_float32) {
             *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at) = out;
         } else {
@@ -572,13 +576,7 @@ struct Results {
             }
 #pragma unroll 1
             for (int other = 1; other < shares; other *= 2) {
-                RowState of_other[1];
-                of_other[0].max = __shfl_xor_sync(~0u, state.max, other);
-                of_other[0].sum = __shfl_xor_sync(~0u, state.sum, other);
-                of_other[0].out.x = __shfl_xor_sync(~0u, state.out.x, other);
-                of_other[0].out.y = __shfl_xor_sync(~0u, state.out.y, other);
-                of_other[0].out.z = __shfl_xor_sync(~0u, state.out.z, other);
-                of_other[0].out.w = __shfl_xor_sync(~0u, state.out.w, other);
+                const RowState of_other[1] = {shuffle_xor(state, other)};
                 fold(state, of_other, scale);
             }
             if (item < num_items && share == 0) write(c, dim, state, sink);
@@ -586,7 +584,8 @@ struct Results {
     }
 };
 
-// -- 8. the kernel -----------------------------------------------------------------------------------------------------
+// -- 8. the kernel
+// -----------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(1024) unsigned char shared_memory[];
@@ -633,8 +632,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         tiles.load(warp_base + ring::offset(n), n % 2 == 1, left - n / 2 * stride, pages[n / 2]);
     int after_k_page = pages[ring::TILES_AFTER_K], after_v_page = pages[ring::TILES_AFTER_V];
 
-    // 5. What the columns see. Limits grow with the query token: the first column's are the smallest, the last one's the
-    // largest.
+    // 5. What the columns see. Limits grow with the query token: the first column's are the smallest, the last one's
+    // the largest.
     const KvLimits limits = kv_limits(of.token, item.request, p.positions);
     const int last_begin = __shfl_sync(~0u, limits.begin, num_columns - 1);
     const int first_end = __shfl_sync(~0u, limits.end, 0);
@@ -652,7 +651,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const float scale = score_factors(p.scoring).scale;
 #pragma unroll 1
     for (; left > 0; left -= stride) {
-        const int after_k_left = left - ring::TILES_AFTER_K * stride, after_v_left = left - ring::TILES_AFTER_V * stride;
+        // Of the tiles that replace this one's K and V.
+        const int after_k_left = left - ring::TILES_AFTER_K * stride;
+        const int after_v_left = left - ring::TILES_AFTER_V * stride;
         const int next_page = tiles.page_of(after_v_left - stride);
 
         float score[N_TILES][4];
