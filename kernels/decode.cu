@@ -463,8 +463,8 @@ struct Results {
     const DecodeParams& p;
     Assignment assignment;
     int kv_head;
-    int block;         // of columns
-    int cta;           // of those of the item
+    int block;  // of columns
+    int cta;    // of those of the item
     int ctas_an_item;
     const Flags* flags;
 
@@ -637,6 +637,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         const int after_v_left = left - ring::TILES_AFTER_V * stride;
         const int next_page = tiles.page_of(after_v_left - stride);
 
+        // Scores of the tile. When all lanes have read K, its slot is free.
         float score[N_TILES][4];
         wait_copies<STAGES - 1>();
         __syncwarp();
@@ -645,17 +646,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         tiles.load(k_slot, ring::MIXES, after_k_left, after_k_page);
         ring::advance(k_slot, warp_base);
 
+        // Weights. Only tiles at an edge of some column's interval need a mask.
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) score[n][i] = score_of<true>(score[n][i], score_factors(p.scoring));
-        // Only tiles at an edge of some column's interval need a mask.
         const int first_token = item.end - left;
         if (first_token < last_begin || first_token + TILE > first_end) mask(score, warp_limits, first_token);
         state.raise_max(score, scale);
         u32 weight[PARTS][N_TILES][2];
         state.take_weights(weight, score, scale);
 
+        // Values, and the free slot of V.
         wait_copies<STAGES - 1>();
         __syncwarp();
         state.multiply_v_p(weight, v_slot + v_matrix);
