@@ -22,12 +22,12 @@
 // Who owns what
 //   grid   one CTA per (item, KV head, block of COLUMNS columns), an item being a split of a request. Blocks of columns
 //          vary fastest, which read the same K and V, then KV heads, so that CTAs which run together read neighbouring
-//          memory. The hardware hands out CTAs, the longest items first, which evens out SMs of unequal bandwidth better
-//          than any equal split; two at a time, where planner.py says so.
+//          memory. The hardware hands out CTAs, the longest items first, which evens out SMs of unequal bandwidth
+//          better than any equal split; two at a time, where planner.py says so.
 //   warp   an independent pipeline over tiles of 16 tokens: tile = (i * WARPS + warp) * num_splits + split.
 //          No barrier of the block before the end but that of Q_IN_SHARED.
-//   shared memory, per warp: a ring of STAGES slots for tiles of K and V (Ring). At the end the same bytes hold the
-//          warp's states: O, maximum and sum of each column.
+//   shared memory, per warp: a ring of STAGES slots for tiles of K and V (chapter 1). At the end the same bytes hold
+//          the warp's states: O, maximum and sum of each column.
 //   Q      in registers, as operands of the products; with Q_IN_SHARED in shared memory, once for all warps, which wait
 //          for it before their first tile. It is asked for before K and V, or it would come after all of them.
 //   split  the last CTA of a split row to arrive merges all partial states, in an order that their number decides: the
@@ -48,7 +48,7 @@
 #include "scores.cuh"
 #include "shared_rows.cuh"
 
-// -- 1. constants ------------------------------------------------------------------------------------------------------
+// -- 1. constants -----------------------------------------------------------------------------------------------------
 
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM >= 16 && HEAD_DIM <= 256, "HEAD_DIM must be a multiple of 16 up to 256");
 static_assert(V_HEAD_DIM % 16 == 0 && V_HEAD_DIM >= 16 && V_HEAD_DIM <= 256,
@@ -64,12 +64,12 @@ constexpr int WIDEST = HEAD_DIM > V_HEAD_DIM ? HEAD_DIM : V_HEAD_DIM;
 constexpr bool Q_IN_SHARED = HEAD_DIM == 128 && V_HEAD_DIM == 128 && COLUMNS == 16;
 constexpr int WARPS_PER_SM = WIDEST <= 128 && (COLUMNS == 8 || Q_IN_SHARED) ? 16 : 8;  // at least
 constexpr int CTAS_PER_SM = WARPS_PER_SM / WARPS;
-constexpr int TILE = 16;                        // tokens
-constexpr int N_TILES = COLUMNS / 8;            // n-tiles of the matrix products
-constexpr int K_STEPS = HEAD_DIM / 16;          // k-steps of S
-constexpr int M_TILES = V_HEAD_DIM / 16;        // m-tiles of O^T
-typedef SharedRows<HEAD_DIM / 8> KRows;         // of a tile of K, and of Q
-typedef SharedRows<V_HEAD_DIM / 8> VRows;       // of a tile of V
+constexpr int TILE = 16;                   // tokens
+constexpr int N_TILES = COLUMNS / 8;       // n-tiles of the matrix products
+constexpr int K_STEPS = HEAD_DIM / 16;     // k-steps of S
+constexpr int M_TILES = V_HEAD_DIM / 16;   // m-tiles of O^T
+typedef SharedRows<HEAD_DIM / 8> KRows;    // of a tile of K, and of Q
+typedef SharedRows<V_HEAD_DIM / 8> VRows;  // of a tile of V
 constexpr int K_TILE_BYTES = TILE * KRows::BYTES;
 constexpr int V_TILE_BYTES = TILE * VRows::BYTES;
 static_assert(K_TILE_BYTES % 128 == 0 && V_TILE_BYTES % 128 == 0, "tiles begin on lines of 128 bytes");
@@ -96,9 +96,9 @@ constexpr int PARTIALS_IN_FLIGHT = 8;            // partial states that a thread
 //   3        K0 V1 K3 V4 ...    V0 K2 V3 K5 ...    K1 V2 K4 V5 ...
 //   4        K0 K2 K4 K6 ...    V0 V2 V4 V6 ...    K1 K3 K5 K7 ...    V1 V3 V5 V7 ...
 namespace ring {
-constexpr bool MIXES = STAGES % 2 == 1;            // a slot holds K and V by turns
-constexpr int TILES_AFTER_K = STAGES / 2;          // K of tile i is replaced by K, or where slots mix V, of tile i + this
-constexpr int TILES_AFTER_V = (STAGES + 1) / 2;    // V of tile i is replaced by V, or where slots mix K, of tile i + this
+constexpr bool MIXES = STAGES % 2 == 1;          // a slot holds K and V by turns
+constexpr int TILES_AFTER_K = STAGES / 2;        // from a tile to the one that replaces its K
+constexpr int TILES_AFTER_V = (STAGES + 1) / 2;  // from a tile to the one that replaces its V
 constexpr int LARGER_TILE = K_TILE_BYTES > V_TILE_BYTES ? K_TILE_BYTES : V_TILE_BYTES;
 
 // Where a slot begins; that of STAGES is the end.
@@ -122,7 +122,7 @@ constexpr int Q_OFFSET = (FLAGS_OFFSET + 16 + 127) / 128 * 128;         // [COLU
 static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * KRows::BYTES : FLAGS_OFFSET + 16) == SHARED_BYTES,
               "SHARED_BYTES must be what planner.py says");
 
-// -- 2. parameters -----------------------------------------------------------------------------------------------------
+// -- 2. parameters ----------------------------------------------------------------------------------------------------
 
 struct DecodeParams {
     const u16* q;  // from here to batch: what a run may change
@@ -172,7 +172,7 @@ __device__ __forceinline__ int columns_of(const DecodeParams& p, int block) {
     return columns_left < COLUMNS ? columns_left : COLUMNS;
 }
 
-// -- 3. tiles from the pool into the ring ------------------------------------------------------------------------------
+// -- 3. tiles from the pool into the ring -----------------------------------------------------------------------------
 
 // A tile is known by how many tokens are left from its first one to the end of the item: token i of the tile is there
 // if i < left, and the warp's next tile has `left` less its stride.
@@ -182,10 +182,11 @@ struct TileLoader {
     int kv_head;
     int end;  // of the item's tokens
     u64 policy;
+    int lane;
 
     // Lane l knows the page of token l % 16 of a tile ...
     __device__ __forceinline__ int page_of(int left) const {
-        const int token = threadIdx.x & 15, page = divide(end - left + token, p.positions.page_size);
+        const int token = lane & 15, page = divide(end - left + token, p.positions.page_size);
         return token < left ? __ldg(p.page_ids + first_page + page) : 0;
     }
 
@@ -194,7 +195,7 @@ struct TileLoader {
     template <int DIM>
     __device__ __forceinline__ void copy(shared_address to, const u16* pool, const PoolStrides& strides, int left,
                                          int page) const {
-        const int lane = threadIdx.x & 31, x = end - left + (lane & 15);
+        const int x = end - left + (lane & 15);
         const int slot = x - divide(x, p.positions.page_size) * int(p.positions.page_size.divisor);
         const u32 offset = x < end ? pool_offset<u32>(page, slot, kv_head, strides) : 0u;
         constexpr int CHUNKS = DIM / 8;  // pieces of a row
@@ -225,15 +226,15 @@ struct TileLoader {
     }
 };
 
-// K and V must not push results and partial states out of L2. But where neighbours in a line or another block of columns
-// read them too, evicting them first would be too early (trial 104). Requests that share pages run together and mostly
-// find them.
+// K and V must not push results and partial states out of L2. But where neighbours in a line or another block of
+// columns read them too, evicting them first would be too early (trial 104). Requests that share pages run together and
+// mostly find them.
 __device__ __forceinline__ u64 pool_policy(const DecodeParams& p) {
     const bool is_only_reader = HEAD_DIM * 2 % 128 == 0 && V_HEAD_DIM * 2 % 128 == 0 && p.column_blocks.divisor == 1;
     return cache_policy(is_only_reader ? Evict::FIRST : Evict::UNCHANGED);
 }
 
-// -- 4. scores ---------------------------------------------------------------------------------------------------------
+// -- 4. scores --------------------------------------------------------------------------------------------------------
 
 // Q^T. Its B fragments for one k-step are values[step]: a lane holds dims 2 * pair, + 1 (and + 8) of column quad. q is
 // asked for before K and V, by row and head of column c, which lane c knows (trial 103).
@@ -298,13 +299,7 @@ static_assert(!Q_IN_SHARED || COLUMNS * (HEAD_DIM / 8) % THREADS == 0, "a thread
 // S^T = K Q^T of one tile. k_matrix: where the lane's row of the tile begins for ldmatrix.
 __device__ __forceinline__ void multiply_k_q(float (&score)[N_TILES][4], Queries<Q_IN_SHARED>& q,
                                              shared_address k_matrix) {
-    float sums[PARTS][N_TILES][4];
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part)
-#pragma unroll
-        for (int n = 0; n < N_TILES; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[part][n][i] = 0.f;
+    float sums[PARTS][N_TILES][4] = {};
 #pragma unroll
     for (int step = 0; step < K_STEPS; ++step) {
         u32 a[4];
@@ -334,23 +329,18 @@ __device__ __forceinline__ void mask(float (&score)[N_TILES][4], const KvLimits*
         }
 }
 
-// -- 5. online softmax -------------------------------------------------------------------------------------------------
+// -- 5. online softmax ------------------------------------------------------------------------------------------------
 
-// The states of a warp's columns: a lane has columns n * 8 + 2 * pair, + 1, of these dims m * 16 + quad (and + 8) of O^T
-// and the sum over its own tokens. Scores are kept as they are (attention_state.cuh).
+// The states of a warp's columns: a lane has columns n * 8 + 2 * pair, + 1, of these dims m * 16 + quad (and + 8) of
+// O^T and the sum over its own tokens. Scores are kept as they are (attention_state.cuh).
 struct WarpState {
-    float out[N_TILES][M_TILES][4];
+    float out[N_TILES][M_TILES][4] = {};
     float max[N_TILES][2];
-    float sum[N_TILES][2];
+    float sum[N_TILES][2] = {};
 
-    __device__ __forceinline__ void clear() {
+    __device__ __forceinline__ WarpState() {
 #pragma unroll
-        for (int n = 0; n < N_TILES; ++n) {
-            max[n][0] = max[n][1] = -INF;
-            sum[n][0] = sum[n][1] = 0.f;
-#pragma unroll
-            for (int m = 0; m < M_TILES; ++m) out[n][m][0] = out[n][m][1] = out[n][m][2] = out[n][m][3] = 0.f;
-        }
+        for (int n = 0; n < N_TILES; ++n) max[n][0] = max[n][1] = -INF;
     }
 
     // The maximum moves only when a score passes it by more than RESCALE_STEP: then, and only then, the lanes of a
@@ -387,7 +377,7 @@ struct WarpState {
         }
     }
 
-    // -- 6. weights and values -----------------------------------------------------------------------------------------
+    // -- 6. weights and values ----------------------------------------------------------------------------------------
 
     // P^T: exponentials, rounded to the element type and turned into B fragments; then what rounding has left of them.
     __device__ __forceinline__ void take_weights(u32 (&weight)[PARTS][N_TILES][2], const float (&score)[N_TILES][4],
@@ -439,7 +429,7 @@ struct WarpState {
         }
     }
 
-    // -- 7. states of warps and splits ---------------------------------------------------------------------------------
+    // -- 7. states of warps and splits --------------------------------------------------------------------------------
 
     // Into shared memory, where the warp's tiles were: [COLUMNS][STATE] floats.
     __device__ __forceinline__ void store(float* states) const {
@@ -473,8 +463,8 @@ struct Results {
     const DecodeParams& p;
     Assignment assignment;
     int kv_head;
-    int block;         // of columns
-    int cta;           // of those of the item
+    int block;  // of columns
+    int cta;    // of those of the item
     int ctas_an_item;
     const Flags* flags;
 
@@ -490,10 +480,7 @@ struct Results {
         const RowEnd end = end_row(state.max * score_factors(p.scoring).scale, state.sum, sink);
         const i64 at = row * p.out_row_stride + head * p.out_head_stride + dim;
         float4 out = state.out;
-        out.x *= end.weight;
-        out.y *= end.weight;
-        out.z *= end.weight;
-        out.w *= end.weight;
+        multiply(out, end.weight);
         if (p.out_float32) {
             *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at) = out;
         } else {
@@ -572,13 +559,7 @@ struct Results {
             }
 #pragma unroll 1
             for (int other = 1; other < shares; other *= 2) {
-                RowState of_other[1];
-                of_other[0].max = __shfl_xor_sync(~0u, state.max, other);
-                of_other[0].sum = __shfl_xor_sync(~0u, state.sum, other);
-                of_other[0].out.x = __shfl_xor_sync(~0u, state.out.x, other);
-                of_other[0].out.y = __shfl_xor_sync(~0u, state.out.y, other);
-                of_other[0].out.z = __shfl_xor_sync(~0u, state.out.z, other);
-                of_other[0].out.w = __shfl_xor_sync(~0u, state.out.w, other);
+                const RowState of_other[1] = {shuffle_xor(state, other)};
                 fold(state, of_other, scale);
             }
             if (item < num_items && share == 0) write(c, dim, state, sink);
@@ -586,7 +567,7 @@ struct Results {
     }
 };
 
-// -- 8. the kernel -----------------------------------------------------------------------------------------------------
+// -- 8. the kernel ----------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(1024) unsigned char shared_memory[];
@@ -612,7 +593,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     // 2. The pages of the warp's first tiles. Tiles count from the first token that some column sees.
     const int visible = item.end - item.begin, stride = WARPS * item.num_splits * TILE;  // tokens
     int left = visible - (warp * item.num_splits + item.split) * TILE;
-    const TileLoader tiles = {p, item.request.first_page, kv_head, item.end, pool_policy(p)};
+    const TileLoader tiles = {p, item.request.first_page, kv_head, item.end, pool_policy(p), lane};
     int pages[ring::TILES_AFTER_V + 1];
 #pragma unroll
     for (int i = 0; i <= ring::TILES_AFTER_V; ++i) pages[i] = tiles.page_of(left - i * stride);
@@ -633,8 +614,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         tiles.load(warp_base + ring::offset(n), n % 2 == 1, left - n / 2 * stride, pages[n / 2]);
     int after_k_page = pages[ring::TILES_AFTER_K], after_v_page = pages[ring::TILES_AFTER_V];
 
-    // 5. What the columns see. Limits grow with the query token: the first column's are the smallest, the last one's the
-    // largest.
+    // 5. What the columns see. Limits grow with the query token: the first column's are the smallest, the last one's
+    // the largest.
     const KvLimits limits = kv_limits(of.token, item.request, p.positions);
     const int last_begin = __shfl_sync(~0u, limits.begin, num_columns - 1);
     const int first_end = __shfl_sync(~0u, limits.end, 0);
@@ -645,16 +626,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     // 6. The loop over this warp's tiles. ldmatrix: lane l gives the address of row l % 8 of matrix l / 8; for V the
     // matrices are read transposed.
     WarpState state;
-    state.clear();
     const int k_matrix = KRows::at((lane & 7) + ((lane >> 3) & 1) * 8, lane >> 4);
     const int v_matrix = VRows::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
     shared_address k_slot = warp_base, v_slot = warp_base + ring::offset(1);
     const float scale = score_factors(p.scoring).scale;
 #pragma unroll 1
     for (; left > 0; left -= stride) {
-        const int after_k_left = left - ring::TILES_AFTER_K * stride, after_v_left = left - ring::TILES_AFTER_V * stride;
+        // Of the tiles that replace this one's K and V.
+        const int after_k_left = left - ring::TILES_AFTER_K * stride;
+        const int after_v_left = left - ring::TILES_AFTER_V * stride;
         const int next_page = tiles.page_of(after_v_left - stride);
 
+        // Scores of the tile. When all lanes have read K, its slot is free.
         float score[N_TILES][4];
         wait_copies<STAGES - 1>();
         __syncwarp();
@@ -663,17 +646,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         tiles.load(k_slot, ring::MIXES, after_k_left, after_k_page);
         ring::advance(k_slot, warp_base);
 
+        // Weights. Only tiles at an edge of some column's interval need a mask.
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) score[n][i] = score_of<true>(score[n][i], score_factors(p.scoring));
-        // Only tiles at an edge of some column's interval need a mask.
         const int first_token = item.end - left;
         if (first_token < last_begin || first_token + TILE > first_end) mask(score, warp_limits, first_token);
         state.raise_max(score, scale);
         u32 weight[PARTS][N_TILES][2];
         state.take_weights(weight, score, scale);
 
+        // Values, and the free slot of V.
         wait_copies<STAGES - 1>();
         __syncwarp();
         state.multiply_v_p(weight, v_slot + v_matrix);

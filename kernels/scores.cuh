@@ -7,14 +7,15 @@
 //
 // What is constant in a build is a -D constant of 0 or 1 and costs nothing where it is 0:
 //   SOFT_CAP   a bound on scores (Gemma 2)
-//   SINKS      a learned score a head which every row sees and which has no value (gpt-oss; the name is StreamingLLM's).
-//              A row has one sink, so it is added once, where the row ends, never to the state of a part of its keys.
+//   SINKS      a learned score a head which every row sees and which has no value (gpt-oss; the name is
+//              StreamingLLM's). A row has one sink, so it is added once, where the row ends, never to the state of a
+//              part of its keys.
 //
 // Where a new variant of a score goes:
 //   a bias by position (ALiBi)   score_of(): give it the row's token and head, and the token of the key; its array is a
 //                                pointer beside `sinks` in each kernel's parameters
-//   a custom mask                mask_score() and visible_columns(); a kernel masks only blocks at an edge of what its rows
-//                                see, so every block becomes an edge
+//   a custom mask                mask_score() and visible_columns(); a kernel masks only blocks at an edge of what its
+//                                rows see, so every block becomes an edge
 //   a factor a head              score_factors()
 //   something in the denominator end_row()
 #pragma once

@@ -90,7 +90,8 @@ __device__ __forceinline__ Rule choose_rule(const SplitsParams& p, const Load& l
         const i64 piece = ((wanted > least ? wanted : least) + PIECE_STEP - 1) / PIECE_STEP * PIECE_STEP;
         return {Kind::RAGGED, 0, 0, 0, clamp(piece, 0, INT_LARGEST)};
     }
-    const i64 ctas = load.busy_requests * p.ctas_an_item, round = ctas > p.ctas_at_a_time ? p.ctas_at_a_time : p.num_sms;
+    const i64 ctas = load.busy_requests * p.ctas_an_item;
+    const i64 round = ctas > p.ctas_at_a_time ? p.ctas_at_a_time : p.num_sms;
     const i64 whole = ctas / round * round / p.ctas_an_item;
     const i64 splits = whole < load.busy_requests ? round / ((load.busy_requests - whole) * p.ctas_an_item) : 1;
     return {Kind::EVEN, splits, whole > 0 ? 0 : CHEAP_SPLITS, whole, 0};
@@ -126,8 +127,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
     __syncthreads();
     load.longest = *longest;
 
-    // 2. The rule, and by it the splits of one row after the other: all threads call next_splits, each with its row of a
-    // chunk. Busy requests are counted only where that decides something.
+    // 2. The rule, and by it the splits of one row after the other: all threads call next_splits, each with its row of
+    // a chunk. Busy requests are counted only where that decides something.
     const Rule rule = choose_rule(p, load);
     const bool counts = rule.whole_requests > 0 && rule.splits > 1;
     i64 extra = 0, busy = 0;
@@ -153,7 +154,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan_splits(const __grid_cons
     }
     __syncthreads();
 
-    // 4. The items. The partial states of a request that is split are stored side by side, in the order of the requests.
+    // 4. The items. The partial states of a request that is split are stored side by side, in the order of the
+    // requests.
     i64 partials = 0;
     extra = busy = 0;
     for (int chunk = 0; chunk < p.max_batch_size; chunk += blockDim.x) {

@@ -22,13 +22,14 @@ from tests.specs import decode_recipe, spec_of
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 HEAD_DIMS = (64, 80, 128, 256)
-OTHER_HEAD_DIMS = (16, 32, 96, 112)  # on an H100 only
+OTHER_HEAD_DIMS = (16, 32, 96, 112)  # on an H100 only, as are V_HEAD_DIMs that differ from HEAD_DIM
 
 # What CuPy adds to compile.options() for every kernel, beside the architecture.
 CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 
 # The most registers that a thread of each kernel may take on any card: one number, or one for each (HEAD_DIM, COLUMNS)
-# of decode and each HEAD_DIM of the prefills. A thread can have 255, and 65536 are for all threads of an SM:
+# of decode, with V_HEAD_DIM where that is another, and each HEAD_DIM of the prefills. A thread can have 255, and 65536
+# are for all threads of an SM:
 #   blocks of 256   40: six of them on an SM   64: four   128: two   255: one
 #   blocks of 1024  64: one                    blocks of 128   168: three   255: two
 REGISTERS: dict[str, int | dict[Any, int]] = {
@@ -41,7 +42,7 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
     "decode": {
         (16, 8): 128, (32, 8): 128, (64, 8): 128, (80, 8): 128, (96, 8): 128, (112, 8): 128, (128, 8): 128,
         (64, 16): 160, (96, 16): 200, (80, 16): 184, (112, 16): 208, (128, 16): 128, (64, 24): 200, (64, 32): 240,
-        (256, 8): 240,
+        (256, 8): 240, (192, 8, 128): 240, (64, 8, 128): 128, (64, 16, 128): 200,
     },
     "merge_state": 40,
     "merge_states": 64,
@@ -64,7 +65,10 @@ def register_limit(kernel: str, constants: Mapping[str, Any]) -> int:
     if isinstance(limit, int):
         return limit
     head_dim = constants["HEAD_DIM"]
-    return limit[(head_dim, constants["COLUMNS"]) if "COLUMNS" in constants else head_dim]
+    if "COLUMNS" not in constants:
+        return limit[head_dim]
+    v_head_dim = constants["V_HEAD_DIM"]
+    return limit[(head_dim, constants["COLUMNS"], v_head_dim)[: 2 if v_head_dim == head_dim else 3]]
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,13 @@ def _keys(kernel: str) -> list[Any]:
     return list(limits)
 
 
-def _decode(head_dim: int, columns: int, **fields: Any) -> list[Recipe]:
+def _decode(head_dim: int, columns: int, v_head_dim: int | None = None, **fields: Any) -> list[Recipe]:
     """CTAs that have an SM for themselves, with one block of columns and with two, that share one, and that are many;
     those of batch-invariant plans; and those of a card with little shared memory."""
     made = (
-        decode_recipe(rows, head_dim, num_pairs, batch_invariant=batch_invariant, card=card, **fields)
+        decode_recipe(
+            rows, head_dim, num_pairs, batch_invariant=batch_invariant, card=card, v_head_dim=v_head_dim, **fields
+        )
         for rows in (columns, 2 * columns)
         for num_pairs in (1, recipes.MANY_PAIRS - 1, recipes.MANY_PAIRS)
         for batch_invariant in (False, True)
@@ -159,7 +165,9 @@ def matrix(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Build]:
     rows = []
     for file, sets in variants().items():
         for constants in sets:
-            on_hopper = file.endswith("_hopper") or constants.get("HEAD_DIM") in OTHER_HEAD_DIMS
+            head_dim = constants.get("HEAD_DIM")
+            on_hopper = file.endswith("_hopper") or head_dim in OTHER_HEAD_DIMS
+            on_hopper = on_hopper or constants.get("V_HEAD_DIM", head_dim) != head_dim
             for arch in architectures:
                 if arch == "sm_90a" or not on_hopper:
                     rows.append(Build(file, arch, tuple(constants.items())))
