@@ -117,9 +117,9 @@ def variants() -> dict[str, list[dict[str, int]]]:
                 made.append(_with_feature(recipe, sinks=constants["OUT_FLOAT32"] != constants["BFLOAT16"]))
         for feature in features:
             made += _prefill(H100, head_dim, **feature)
-    for head_dim, columns in _keys("decode"):
+    for key in _keys("decode"):
         for feature in features:
-            made += _decode(head_dim, columns, **feature)
+            made += _decode(*key, **feature)
     files: dict[str, dict[tuple[tuple[str, int], ...], None]] = {}
     for recipe in made:
         files.setdefault(kernels.kernel_files()[recipe.kernel].stem, {})[recipe.constants] = None
