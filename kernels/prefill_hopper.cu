@@ -136,7 +136,7 @@ struct Ring {
     }
 };
 
-// -- warp 0 ------------------------------------------------------------------------------------------------------------
+// -- warp 0 -----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* tiles, shared_address shared) {
     const int lane = threadIdx.x & 31;
@@ -160,7 +160,7 @@ __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* t
     }
 }
 
-// -- warps 1 and 2 -----------------------------------------------------------------------------------------------------
+// -- warps 1 and 2 ----------------------------------------------------------------------------------------------------
 
 // Keeps the ring at `ring_offset` filled with blocks of one pool. A block comes in parts, some of them a lane's: boxes,
 // or with GATHER single tokens. A part of which no token is seen becomes zeros.
@@ -230,7 +230,7 @@ __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const
     }
 }
 
-// -- warp 3 ------------------------------------------------------------------------------------------------------------
+// -- warp 3 -----------------------------------------------------------------------------------------------------------
 
 // Rows behind the last one are copies of it; where q has none at all, zeros.
 __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, const Tile* tiles, shared_address shared,
@@ -265,7 +265,7 @@ __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, con
     }
 }
 
-// -- warps 4 to 11 -----------------------------------------------------------------------------------------------------
+// -- warps 4 to 11 ----------------------------------------------------------------------------------------------------
 // A thread has two rows of its tile, 0 and 1: S[4 i + 2 r], S[4 i + 2 r + 1] are columns 8 i + 2 pair, + 1 of row r.
 
 // Which fallback of the lazy softmax the warp has taken, for tests.

@@ -1,4 +1,4 @@
-"""The Hopper prefill, run on a CPU by the twins in hopper.cuh, against a float64 loop over dense keys and values."""
+"""The Hopper prefill, run on a CPU by the twins of its PTX, against a float64 loop over dense keys and values."""
 
 from dataclasses import replace
 from typing import Any
@@ -47,6 +47,7 @@ def run(
     float32: bool = False,
     tolerance: float | None = None,
     source: str | None = None,
+    **defines: int,
 ) -> tuple[int, int]:
     """One launch, checked; how many blocks warps have scaled down, and how many they have repeated."""
     case = inputs.case
@@ -123,6 +124,7 @@ def run(
         GATHER=tensor_map.box_tokens(case.page_size) < tensor_map.LEAST_BOX_TOKENS,
         TMA_OUT=out_map is not None,
         COUNT_FALLBACKS=1,
+        **defines,
     )
     right_out, right_lse = expected(inputs)
     large = 2e-6 * np.abs(np.nan_to_num(right_lse, neginf=0))  # [rows, heads]
@@ -277,41 +279,11 @@ def test_what_stands_behind_total_len_does_not_matter(page_size: int, total_len:
     run(inputs)
 
 
-LATE = """
-struct LateBox { shared_address target; const TensorMap* map; int first; int last; shared_address barrier; };
-static LateBox late[4096];
-static unsigned num_late, random_state = 1;
-// One box or none arrives, whichever it is.
-static void land() {
-    if (num_late == 0) return;
-    random_state = random_state * 1664525u + 1013904223u;
-    simt::num_polls = 0;
-    if ((random_state >> 16) % 3) return;
-    const unsigned i = (random_state >> 8) % num_late;
-    const LateBox box = late[i];
-    late[i] = late[--num_late];
-    copy_box_now(box.target, box.map, box.first, box.last, box.barrier);
-}
-inline void copy_box_5d(shared_address target, const TensorMap* map, int first, int last, shared_address barrier) {
-    late[num_late++] = {target, map, first, last, barrier};
-}
-"""
-
-
 @pytest.mark.parametrize("name", ["many_tiles", "page24_window", "every_third_page"])
 def test_boxes_may_arrive_late_and_in_any_order(name: str) -> None:
-    source = kernels.load_source("prefill_hopper")
-    for place, changed in (
-        ("__device__ __forceinline__ void copy_box_5d(", "void copy_box_now("),
-        ('simt::poll("barrier_wait")', '(land(), simt::poll("barrier_wait"))'),
-        ("// -- mbarriers:", "static void land();\n// -- mbarriers:"),
-        ("// What this thread wrote to shared memory is seen by TMA", LATE + "//"),
-    ):
-        assert source.count(place) == 1
-        source = source.replace(place, changed)
     (found,) = [case for case in CASES if case.name == name]
-    run(build(found), source=source)
-    run(build(found), source=source, reverse=True)
+    run(build(found), LATE_BOXES=1)
+    run(build(found), reverse=True, LATE_BOXES=1)
 
 
 @pytest.mark.parametrize(
