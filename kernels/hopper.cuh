@@ -94,8 +94,8 @@ __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// A warpgroup gives registers back, or waits until it has `count` a thread. The sum over the CTA must not exceed what it
-// is launched with, else the warpgroup that asks for more waits for ever.
+// A warpgroup gives registers back, or waits until it has `count` a thread. The sum over the CTA must not exceed what
+// it is launched with, else the warpgroup that asks for more waits for ever.
 template <int count>
 __device__ __forceinline__ void shrink_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
