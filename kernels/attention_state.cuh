@@ -17,6 +17,9 @@
 constexpr float LN_2 = 0.69314718055994530942f;
 constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr float NO_KEY = -0x1.fffffep127f;  // a maximum before the first key: -INF - NO_KEY is -INF, as it has to be
+// A maximum that moves only when a score passes it by more than this (base 2) is rarely moved; weights then stay below
+// 2^8, far from overflow in fp16.
+constexpr float RESCALE_STEP = 8.f;
 
 // Four neighbouring columns of one row's state.
 struct RowState {
@@ -66,4 +69,15 @@ __device__ __forceinline__ void fold(RowState& state, const RowState (&others)[c
 // max: in base 2
 __device__ __forceinline__ float log_sum_exp(float max, float sum) {
     return sum == 0.f ? -INF : (max + log2_fast(sum)) * LN_2;
+}
+
+// Adds a sink, a score without a value, to a row's state. Returns the factor by which the sums so far become smaller:
+// out has to be multiplied by it too. max and sink are scores of which `unit` times a score is one in base 2. The larger
+// of both becomes the maximum, so that neither a huge sink nor a huge score overflows.
+__device__ __forceinline__ float add_sink(float sink, float unit, float& max, float& sum) {
+    if (sink == -INF) return 1.f;
+    const float top = fmaxf(max, sink), keep = exp2_fast((max - top) * unit);
+    sum = sum * keep + (sink == top ? 1.f : exp2_fast((sink - top) * unit));
+    max = top;
+    return keep;
 }

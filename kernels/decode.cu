@@ -37,6 +37,7 @@
 #include "load_global.cuh"
 #include "mma.cuh"
 #include "page_table.cuh"
+#include "scores.cuh"
 #include "shared_rows.cuh"
 
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM >= 16 && HEAD_DIM <= 256, "HEAD_DIM must be a multiple of 16 up to 256");
@@ -78,7 +79,6 @@ static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * Rows::BYTES : FLAG_OFFSET + 16
 // Rows of these begin and end inside of lines of 128 bytes, and the next KV head is read soon (an H200, 64 x 4096,
 // 64/8 heads, NHD: 187.2 and 179.5 us, 209.1 and 198.1; HND as before; with HEAD_DIM 112 253 and 276).
 constexpr bool WHOLE_LINES = HEAD_DIM == 80 || HEAD_DIM == 96;
-constexpr float RESCALE_STEP = 8.f;  // P stays below 2^8: far from overflow in fp16, and the rescale is rare
 // Of the first part of a weight: less than 1 by so much that after rounding something is left, as 0 * inf would be NaN.
 // fp16 has few bits below SMALL_WEIGHT: there the parts are halves.
 constexpr float FIRST_SHARE = BFLOAT16 ? 1.f - 0x1p-7f : 1.f - 0x1p-10f;
@@ -91,6 +91,7 @@ struct DecodeParams {
     const u16* v;
     void* out;
     float* lse;
+    const float* sinks;  // [num_qo_heads] with SINKS, natural logarithms
     i64 q_row_stride;  // strides of q and out in elements
     i64 q_head_stride;
     i64 out_row_stride;
@@ -110,8 +111,7 @@ struct DecodeParams {
     int q_len;
     FastDivide column_blocks;  // ceil(q_len * group_size / COLUMNS)
     int num_page_ids;
-    float sm_scale;
-    float logits_soft_cap;
+    Scoring scoring;
 };
 
 // What the end needs to know of the item: registers are scarce in the loop.
@@ -122,12 +122,10 @@ struct Assignment {
     int first_partial;
 };
 
-// What a score is still to be multiplied by, to be one in base 2.
-__device__ __forceinline__ float scale_of(const DecodeParams& p) { return SOFT_CAP ? 1.f : p.sm_scale * LOG2_E; }
-
 // Four columns of one row's result, written where q stood.
 __device__ __forceinline__ void write_row(const DecodeParams& p, int row, int head, int dim, const RowState& state) {
-    const float scale = state.sum == 0.f ? 0.f : 1.f / state.sum;
+    const RowEnd end = end_row(state.max * score_factors(p.scoring).scale, state.sum, -INF);
+    const float scale = end.weight;
     const i64 at = row * p.out_row_stride + head * p.out_head_stride + dim;
     float4 out = state.out;
     out.x *= scale;
@@ -142,7 +140,7 @@ __device__ __forceinline__ void write_row(const DecodeParams& p, int row, int he
         packed.y = pack2(out.z, out.w);
         *reinterpret_cast<uint2*>(static_cast<u16*>(p.out) + at) = packed;
     }
-    if (dim == 0 && p.lse) p.lse[i64(row) * p.num_qo_heads + head] = log_sum_exp(state.max * scale_of(p), state.sum);
+    if (dim == 0 && p.lse) p.lse[i64(row) * p.num_qo_heads + head] = end_row(state.max * score_factors(p.scoring).scale, state.sum, -INF).lse;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const __grid_constant__ DecodeParams p) {
@@ -186,8 +184,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     };
     const int num_columns = columns_of(column_block);
     const int column = column_block * COLUMNS + (lane < num_columns ? lane : num_columns - 1);
-    const int query = divide(column, p.group_size);
-    const int row = work.batch_index * p.q_len + query, head = kv_head * group_size + column - query * group_size;
+    const PackedRow of = packed_row(column, p.group_size);
+    const int query = of.token, row = work.batch_index * p.q_len + query, head = kv_head * group_size + of.head;
 
     // 2. Q^T, whose B fragments for one k-step are q[step]: lane holds dims 2 * pair, + 1 (and + 8) of column quad. (An
     // H200, 1 x 4096, 32/8 heads: 12.7 us, asked for behind K and V 12.9; 16 x 4096 of 4 queries 68.3 and 69.2.)
@@ -230,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     auto offset_of = [&](int left, int page, const PoolStrides& strides) -> u32 {  // in units of 16 bytes
         const int x = end - left + (lane & 15);
         const int slot = x - divide(x, p.positions.page_size) * int(p.positions.page_size.divisor);
-        return x < end ? page * strides.page + slot * strides.slot + kv_head * strides.head : 0u;
+        return x < end ? pool_offset<u32>(page, slot, kv_head, strides) : 0u;
     };
     auto copy_tile = [&](shared_address to, const u16* pool, int left, u32 offset) {
 #pragma unroll
@@ -291,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         if (STAGES > 2)
             tile += tile < warp_base + (STAGES - 2) * TILE_BYTES ? 2 * TILE_BYTES : (2 - STAGES) * TILE_BYTES;
     };
-    const float scale = scale_of(p);
+    const float scale = score_factors(p.scoring).scale;
 
 #pragma unroll 1
     for (; left > 0; left -= stride) {
@@ -327,14 +325,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         load_tile(k_tile, ODD, next_left, page);
         turn(k_tile);
 
-#if SOFT_CAP
-        // The product is rounded by itself, not together with a difference below: its maximum must be one of its values.
-        const float to_cap = p.sm_scale / p.logits_soft_cap, from_cap = p.logits_soft_cap * LOG2_E;
+        if constexpr (SOFT_CAP) {
 #pragma unroll
-        for (int n = 0; n < N_TILES; ++n)
+            for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) score[n][i] = __fmul_rn(from_cap, tanh_fast(score[n][i] * to_cap));
-#endif
+                for (int i = 0; i < 4; ++i) score[n][i] = score_of<true>(score[n][i], score_factors(p.scoring));
+        }
         // Only tiles at an edge of some column's interval need a mask.
         const int first_token = end - left;
         if (first_token < last_begin || first_token + TILE > first_end) {
@@ -343,8 +339,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const KvLimits seen = warp_limits[n * 8 + 2 * pair + (i & 1)];
-                    const int x = first_token + quad + (i >> 1) * 8;
-                    if (x < seen.begin || x >= seen.end) score[n][i] = -INF;
+                    mask_score(score[n][i], seen.begin, seen.end, first_token + quad + (i >> 1) * 8);
                 }
         }
 
@@ -472,9 +467,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         return p.partials + i64(place * COLUMNS + c) * STATE;
     };
     auto write_column = [&](int c, int dim, const RowState& state) {
-        const int of_request = own_block * COLUMNS + c, token = divide(of_request, p.group_size);
-        const int q_head = kv_head * group_size + of_request - token * group_size;
-        write_row(p, own.batch_index * p.q_len + token, q_head, dim, state);
+        const PackedRow of = packed_row(own_block * COLUMNS + c, p.group_size);
+        write_row(p, own.batch_index * p.q_len + of.token, kv_head * group_size + of.head, dim, state);
     };
     for (int item = threadIdx.x; item < num_items; item += THREADS) {
         const int c = item / (HEAD_DIM / 4), dim = item % (HEAD_DIM / 4) * 4;

@@ -25,8 +25,7 @@
 #include "mma.cuh"
 #include "page_table.cuh"
 
-constexpr float RESCALE_STEP = 8.f;  // a maximum moves only by more than this, so that rescaling is rare
-constexpr float MOST_SUM = 0x1p8f;   // of a row's P in a block, a thread's share
+constexpr float MOST_SUM = 0x1p8f;       // of a row's P in a block, a thread's share
 constexpr float MOST_SCALED = 0x1p125f;  // its inverse is a normal number: one that is not is a zero to the hardware
 
 // Bits 2 i, 2 i + 1 for columns 8 i, 8 i + 1 below `limit`.

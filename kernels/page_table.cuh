@@ -29,6 +29,13 @@ struct PoolStrides {
     u32 head;
 };
 
+// Where a token's row of one KV head begins in the pool, in units of 16 bytes. T is u32 where the host keeps pools below
+// 2^32 such units (attention), else i64 (append).
+template <typename T>
+__device__ __forceinline__ T pool_offset(T page, T slot, T head, const PoolStrides& strides) {
+    return page * strides.page + slot * strides.slot + head * strides.head;
+}
+
 // The first fault that any kernel met. field is a FaultField, index the request or entry, value what stood there.
 struct Status {
     int field;
@@ -72,6 +79,10 @@ struct __align__(16) Request {
     int num_queries;
     int first_tile;   // prefill: its first query tile in the grid
 };
+
+// Whether a record is that of a request. Rows with a fault, rows past the batch and the sentinel have none: their
+// total_len is -1, and what q holds for them gives 0 / -INF in every case.
+__device__ __forceinline__ bool is_request(const Request& request) { return request.total_len >= 0; }
 
 // The request of a query tile, the same in all lanes: the last of requests [num_requests + 1] whose first_tile is not
 // behind it. The warp probes 32 at a time.
@@ -141,4 +152,16 @@ __device__ __forceinline__ KvLimits kv_limits(int query, const Request& request,
     limits.begin = positions.window_left < 0 ? 0 : tokens_before(own - positions.window_left, request, positions);
     if (limits.begin > limits.end) limits.begin = limits.end;
     return limits;
+}
+
+// The query heads of one KV head and the tokens of a request are packed into one axis of rows, so that any group size
+// fills a tile: packed row r is token r / group_size of the request, head r % group_size of the KV head's group.
+struct PackedRow {
+    int token;
+    int head;  // of the group
+};
+
+__device__ __forceinline__ PackedRow packed_row(int row, const FastDivide& group_size) {
+    const int token = divide(row, group_size);
+    return {token, row - token * int(group_size.divisor)};
 }

@@ -405,7 +405,7 @@ def compile_without_card(nvrtc: Any, file: str, options: tuple[str, ...]) -> Non
 
 def typical_constants(name: str) -> list[dict[str, Any]]:
     """The constants that the checks below, or any model with their shapes, have a kernel compiled with."""
-    kinds = [{"HEAD_DIM": HEAD_DIM, "BFLOAT16": dtype == ml_dtypes.bfloat16} for dtype in DTYPES]
+    kinds = [{"HEAD_DIM": HEAD_DIM, "BFLOAT16": dtype == ml_dtypes.bfloat16, "SINKS": False} for dtype in DTYPES]
     if name == "append":
         return [{"HEAD_DIM": HEAD_DIM}]
     if name == "decode":

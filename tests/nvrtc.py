@@ -87,7 +87,7 @@ def kernels_of(file: str) -> tuple[str, ...]:
 
 def variants() -> dict[str, list[dict[str, Any]]]:
     """The sets of constants with which each file is compiled."""
-    kinds = [{"BFLOAT16": bfloat16, "SOFT_CAP": soft_cap} for bfloat16 in (0, 1) for soft_cap in (0, 1)]
+    kinds = [{"BFLOAT16": bfloat16, "SOFT_CAP": soft_cap, "SINKS": 0} for bfloat16 in (0, 1) for soft_cap in (0, 1)]
     return {
         "append": [{"HEAD_DIM": head_dim} for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS)],
         "check": [{}],

@@ -650,7 +650,7 @@ def _merge(
         _launch(
             name, device, grid, warps * 32, fields,
             HEAD_DIM=head_dim, VEC=vector, BFLOAT16=_BFLOAT16 in (v.dtype, out.dtype),
-            V_FLOAT32=v.dtype == np.float32, OUT_FLOAT32=out.dtype == np.float32,
+            V_FLOAT32=v.dtype == np.float32, OUT_FLOAT32=out.dtype == np.float32, SINKS=False,
         )  # fmt: skip
 
 
@@ -811,6 +811,7 @@ class Plan:
             "HEAD_DIM": spec.head_dim,
             "BFLOAT16": spec.dtype == _BFLOAT16,
             "SOFT_CAP": spec.logits_soft_cap > 0,
+            "SINKS": False,
         }
         kernel_shape: planner.DecodeShape | planner.PrefillShape
         hopper, plan_splits, cluster = None, None, 1
@@ -854,6 +855,7 @@ class Plan:
                 "group_size": compile.fast_divide(spec.group_size),
                 "q_len": spec.q_len,
                 "column_blocks": compile.fast_divide(column_blocks),
+                "scoring": (fields.pop("sm_scale"), fields.pop("logits_soft_cap")),
                 "num_page_ids": max_pages,
                 "partials": self._buffer("partials", partials * (spec.head_dim + 4) * 4),
                 "arrivals": self._buffer("arrivals", num_requests * splits.ctas_an_item * 4),

@@ -78,8 +78,7 @@ def run(
         "q_len": case.q_len,
         "column_blocks": kernels.fast_divide(shape.column_blocks),
         "out_float32": float32,
-        "sm_scale": case.sm_scale,
-        "logits_soft_cap": case.logits_soft_cap,
+        "scoring": (case.sm_scale, case.logits_soft_cap),
     }
     launch(
         "decode",
@@ -94,6 +93,7 @@ def run(
         STAGES=shape.stages,
         BFLOAT16=case.dtype == "bfloat16",
         SOFT_CAP=case.logits_soft_cap > 0,
+        SINKS=False,
         SHARED_BYTES=shape.shared_bytes,
     )
     return out, lse, arrivals
