@@ -7,8 +7,8 @@
 // out   k_pool, v_pool                           pages of a pool; NHD and HND differ in their strides only
 //       status  Status                           a slot outside the pool is skipped and recorded
 //
-// A thread moves 16 bytes of K and the same of V. threadIdx.y is a token of the block, threadIdx.x runs over the pieces
-// of its heads; blocks step through the tokens. Two tokens with one slot: either of them, piece by piece.
+// A thread moves 16 bytes of K and 16 of V. threadIdx.y is a token of the block, threadIdx.x runs over the pieces of
+// its heads; blocks step through the tokens. Of two tokens with one slot each piece is that of either.
 #include "convert.cuh"
 #include "page_table.cuh"
 
@@ -20,7 +20,7 @@ struct AppendParams {
     const uint4* v;    // [tokens, heads, CHUNKS]
     uint4* k_pool;     // [num_pages, page_size, heads, CHUNKS] in the order of its strides
     uint4* v_pool;     // [num_pages, page_size, heads, CHUNKS] in the order of its strides
-    const i64* slots;  // [tokens]; of int where slots_are_int
+    const i64* slots;  // [tokens]; int where slots_are_int
     Status* status;    // [1]
     PoolStrides k_pool_strides;
     PoolStrides v_pool_strides;
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(256) append(const __grid_constant__
     const i64 num_slots = i64(p.num_pages) * p.page_size.divisor;
     const i64 step = i64(gridDim.x) * blockDim.y;
     for (i64 token = i64(blockIdx.x) * blockDim.y + threadIdx.y; token < p.tokens; token += step) {
-        // 1. Where the token goes.
+        // 1. The token's page, and its slot in the page.
         const i64 slot = p.slots_are_int ? reinterpret_cast<const int*>(p.slots)[token] : p.slots[token];
         if (slot < 0 || slot >= num_slots) {
             if (slot != -1 && threadIdx.x == 0) record_fault(p.status, FAULT_SLOTS, int(token), slot);

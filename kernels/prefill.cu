@@ -6,7 +6,7 @@
 //
 // in    q         [q_rows, num_qo_heads, HEAD_DIM]    rows first_query .. first_query + num_queries are a request's
 //       k, v      pools of pages; NHD and HND differ in their strides only
-//       requests  [num_requests + 1] Request          where its pages stand (page_table.cuh); first_tile ascends.
+//       requests  [num_requests + 1] Request          their pages and lengths (page_table.cuh); first_tile ascends.
 //                                                     The last record is a sentinel without keys: first_tile counts
 //                                                     the tiles of all requests, first_query their rows
 //       page_ids  [max_pages] int                     clean: every id is inside the pool
@@ -15,20 +15,21 @@
 //
 // The query heads of one KV head and the tokens of a request are packed into one axis of rows, so any group size fills
 // the tensor cores: packed row r is token r / group_size, head r % group_size of the group. S = Q K^T lives in
-// registers, is turned into P = 2^(S - max) there, and O += P V never leaves them.
+// registers, is turned into P = 2^(S - max) there, and O += P V never leaves them (FlashAttention-2, with the online
+// softmax of Milakov & Gimelshein 2018).
 //
 // Who owns what
 //   grid   one CTA per (tile of TILE_ROWS packed rows, KV head); KV heads vary fastest, so that CTAs which run together
 //          read neighbouring memory; tiles come in reverse, since the last ones of a causal request are the longest.
-//          The host knows an upper bound of the tiles only: a CTA finds its request by a search in `requests`. Tiles
-//          from the sentinel on serve the rows of q behind the planned ones, as a request that has no key.
+//          The host knows only an upper bound of the tiles: a CTA finds its request by a search in `requests`. Tiles
+//          from the sentinel on serve the rows of q past the planned ones, as a request without keys.
 //   warp   TILE_ROWS / WARPS rows and all tokens: no exchange between warps, and every fragment of K and V that a warp
 //          reads from shared memory serves all of its M_TILES row tiles.
-//   shared memory: Q, one block of K, one block of V (shared_rows.cuh); where the tokens of two blocks stand in the
+//   shared memory: Q, one block of K, one block of V (shared_rows.cuh); the offsets of the tokens of two blocks in the
 //          pools; what each row sees.
-//          V of block j loads while block j does its scores, K of block j + 1 while block j does P V; page ids are
-//          read two blocks ahead. At the end a warp's part of Q holds its output on the way to memory.
-//   Nothing is added by atomics: the same bits on every run.
+//          V of block j loads during the scores of block j, K of block j + 1 during P V of block j; page ids are read
+//          two blocks ahead. At the end a warp's part of Q holds its output on the way to memory.
+//   No atomics, so every run gives the same bits.
 #include "attention_state.cuh"
 #include "convert.cuh"
 #include "load_global.cuh"
@@ -57,7 +58,7 @@ constexpr int ROW_LANES = CHUNKS <= 2 ? 2 : CHUNKS <= 4 ? 4 : CHUNKS <= 8 ? 8 : 
 constexpr int LOAD_ROWS = THREADS / ROW_LANES;  // rows that the CTA moves at a time, a chunk a thread
 static_assert(BLOCK % LOAD_ROWS == 0 && TILE_ROWS % LOAD_ROWS == 0, "every thread moves the same number of rows");
 typedef SharedRows<CHUNKS> Rows;                   // of Q, K and V
-constexpr int K_OFFSET = TILE_ROWS * Rows::BYTES;  // Q stands at 0
+constexpr int K_OFFSET = TILE_ROWS * Rows::BYTES;  // Q is stored at 0
 constexpr int V_OFFSET = K_OFFSET + BLOCK * Rows::BYTES;
 constexpr int TOKENS_OFFSET = V_OFFSET + BLOCK * Rows::BYTES;  // [2] TokenOffsets
 constexpr int ROWS_OFFSET = TOKENS_OFFSET + 4 * BLOCK * 4;     // [TILE_ROWS] Row
@@ -91,13 +92,13 @@ struct PrefillParams {
     float logits_soft_cap;
 };
 
-// Where the tokens of one block stand in the two pools, in units of 16 bytes.
+// Offsets of the tokens of one block in the two pools, in units of 16 bytes.
 struct TokenOffsets {
     u32 k[BLOCK];
     u32 v[BLOCK];
 };
 
-// One packed row: the tokens that it sees, and where it stands in q and out (query -1: nowhere).
+// One packed row: the tokens that it sees, and its indices in q and out (query -1: padding).
 struct __align__(16) Row {
     KvLimits limits;
     int query;
@@ -121,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
     const i64 first_row = i64(tile - request.first_tile) * TILE_ROWS;
     if (first_row >= i64(request.num_queries) * p.group_size) return;
 
-    // 2. What each row sees. Rows behind the last one stand nowhere and see what the last token sees.
+    // 2. What each row sees. Padding behind the last row sees what the last token sees.
     if (thread < TILE_ROWS) {
         const u32 packed = u32(first_row) + thread, group_size = u32(p.group_size);
         const int token = int(packed / group_size), last = request.num_queries - 1;
@@ -138,13 +139,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
     const int last_begin = rows[warp * WARP_ROWS + WARP_ROWS - 1].limits.begin;
     const int first_end = rows[warp * WARP_ROWS].limits.end;
 
-    // 3. Loads. Thread i knows where token i of a block stands. Tokens at or behind `end` get the place of the last one
+    // 3. Loads. Thread i computes the offsets of token i of a block. Tokens from `end` on get those of the last one
     // before it: unused slots, whose NaN would survive a weight of 0, are not read, and no address leaves the pools.
     auto token_of = [&](int block) -> int { return block + thread < end ? block + thread : end - 1; };
     auto page_of = [&](int block) -> int {
         return __ldg(p.page_ids + request.first_page + divide(token_of(block), p.positions.page_size));
     };
-    auto place_tokens = [&](TokenOffsets& offsets, int block, int page) {
+    auto locate_tokens = [&](TokenOffsets& offsets, int block, int page) {
         const int token = token_of(block);
         const u32 slot = token - divide(token, p.positions.page_size) * p.positions.page_size.divisor;
         offsets.k[thread] = page * p.k_strides.page + slot * p.k_strides.slot + kv_head * p.k_strides.head;
@@ -168,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
     int next_page = 0;
     if (begin < end) {
         if (thread < BLOCK) {
-            place_tokens(token_offsets[0], begin, page_of(begin));
+            locate_tokens(token_offsets[0], begin, page_of(begin));
             next_page = page_of(begin + BLOCK);
         }
         if (chunk < CHUNKS) {
@@ -207,13 +208,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
     for (int block = begin; block < end; block += BLOCK) {
         const int next_block = block + BLOCK;
 
-        // K is here, and every warp is done with V of the block before.
+        // K has come, and every warp is done with V of the block before.
         wait_copies<0>();
         __syncthreads();
         load_block(V_OFFSET, p.v, token_offsets[parity].v);
         parity ^= 1;
         if (thread < BLOCK && next_block < end) {
-            place_tokens(token_offsets[parity], next_block, next_page);
+            locate_tokens(token_offsets[parity], next_block, next_page);
             next_page = page_of(next_block + BLOCK);
         }
 
@@ -250,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
 #pragma unroll
                 for (int i = 0; i < 4; ++i) score[m][n][i] = from_cap * tanh_fast(score[m][n][i] * to_cap);
 #endif
-        // Only blocks at an edge of what some row of this warp sees need a mask.
+        // Only blocks at the edge of what a row of this warp sees need a mask.
         if (block < last_begin || next_block > first_end) {
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m)
@@ -267,9 +268,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
                 }
         }
 
-        // Where a score passes the maximum the lanes of a row agree on a new one and rescale what they have. (Moving it
-        // only by more than 8 is 5% faster. But then the largest P is not 1, and is rounded for its product with V and
-        // not in the sum: a row of which one token makes up the most is off by that.)
+        // Where a score passes the maximum the lanes of a row agree on a new one and rescale what they have. The
+        // maximum is not lazy: the largest P would be other than 1, and P is rounded for its product with V but not in
+        // the sum, which shows in a row that is mostly one token (trial 201).
         float block_max[M_TILES][2];
         bool passed = false;
 #pragma unroll
@@ -303,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
                 }
         }
 
-        // V is here, and every warp is done with K.
+        // V has come, and every warp is done with K.
         wait_copies<0>();
         __syncthreads();
         if (next_block < end) load_block(K_OFFSET, p.k, token_offsets[parity].k);
@@ -335,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
         }
     }
 
-    // 5. Normalise and write. 16-bit results go through the warp's own rows of Q, so that whole rows are written.
+    // 5. Normalise and store. 16-bit results go through the warp's rows of Q, so that whole rows are stored.
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll

@@ -1,4 +1,4 @@
-"""The Hopper prefill, run on a CPU by the twins in hopper.cuh, against a float64 loop over dense keys and values."""
+"""The Hopper prefill, run on a CPU by the twins of its PTX, against a float64 loop over dense keys and values."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,6 +8,7 @@ import pytest
 
 from paged_attn import compile as kernels
 from paged_attn.card import H100
+from paged_attn.recipes import TMA_OUT_TOKENS
 from tests.cases import DTYPES, LARGE_SCORES, OUT_TOLERANCE, SCORES, Case, Inputs, assert_close, build
 from tests.simt.driver import SimtError
 from tests.simt.plans import HostPlan
@@ -24,11 +25,21 @@ def run(
     float32: bool = False,
     tolerance: float | None = None,
     source: str | None = None,
+    **defines: int,
 ) -> tuple[int, int]:
     """One step, checked; how many blocks warps have scaled down, and how many they have repeated."""
     case = inputs.case
     card = replace(H100, num_sms=ctas)
-    plan = HostPlan(inputs, spare_requests=spare_requests, card=card, reverse=reverse, source=source, COUNT_FALLBACKS=1)
+    plan = HostPlan(
+        inputs,
+        spare_requests=spare_requests,
+        pages=-(-TMA_OUT_TOKENS * (case.batch_size + spare_requests) // case.page_size),  # results leave by TMA
+        card=card,
+        reverse=reverse,
+        source=source,
+        COUNT_FALLBACKS=1,
+        **defines,
+    )
     plan.plan()
     rows = len(inputs.q)
     q = np.pad(inputs.q, ((0, spare_rows), (0, 0), (0, 0)))
@@ -189,41 +200,11 @@ def test_what_stands_behind_total_len_does_not_matter(page_size: int, total_len:
     run(inputs)
 
 
-LATE = """
-struct LateBox { shared_address target; const TensorMap* map; int first; int last; shared_address barrier; };
-static LateBox late[4096];
-static unsigned num_late, random_state = 1;
-// One box or none arrives, whichever it is.
-static void land() {
-    if (num_late == 0) return;
-    random_state = random_state * 1664525u + 1013904223u;
-    simt::num_polls = 0;
-    if ((random_state >> 16) % 3) return;
-    const unsigned i = (random_state >> 8) % num_late;
-    const LateBox box = late[i];
-    late[i] = late[--num_late];
-    copy_box_now(box.target, box.map, box.first, box.last, box.barrier);
-}
-inline void copy_box_5d(shared_address target, const TensorMap* map, int first, int last, shared_address barrier) {
-    late[num_late++] = {target, map, first, last, barrier};
-}
-"""
-
-
 @pytest.mark.parametrize("name", ["many_tiles", "page24_window", "every_third_page"])
 def test_boxes_may_arrive_late_and_in_any_order(name: str) -> None:
-    source = kernels.load_source("prefill_hopper")
-    for place, changed in (
-        ("__device__ __forceinline__ void copy_box_5d(", "void copy_box_now("),
-        ('simt::poll("barrier_wait")', '(land(), simt::poll("barrier_wait"))'),
-        ("// -- mbarriers:", "static void land();\n// -- mbarriers:"),
-        ("// What this thread wrote to shared memory is seen by TMA", LATE + "//"),
-    ):
-        assert source.count(place) == 1
-        source = source.replace(place, changed)
     (found,) = [case for case in CASES if case.name == name]
-    run(build(found), source=source)
-    run(build(found), source=source, reverse=True)
+    run(build(found), LATE_BOXES=1)
+    run(build(found), reverse=True, LATE_BOXES=1)
 
 
 @pytest.mark.parametrize(
