@@ -11,11 +11,12 @@ from tests.cases import DTYPES, LSE_TOLERANCE, LSE_TOLERANCE_SOFT_CAP, OUT_TOLER
 from tests.simt.plans import HostPlan
 
 
-def expected(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+def expected(inputs: Inputs, sinks: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(out, lse) in float64, one query head at a time."""
     case = inputs.case
     q = inputs.q.astype(np.float64)
-    out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    sinks = np.full(case.num_qo_heads, -np.inf) if sinks is None else sinks.astype(np.float64)
+    out, lse = np.zeros((*q.shape[:2], case.v_head_dim)), np.full(q.shape[:2], -np.inf)
     for request, queries in enumerate(case.queries):
         positions, total_len, first = case.positions(request), case.total_len(request), inputs.qo_indptr[request]
         own = total_len - queries + np.arange(queries)[:, None]
@@ -29,10 +30,10 @@ def expected(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
             if case.logits_soft_cap:
                 scores = case.logits_soft_cap * np.tanh(scores / case.logits_soft_cap)
             scores = np.where(seen, scores, -np.inf)
-            some = seen.any(axis=1)
-            top = scores[some].max(axis=1, initial=-np.inf)
+            some = seen.any(axis=1) | np.isfinite(sinks[head])
+            top = scores[some].max(axis=1, initial=sinks[head])
             weights = np.exp(scores[some] - top[:, None])
-            total = weights.sum(axis=1)
+            total = weights.sum(axis=1) + np.exp(sinks[head] - top)
             out[first : first + queries, head][some] = (weights @ v) / total[:, None]
             lse[first : first + queries, head][some] = np.log(total) + top
     return out, lse
@@ -47,13 +48,14 @@ class Run:
     kv: pa.PagedKV
     out: np.ndarray
     lse: np.ndarray | None
+    sinks: np.ndarray | None
 
     @property
     def requests(self) -> np.ndarray:
         return self.plan.buffers["requests"]
 
     def go(self) -> tuple[np.ndarray, Any]:
-        self.plan.run(self.q, self.kv, self.out, self.lse)
+        self.plan.run(self.q, self.kv, self.out, self.lse, self.sinks)
         return self.out, self.lse
 
 
@@ -67,6 +69,7 @@ def prepare(
     q: np.ndarray | None = None,
     out: np.ndarray | None = None,
     kv: pa.PagedKV | None = None,
+    sinks: np.ndarray | None = None,
     **constants: int,
 ) -> Run:
     """A case, planned. A plan may have room for more requests, and q more rows, than the batch has."""
@@ -74,14 +77,16 @@ def prepare(
     plan.plan()
     q = np.pad(inputs.q, ((0, spare_rows), (0, 0), (0, 0)), constant_values=np.nan) if q is None else q
     if out is None:
-        out = np.full(q.shape, np.nan, np.float32 if float32 else DTYPES[inputs.case.dtype])
-    return Run(plan, q, inputs.kv() if kv is None else kv, out, np.full(q.shape[:2], np.nan, np.float32))
+        dtype = np.float32 if float32 else DTYPES[inputs.case.dtype]
+        out = np.full((*q.shape[:2], inputs.case.v_head_dim), np.nan, dtype)
+    lse = np.full(q.shape[:2], np.nan, np.float32)
+    return Run(plan, q, inputs.kv() if kv is None else kv, out, lse, sinks)
 
 
-def check(inputs: Inputs, out: np.ndarray, lse: np.ndarray) -> None:
+def check(inputs: Inputs, out: np.ndarray, lse: np.ndarray, sinks: np.ndarray | None = None) -> None:
     """out and lse against the float64 loop; rows behind the planned ones are empty."""
     rows, case = len(inputs.q), inputs.case
-    right_out, right_lse = expected(inputs)
+    right_out, right_lse = expected(inputs, sinks)
     lse_tolerance = LSE_TOLERANCE_SOFT_CAP if case.logits_soft_cap else LSE_TOLERANCE
     assert_close(
         out[:rows], right_out, lse[:rows], right_lse, tolerance=OUT_TOLERANCE[case.dtype], lse_tolerance=lse_tolerance

@@ -25,9 +25,14 @@ def run(
     float32: bool = False,
     tolerance: float | None = None,
     source: str | None = None,
+    sinks: np.ndarray | None = None,
+    faulty: int | None = None,
     **defines: int,
 ) -> tuple[int, int]:
-    """One step, checked; how many blocks warps have scaled down, and how many they have repeated."""
+    """One step, checked; how many blocks warps have scaled down, and how many they have repeated.
+
+    faulty: a request that plan_requests has found to be wrong.
+    """
     case = inputs.case
     card = replace(H100, num_sms=ctas)
     plan = HostPlan(
@@ -45,8 +50,15 @@ def run(
     q = np.pad(inputs.q, ((0, spare_rows), (0, 0), (0, 0)))
     out = np.full(q.shape, np.nan, np.float32 if float32 else DTYPES[case.dtype])
     lse = np.full(q.shape[:2], np.nan, np.float32)
-    plan.run(q, inputs.kv(), out, lse)
-    right_out, right_lse = expected(inputs)
+    if faulty is not None:
+        record = plan.buffers["sorted"]["first_query"] == inputs.qo_indptr[faulty]
+        for name, value in (("num_pages", 0), ("kv_len", 0), ("total_len", -1)):
+            plan.buffers["sorted"][name][record] = value
+    plan.run(q, inputs.kv(), out, lse, sinks)
+    right_out, right_lse = expected(inputs, sinks)
+    if faulty is not None:
+        rows_of_it = slice(inputs.qo_indptr[faulty], inputs.qo_indptr[faulty + 1])
+        right_out[rows_of_it], right_lse[rows_of_it] = 0, -np.inf
     large = 2e-6 * np.abs(np.nan_to_num(right_lse, neginf=0))  # [rows, heads]
     tolerance = tolerance or OUT_TOLERANCE[case.dtype]
     assert_close(
