@@ -407,19 +407,24 @@ def typical_constants(name: str) -> list[dict[str, Any]]:
     """The constants that the checks below, or any model with their shapes, have a kernel compiled with."""
     kinds = [{"HEAD_DIM": HEAD_DIM, "BFLOAT16": dtype == ml_dtypes.bfloat16, "SINKS": False} for dtype in DTYPES]
     if name == "append":
-        return [{"HEAD_DIM": HEAD_DIM}]
+        return [{"HEAD_DIM": HEAD_DIM, "V_HEAD_DIM": HEAD_DIM}]
     if name == "decode":
         decode = planner.decode_shape(1, NUM_QO_HEADS // NUM_KV_HEADS, HEAD_DIM)
         constants = {"SOFT_CAP": False, "COLUMNS": decode.columns, "WARPS": decode.warps, "STAGES": decode.stages}
         return [kind | constants | {"SHARED_BYTES": decode.shared_bytes} for kind in kinds]
     if name == "prefill":
-        prefill = planner.prefill_shape(HEAD_DIM)
-        constants = {"SOFT_CAP": False, "TILE_ROWS": prefill.tile_rows, "SHARED_BYTES": prefill.shared_bytes}
+        prefill = planner.prefill_shape(HEAD_DIM, HEAD_DIM)
+        constants = {
+            "V_HEAD_DIM": HEAD_DIM,
+            "SOFT_CAP": False,
+            "TILE_ROWS": prefill.tile_rows,
+            "SHARED_BYTES": prefill.shared_bytes,
+        }
         return [kind | constants for kind in kinds]
     if name == "prefill_hopper":
         hopper = planner.prefill_hopper_shape(HEAD_DIM)
         assert hopper is not None
-        constants = {"SOFT_CAP": False, "GATHER": False, "SHARED_BYTES": hopper.shared_bytes}
+        constants = {"V_HEAD_DIM": HEAD_DIM, "SOFT_CAP": False, "GATHER": False, "SHARED_BYTES": hopper.shared_bytes}
         return [kind | constants | {"TMA_OUT": tma_out} for kind in kinds for tma_out in (False, True)]
     if name in ("merge_state", "merge_states"):
         return [kind | {"VEC": 8, "V_FLOAT32": False, "OUT_FLOAT32": False} for kind in kinds]

@@ -190,19 +190,21 @@ TMA_OUT_TOKENS = 1024
 
 @dataclass(frozen=True)
 class PrefillShape:
-    """How the portable prefill kernel is compiled and launched for one head_dim."""
+    """How the portable prefill kernel is compiled and launched for K's and V's dims."""
 
     tile_rows: int  # packed (token, head of the group) rows a CTA
     threads: int
     shared_bytes: int
 
 
-def prefill_shape(head_dim: int) -> PrefillShape:
-    """The kernel's tile: 32 rows a warp where their accumulators fit into registers, else 16."""
-    wide = head_dim > 128
+def prefill_shape(head_dim: int, v_head_dim: int) -> PrefillShape:
+    """The kernel's tile: 32 rows a warp where their accumulators fit into registers, and Q and K into shared memory,
+    else 16."""
+    wide = v_head_dim > 128 or head_dim > 192
     tile_rows, block = (64, 32) if wide else (128, 64)
-    row = 2 * head_dim  # bytes of a row of Q, K or V in shared memory
-    return PrefillShape(tile_rows, 128, (tile_rows + 2 * block) * row + 4 * block * 4 + tile_rows * 16)
+    k_row, v_row = 2 * head_dim, 2 * v_head_dim  # bytes; results are stored over Q
+    rows = tile_rows * max(k_row, v_row) + block * (k_row + v_row)
+    return PrefillShape(tile_rows, 128, rows + 4 * block * 4 + tile_rows * 16)
 
 
 def prefill_hopper_shape(head_dim: int) -> PrefillShape | None:

@@ -32,6 +32,7 @@ class Case:
     num_qo_heads: int = 8
     num_kv_heads: int = 2
     head_dim: int = 64
+    v_head_dim: int | None = None  # None: head_dim
     page_size: int = 16
     layout: str = "NHD"
     dtype: str = "float16"
@@ -62,6 +63,10 @@ class Case:
     @property
     def sm_scale(self) -> float:
         return self.head_dim**-0.5 if self.given_scale is None else self.given_scale
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     def positions(self, request: int) -> np.ndarray:
         """Position in the whole sequence of each local token of a request."""
@@ -131,7 +136,7 @@ def build(case: Case, *, needle: int | None = None, scores: str | None = None) -
 
     q = normal(sum(case.queries), case.num_qo_heads, dim)
     k = [normal(kv_len, heads, dim) for kv_len in case.kv_lens]
-    v = [normal(kv_len, heads, dim) for kv_len in case.kv_lens]
+    v = [normal(kv_len, heads, case.value_dim) for kv_len in case.kv_lens]
     if needle is not None:
         q[..., 0] = 4
         for keys, values in zip(k, v, strict=True):
@@ -149,7 +154,7 @@ def build(case: Case, *, needle: int | None = None, scores: str | None = None) -
     page_ids = random.permutation(num_pages)[: indptr[-1]]
     pools = []
     for dense in (k, v):
-        pool = np.full((num_pages, page_size, heads, dim), np.nan, dtype)
+        pool = np.full((num_pages, page_size, heads, dim if dense is k else case.value_dim), np.nan, dtype)
         for request, tokens in enumerate(dense):
             for page in range(pages[request]):
                 piece = tokens[page * page_size : (page + 1) * page_size]
@@ -279,8 +284,8 @@ def _shape_far_scores(case: Case, scores: str, random: np.random.Generator, rows
 
 
 def needle_values(case: Case) -> np.ndarray:
-    """The values of a needle, [head_dim]: unlike those of any other token."""
-    return 1 + np.arange(case.head_dim) % 7
+    """The values of a needle, [v_head_dim]: unlike those of any other token."""
+    return 1 + np.arange(case.value_dim) % 7
 
 
 # -- closeness ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from paged_attn import planner
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 HEAD_DIMS = (64, 80, 128, 256)
 OTHER_HEAD_DIMS = (16, 32, 96, 112)  # on an H100 only
+MIXED_DIMS = ((192, 128), (64, 128))  # of K and of V
 
 # What CuPy adds to compile.options() for every kernel, beside the architecture.
 CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
@@ -41,7 +42,7 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
     "plan_requests": 64,
     "plan_splits": 64,
     "plan_tiles": 64,
-    "prefill": {16: 168, 32: 168, 64: 255, 80: 255, 96: 255, 112: 255, 128: 255, 256: 255},
+    "prefill": {16: 168, 32: 168, 64: 255, 80: 255, 96: 255, 112: 255, 128: 255, 192: 255, 256: 255},
     "prefill_hopper": dict.fromkeys((64, 80, 96, 112, 128, 256), 168),  # at launch; warps then trade them
     "seq_lens": 40,
     "split_pages": 40,
@@ -88,8 +89,12 @@ def kernels_of(file: str) -> tuple[str, ...]:
 def variants() -> dict[str, list[dict[str, Any]]]:
     """The sets of constants with which each file is compiled."""
     kinds = [{"BFLOAT16": bfloat16, "SOFT_CAP": soft_cap, "SINKS": 0} for bfloat16 in (0, 1) for soft_cap in (0, 1)]
+    with_sinks = {"BFLOAT16": 1, "SOFT_CAP": 0, "SINKS": 1}
     return {
-        "append": [{"HEAD_DIM": head_dim} for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS)],
+        "append": [
+            {"HEAD_DIM": head_dim, "V_HEAD_DIM": v_head_dim}
+            for head_dim, v_head_dim in (*((dim, dim) for dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS)), *MIXED_DIMS)
+        ],
         "check": [{}],
         "decode": [shape | kind for key in _keys("decode") for shape in _decode(*key) for kind in kinds],
         # Loads of 16 bytes and of one number; partial states in float32, and the result in both.
@@ -99,11 +104,14 @@ def variants() -> dict[str, list[dict[str, Any]]]:
             for vector, v_float32, out in ((8, 0, 0), (8, 0, 1), (1, 0, 0), (4, 1, 0), (4, 1, 1))
             for bfloat16 in ((0,) if v_float32 and out else (0, 1))
         ],
-        "prefill": [_prefill(key) | kind for key in _keys("prefill") for kind in kinds],
+        "prefill": [
+            *(_prefill(key, key) | kind for key in HEAD_DIMS + OTHER_HEAD_DIMS for kind in kinds),
+            *(_prefill(*dims) | with_sinks for dims in ((64, 64), *MIXED_DIMS)),
+        ],
         "prefill_hopper": [
             _prefill_hopper(key) | kind | {"GATHER": gather, "TMA_OUT": tma_out}
             for key in _keys("prefill_hopper")
-            for kind in kinds
+            for kind in (*kinds, with_sinks)
             for gather in (0, 1)
             for tma_out in ((0, 1) if key == 128 else (0,))
         ],
@@ -143,15 +151,16 @@ def _decode(head_dim: int, columns: int) -> list[dict[str, Any]]:
     ]
 
 
-def _prefill(head_dim: int) -> dict[str, Any]:
-    shape = planner.prefill_shape(head_dim)
-    return {"HEAD_DIM": head_dim, "TILE_ROWS": shape.tile_rows, "SHARED_BYTES": shape.shared_bytes}
+def _prefill(head_dim: int, v_head_dim: int) -> dict[str, Any]:
+    shape = planner.prefill_shape(head_dim, v_head_dim)
+    dims = {"HEAD_DIM": head_dim, "V_HEAD_DIM": v_head_dim}
+    return dims | {"TILE_ROWS": shape.tile_rows, "SHARED_BYTES": shape.shared_bytes}
 
 
 def _prefill_hopper(head_dim: int) -> dict[str, Any]:
     shape = planner.prefill_hopper_shape(head_dim)
     assert shape is not None
-    return {"HEAD_DIM": head_dim, "SHARED_BYTES": shape.shared_bytes}
+    return {"HEAD_DIM": head_dim, "V_HEAD_DIM": head_dim, "SHARED_BYTES": shape.shared_bytes}
 
 
 def matrix(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Build]:

@@ -585,7 +585,7 @@ class _Append:
         key = "append", self._device, block, head_dim
         prepared = _thread.launches.get(key)
         if prepared is None:
-            kernel = compile.kernel("append", self._device, HEAD_DIM=head_dim)
+            kernel = compile.kernel("append", self._device, HEAD_DIM=head_dim, V_HEAD_DIM=head_dim)
             launch = compile.Launch(kernel, block, kernel.params({"status": _device_status(self._device)}))
             prepared = launch, launch.writer("k", "slots"), launch.writer("k_pool_strides")
             _thread.launches[key] = prepared
@@ -786,7 +786,7 @@ class Plan:
                 "num_pages": spec.num_pages,
                 "q_len": spec.q_len or 0,
                 "total_rows_limit": INT_LARGEST if self._max_tokens is None else self._max_tokens,
-                "tile_rows": planner.prefill_shape(spec.head_dim).tile_rows,
+                "tile_rows": planner.prefill_shape(spec.head_dim, spec.head_dim).tile_rows,
                 "group_size": spec.group_size,
             }
         )
@@ -803,9 +803,8 @@ class Plan:
             },
             "num_qo_heads": spec.num_qo_heads,
             "num_kv_heads": spec.num_kv_heads,
-            "group_size": spec.group_size,
-            "sm_scale": spec.sm_scale,
-            "logits_soft_cap": spec.logits_soft_cap,
+            "group_size": compile.fast_divide(spec.group_size),
+            "scoring": (spec.sm_scale, spec.logits_soft_cap),
         }
         constants: dict[str, Any] = {
             "HEAD_DIM": spec.head_dim,
@@ -817,7 +816,8 @@ class Plan:
         hopper, plan_splits, cluster = None, None, 1
         splits_of: Callable[[int], planner.DecodeSplits] | None = None
         if spec.q_len is None:
-            kernel_shape = planner.prefill_shape(spec.head_dim)
+            kernel_shape = planner.prefill_shape(spec.head_dim, spec.head_dim)
+            constants["V_HEAD_DIM"] = spec.head_dim
             name, last = "prefill", "num_tiles"
             fields["num_requests"] = num_requests
             hopper_shape = planner.prefill_hopper_shape(spec.head_dim)
@@ -852,10 +852,8 @@ class Plan:
             fields |= {
                 "items": items,
                 "num_kv_heads": compile.fast_divide(spec.num_kv_heads),
-                "group_size": compile.fast_divide(spec.group_size),
                 "q_len": spec.q_len,
                 "column_blocks": compile.fast_divide(column_blocks),
-                "scoring": (fields.pop("sm_scale"), fields.pop("logits_soft_cap")),
                 "num_page_ids": max_pages,
                 "partials": self._buffer("partials", partials * (spec.head_dim + 4) * 4),
                 "arrivals": self._buffer("arrivals", num_requests * splits.ctas_an_item * 4),
@@ -1011,13 +1009,12 @@ class _HopperPrefill:
             "list": {
                 "requests": ordered,
                 "positions": fields["positions"],
-                "group_size": compile.fast_divide(spec.group_size),
+                "group_size": fields["group_size"],
                 "num_requests": self._num_requests,
                 "num_kv_heads": spec.num_kv_heads,
             },
             "box_tokens": tensor_map.box_tokens(spec.page_size),
-            "sm_scale": spec.sm_scale,
-            "logits_soft_cap": spec.logits_soft_cap,
+            "scoring": fields["scoring"],
         }
         pool_of = _gathered_pool if gather else functools.partial(_mapped_pool, spec.dtype == _BFLOAT16)
         make_layer = functools.partial(_HopperLayer.make, kernel_of, shape.threads, own, pool_of)
@@ -1049,7 +1046,7 @@ class _HopperPrefill:
         geometry = self._out_geometry
         layer = self._layer(kv.k_address, kv.v_address, kv.form, self._sends)
         assert layer is not None  # a matter of the form, which bind has seen
-        layer.write(q, *self._q_strides, out, lse, *self._out_form)
+        layer.write(q, *self._q_strides, out, lse, 0, *self._out_form)
         layer.tile_list["q_rows"], layer.tile_list["num_tiles"] = self._rows, self._tiles
         if self._sends and geometry is not None and layer.sends_to != (out, geometry):
             layer.out_map["words"] = tensor_map.out_map(out, geometry, self._spec.dtype == _BFLOAT16)
@@ -1131,5 +1128,7 @@ def _most_tiles(packed_rows: int, tile_rows: int, num_requests: int) -> int:
 
 def _prefill_grid(spec: AttentionSpec, num_requests: int, rows: int) -> tuple[int, int, int]:
     """CTAs, and the run's q_rows and num_tiles."""
-    tiles = _most_tiles(rows * spec.group_size, planner.prefill_shape(spec.head_dim).tile_rows, num_requests)
+    tiles = _most_tiles(
+        rows * spec.group_size, planner.prefill_shape(spec.head_dim, spec.head_dim).tile_rows, num_requests
+    )
     return tiles * spec.num_kv_heads, rows, tiles

@@ -11,6 +11,7 @@ def requests_of(inputs: Inputs, count: int) -> np.ndarray:
     """`count` Request records, those behind the batch empty. Who looks at first_query and first_tile sets them."""
     case, batch = inputs.case, inputs.case.batch_size
     requests = np.zeros(count, kernels.params_dtype(kernels.load_source("schedule.cu"), "Request"))
+    requests["total_len"] = -1  # no request
     requests["first_page"][:batch] = inputs.indptr[:-1]
     requests["num_pages"][:batch] = np.diff(inputs.indptr)
     requests["kv_len"][:batch] = case.kv_lens

@@ -13,11 +13,14 @@ from tests.simt.driver import launch
 from tests.simt.requests import requests_of
 
 
-def expected(inputs: Inputs, sm_scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+def expected(
+    inputs: Inputs, sm_scale: float | None = None, sinks: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(out, lse) in float64, one query head at a time."""
     case = inputs.case
     q = inputs.q.astype(np.float64)
-    out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    sinks = np.full(case.num_qo_heads, -np.inf) if sinks is None else sinks.astype(np.float64)
+    out, lse = np.zeros((*q.shape[:2], case.value_dim)), np.full(q.shape[:2], -np.inf)
     for request, queries in enumerate(case.queries):
         positions, total_len, first = case.positions(request), case.total_len(request), inputs.qo_indptr[request]
         own = total_len - queries + np.arange(queries)[:, None]
@@ -31,10 +34,10 @@ def expected(inputs: Inputs, sm_scale: float | None = None) -> tuple[np.ndarray,
             if case.logits_soft_cap:
                 scores = case.logits_soft_cap * np.tanh(scores / case.logits_soft_cap)
             scores = np.where(seen, scores, -np.inf)
-            some = seen.any(axis=1)
-            top = scores[some].max(axis=1, initial=-np.inf)
+            some = seen.any(axis=1) | np.isfinite(sinks[head])
+            top = scores[some].max(axis=1, initial=sinks[head])
             weights = np.exp(scores[some] - top[:, None])
-            total = weights.sum(axis=1)
+            total = weights.sum(axis=1) + np.exp(sinks[head] - top)
             out[first : first + queries, head][some] = (weights @ v) / total[:, None]
             lse[first : first + queries, head][some] = np.log(total) + top
     return out, lse
@@ -52,7 +55,7 @@ class Run:
 
     def go(self, *, reverse: bool = False, **defines: int) -> tuple[np.ndarray, np.ndarray]:
         case = self.case
-        shape = planner.prefill_shape(case.head_dim)
+        shape = planner.prefill_shape(case.head_dim, case.value_dim)
         launch(
             "prefill",
             grid=self.params["num_tiles"] * case.num_kv_heads,
@@ -61,8 +64,10 @@ class Run:
             shared_bytes=shape.shared_bytes,
             reverse=reverse,
             HEAD_DIM=case.head_dim,
+            V_HEAD_DIM=case.value_dim,
             BFLOAT16=case.dtype == "bfloat16",
             SOFT_CAP=case.logits_soft_cap != 0,
+            SINKS="sinks" in self.params,
             TILE_ROWS=shape.tile_rows,
             SHARED_BYTES=shape.shared_bytes,
             **defines,
@@ -76,6 +81,7 @@ def prepare(
     spare_requests: int = 0,
     spare_rows: int = 0,
     float32: bool = False,
+    sinks: np.ndarray | None = None,
     q: np.ndarray | None = None,
     out: np.ndarray | None = None,
     k_pages: np.ndarray | None = None,
@@ -85,7 +91,7 @@ def prepare(
     case = inputs.case
     group_size = case.num_qo_heads // case.num_kv_heads
     capacity = case.batch_size + spare_requests
-    tile_rows = planner.prefill_shape(case.head_dim).tile_rows
+    tile_rows = planner.prefill_shape(case.head_dim, case.value_dim).tile_rows
     tiles = np.concatenate([[0], np.cumsum([-(-n * group_size // tile_rows) for n in case.queries])])
     requests = requests_of(inputs, capacity + 1)
     requests["first_query"] = np.pad(inputs.qo_indptr, (0, spare_requests), "edge")
@@ -93,7 +99,7 @@ def prepare(
 
     q = np.pad(inputs.q, ((0, spare_rows), (0, 0), (0, 0)), constant_values=np.nan) if q is None else q
     if out is None:
-        out = np.full(q.shape, np.nan, np.float32 if float32 else DTYPES[case.dtype])
+        out = np.full((*q.shape[:2], case.value_dim), np.nan, np.float32 if float32 else DTYPES[case.dtype])
     lse = np.full(q.shape[:2], np.nan, np.float32)
     k_pages = inputs.k_pages if k_pages is None else k_pages
     v_pages = inputs.v_pages if v_pages is None else v_pages
@@ -122,19 +128,26 @@ def prepare(
         "q_rows": len(q),
         "num_qo_heads": case.num_qo_heads,
         "num_kv_heads": case.num_kv_heads,
-        "group_size": group_size,
+        "group_size": kernels.fast_divide(group_size),
         "num_tiles": len(q) * group_size // tile_rows + capacity + 1,
         "out_float32": float32,
-        "sm_scale": case.sm_scale,
-        "logits_soft_cap": case.logits_soft_cap,
+        "scoring": (case.sm_scale, case.logits_soft_cap),
     }
+    if sinks is not None:
+        params["sinks"] = sinks
     return Run(params, out, lse, case, requests)
 
 
-def check(inputs: Inputs, out: np.ndarray, lse: np.ndarray, sm_scale: float | None = None) -> None:
+def check(
+    inputs: Inputs,
+    out: np.ndarray,
+    lse: np.ndarray,
+    sm_scale: float | None = None,
+    sinks: np.ndarray | None = None,
+) -> None:
     """out and lse against the float64 loop; rows behind the planned ones are empty."""
     rows, case = len(inputs.q), inputs.case
-    right_out, right_lse = expected(inputs, sm_scale)
+    right_out, right_lse = expected(inputs, sm_scale, sinks)
     lse_tolerance = LSE_TOLERANCE_SOFT_CAP if case.logits_soft_cap else LSE_TOLERANCE
     assert_close(
         out[:rows], right_out, lse[:rows], right_lse, tolerance=OUT_TOLERANCE[case.dtype], lse_tolerance=lse_tolerance
@@ -205,6 +218,67 @@ def test_matches_the_float64_loop(case: Case) -> None:
     check(inputs, *prepare(inputs).go())
 
 
+def some_sinks(case: Case) -> np.ndarray:
+    """About as large as a row's lse; in turn none, negligible, and above all scores."""
+    sinks = np.random.default_rng(5).normal(3, 2, case.num_qo_heads).astype(np.float32)
+    for first, sink in ((1, -np.inf), (3, -30), (5, 8)):
+        sinks[first::8] = sink
+    return sinks
+
+
+SINK_CASES = [
+    Case("causal", (130, 0, 1, 33), q_lens=(70, 3, 1, 33), num_qo_heads=8, page_size=3),
+    Case("group8_window", (300, 140), q_lens=(40, 140), num_qo_heads=16, window_left=127, layout="HND",
+         dtype="bfloat16"),
+    Case("rows_that_see_nothing", (20, 3, 0), q_lens=(70, 9, 5), num_qo_heads=8, dtype="bfloat16"),
+    Case("not_causal_cap", (100, 3), q_lens=(40, 9), num_qo_heads=8, causal=False, logits_soft_cap=2.0),
+    Case("middle_chunk", (48, 64, 16), q_lens=(60, 30, 20), num_qo_heads=8, page_offsets=(2, 1, 0),
+         total_lens=(130, 65, 16)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SINK_CASES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_a_sink_joins_the_denominator_of_its_head(case: Case, head_dim: int) -> None:
+    inputs, sinks = build(replace(case, head_dim=head_dim)), some_sinks(case)
+    check(inputs, *prepare(inputs, sinks=sinks, spare_requests=3, spare_rows=20).go(), sinks=sinks)
+
+
+def test_sinks_of_any_size_and_none_at_all() -> None:
+    inputs = build(Case("sizes", (90, 0), q_lens=(20, 3), num_qo_heads=8))
+    sinks = np.array([1e4, -1e4, 2e38, -2e38, 0, -np.inf, 60, -60], np.float32)
+    out, lse = prepare(inputs, sinks=sinks, float32=True).go()
+    right_out, right_lse = expected(inputs, sinks=sinks)
+    assert_close(out, right_out, tolerance=OUT_TOLERANCE["float16"])
+    np.testing.assert_allclose(lse, right_lse, rtol=1e-6, atol=LSE_TOLERANCE)
+    none = np.full(8, -np.inf, np.float32)
+    with_none, without = prepare(inputs, sinks=none).go(), prepare(inputs).go()
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(with_none, without, strict=True))
+
+
+def test_rows_of_a_faulty_request_have_no_sink() -> None:
+    inputs = build(Case("faulty", (90, 70, 33), q_lens=(20, 15, 9), num_qo_heads=8))
+    run = prepare(inputs, sinks=some_sinks(inputs.case))
+    for name, value in (("num_pages", 0), ("kv_len", 0), ("total_len", -1)):
+        run.requests[name][1] = value
+    out, lse = run.go()
+    right_out, right_lse = expected(inputs, sinks=some_sinks(inputs.case))
+    right_out[20:35], right_lse[20:35] = 0, -np.inf
+    assert_close(out, right_out, lse, right_lse, tolerance=OUT_TOLERANCE["float16"])
+
+
+DIMS = [(192, 128), (64, 128), (128, 192), (256, 64), (208, 16), (16, 256), (192, 112), (48, 32)]
+
+
+@pytest.mark.parametrize(("head_dim", "v_head_dim"), DIMS)
+@pytest.mark.parametrize("float32", [False, True])
+def test_values_of_another_dim(head_dim: int, v_head_dim: int, float32: bool) -> None:
+    case = Case("dims", (130, 0, 20), q_lens=(70, 3, 9), num_qo_heads=4, head_dim=head_dim, v_head_dim=v_head_dim,
+                layout="HND" if float32 else "NHD")  # fmt: skip
+    inputs, sinks = build(case), some_sinks(case)
+    check(inputs, *prepare(inputs, sinks=sinks, float32=float32).go(reverse=float32), sinks=sinks)
+
+
 BASE = Case("base", (90, 0, 33), q_lens=(50, 2, 20), num_qo_heads=4)
 
 
@@ -255,7 +329,7 @@ def test_scores_that_grow_and_shrink_from_block_to_block() -> None:
         tokens = inputs.k[0][page * 16 : page * 16 + 16]
         inputs.k_pages[inputs.indices[page], : len(tokens)] = tokens
     run = prepare(inputs)
-    run.params["sm_scale"] = 0.3
+    run.params["scoring"] = (0.3, 0.0)
     check(inputs, *run.go(), sm_scale=0.3)
 
 

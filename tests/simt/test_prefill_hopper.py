@@ -11,7 +11,7 @@ from paged_attn import planner, tensor_map
 from tests.cases import DTYPES, LARGE_SCORES, OUT_TOLERANCE, SCORES, Case, Inputs, assert_close, build
 from tests.simt.driver import SimtError, launch
 from tests.simt.requests import requests_of
-from tests.simt.test_prefill import expected
+from tests.simt.test_prefill import SINK_CASES, expected, some_sinks
 
 TILES_BYTES = 256 * 4 + 256  # shared memory of plan_tiles
 
@@ -45,11 +45,16 @@ def run(
     spare_rows: int = 0,
     spare_requests: int = 0,
     float32: bool = False,
+    sinks: np.ndarray | None = None,
+    fault: int | None = None,
     tolerance: float | None = None,
     source: str | None = None,
     **defines: int,
 ) -> tuple[int, int]:
-    """One launch, checked; how many blocks warps have scaled down, and how many they have repeated."""
+    """One launch, checked; how many blocks warps have scaled down, and how many they have repeated.
+
+    The request `fault` is one that plan_requests has found to be wrong.
+    """
     case = inputs.case
     shape = planner.prefill_hopper_shape(case.head_dim)
     assert shape is not None
@@ -57,6 +62,9 @@ def run(
     group_size = case.num_qo_heads // case.num_kv_heads
     requests = requests_of(inputs, capacity + 1)
     requests["first_query"] = np.pad(inputs.qo_indptr, (0, spare_requests), "edge")
+    if fault is not None:
+        for name, value in (("num_pages", 0), ("kv_len", 0), ("total_len", -1)):
+            requests[name][fault] = value
     ordered = np.zeros_like(requests)
     tiles = {
         "requests": requests,
@@ -97,6 +105,7 @@ def run(
         "to": {
             "out": out,
             "lse": lse,
+            "sinks": sinks,
             "row_stride": out.strides[0] // out.itemsize,
             "head_stride": out.strides[1] // out.itemsize,
             "num_qo_heads": case.num_qo_heads,
@@ -105,8 +114,7 @@ def run(
         "q_row_stride": q.strides[0] // 16,
         "q_head_stride": q.strides[1] // 16,
         "box_tokens": tensor_map.box_tokens(case.page_size),
-        "sm_scale": case.sm_scale,
-        "logits_soft_cap": case.logits_soft_cap,
+        "scoring": (case.sm_scale, case.logits_soft_cap),
         "out_map": out_map or {},
     }
     launch(
@@ -118,15 +126,20 @@ def run(
         source=source,
         reverse=reverse,
         HEAD_DIM=case.head_dim,
+        V_HEAD_DIM=case.head_dim,
         BFLOAT16=case.dtype == "bfloat16",
         SOFT_CAP=case.logits_soft_cap > 0,
+        SINKS=sinks is not None,
         SHARED_BYTES=shape.shared_bytes,
         GATHER=tensor_map.box_tokens(case.page_size) < tensor_map.LEAST_BOX_TOKENS,
         TMA_OUT=out_map is not None,
         COUNT_FALLBACKS=1,
         **defines,
     )
-    right_out, right_lse = expected(inputs)
+    right_out, right_lse = expected(inputs, sinks=sinks)
+    if fault is not None:
+        faulty = slice(inputs.qo_indptr[fault], inputs.qo_indptr[fault + 1])
+        right_out[faulty], right_lse[faulty] = 0, -np.inf
     large = 2e-6 * np.abs(np.nan_to_num(right_lse, neginf=0))  # [rows, heads]
     tolerance = tolerance or OUT_TOLERANCE[case.dtype]
     assert_close(
@@ -197,6 +210,27 @@ def test_rows_behind_the_plan_are_empty() -> None:
 
 def test_float32_out() -> None:
     run(build(RAGGED), float32=True)
+
+
+@pytest.mark.parametrize("case", SINK_CASES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_sink_joins_the_denominator_of_its_head(case: Case, head_dim: int) -> None:
+    """For head_dim 128 results leave by TMA, or, of a float32 out, from registers."""
+    inputs, sinks = build(replace(case, head_dim=head_dim)), some_sinks(case)
+    run(inputs, sinks=sinks, spare_rows=20, spare_requests=3)
+    if head_dim == 128:
+        run(inputs, sinks=sinks, float32=True, reverse=True)
+
+
+def test_rows_of_a_faulty_request_have_no_sink() -> None:
+    inputs = build(case("faulty", (90, 70, 33), (20, 15, 9), (8, 2)))
+    run(inputs, sinks=some_sinks(inputs.case), fault=1)
+
+
+@pytest.mark.parametrize("scores", ["falling", "falling_fast", "large_border"])
+def test_sinks_beside_scores_of_every_kind(scores: str) -> None:
+    inputs = build(case("scores", (650, 300), (60, 150), (2, 1)), scores=scores)
+    run(inputs, sinks=np.array([3, 250], np.float32), float32=True)
 
 
 @pytest.mark.parametrize("needle", [0, 7, 8, 127, 128, 255, 256, 399])
