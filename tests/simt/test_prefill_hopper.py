@@ -230,7 +230,7 @@ def test_rows_of_a_faulty_request_have_no_sink() -> None:
 @pytest.mark.parametrize("scores", ["falling", "falling_fast", "large_border"])
 def test_sinks_beside_scores_of_every_kind(scores: str) -> None:
     inputs = build(case("scores", (650, 300), (60, 150), (2, 1)), scores=scores)
-    run(inputs, sinks=np.array([3, 250], np.float32), float32=True)
+    run(inputs, sinks=np.array([3, 150], np.float32), float32=True)
 
 
 @pytest.mark.parametrize("needle", [0, 7, 8, 127, 128, 255, 256, 399])
