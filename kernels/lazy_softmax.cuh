@@ -23,23 +23,17 @@
 #include "convert.cuh"
 #include "load_global.cuh"
 #include "mma.cuh"
-#include "page_table.cuh"
+#include "scores.cuh"
 
 constexpr float MOST_SUM = 0x1p8f;       // of a row's P in a block, a thread's share
 constexpr float MOST_SCALED = 0x1p125f;  // its inverse is a normal number: one that is not is a zero to the hardware
-
-// Bits 2 i, 2 i + 1 for columns 8 i, 8 i + 1 below `limit`.
-__device__ __forceinline__ u32 columns_below(int limit) {
-    const int columns = limit < 0 ? 0 : limit / 8 * 2 + (limit % 8 < 2 ? limit % 8 : 2);
-    return columns >= 32 ? ~0u : (1u << columns) - 1;
-}
 
 // Scores of tokens that the two rows do not see become -INF, whatever they are. `first` is the thread's first column.
 template <int count>
 __device__ __forceinline__ void mask_scores(float (&s)[count], const KvLimits* seen, int first) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        const u32 visible = columns_below(seen[8 * row].end - first) & ~columns_below(seen[8 * row].begin - first);
+        const u32 visible = visible_columns(seen[8 * row], first);
 #pragma unroll
         for (int i = 0; i < count / 4; ++i) {
             float& low = s[4 * i + 2 * row];

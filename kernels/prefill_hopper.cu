@@ -1,8 +1,7 @@
 // prefill_hopper: what prefill.cu computes, at the speed of Hopper's tensor cores (sm_90a).
 //
-//   out[row, head] = sum_x softmax_x(score(row, head, x)) * V[x]        x = the tokens that the row may see
-//   score          = sm_scale * q[row, head] . K[x]                     (SOFT_CAP: c * tanh(score / c))
-//   lse[row, head] = ln(sum_x exp(score))
+//   out[row, head] = sum_x exp(score(row, head, x)) * V[x] / D          x = the tokens that the row may see
+//   lse[row, head] = ln(D)                                              score and D: scores.cuh
 //
 // in    q         [q_rows, num_qo_heads, HEAD_DIM]    rows first_query .. first_query + num_queries are a request's
 //       k, v      pools of pages                      by tensor maps (tensor_map.py) where page_size is a multiple of
@@ -10,8 +9,10 @@
 //       list      the requests, cut into tiles of 128 rows (a token and a head of the group each) and their tokens into
 //                 blocks of 128, which are taken from the last one down (tile_list.cuh)
 //       page_ids  [max_pages] int                     clean: every id is inside the pool
+//       sinks     [num_qo_heads] float                with SINKS
 // out   out       like q, fp16/bf16 or float32        0 for a row that sees no key
-//       lse       [q_rows, num_qo_heads] float        natural log, -inf for a row that sees no key; or null
+//       lse       [q_rows, num_qo_heads] float        natural log; of a row that sees no key that of its sink, or -inf;
+//                                                     or null
 // both  claims    [1] u32                             0 between launches: tiles claimed beyond the first of each CTA
 //                 [3] u32 with -DCOUNT_FALLBACKS      then how often a warp has scaled and repeated a block (below)
 //
@@ -59,12 +60,13 @@
 #include "lazy_softmax.cuh"
 #include "load_global.cuh"
 #include "page_table.cuh"
+#include "scores.cuh"
 #include "tile_list.cuh"
 #include "tile_results.cuh"
 
 static_assert(HEAD_DIM == 256 || HEAD_DIM % 16 == 0 && HEAD_DIM >= 64 && HEAD_DIM <= 128, "64, 80, ... 128 or 256");
+static_assert(V_HEAD_DIM == HEAD_DIM, "prefill.cu has other dims of V");
 static_assert(GATHER == 0 || GATHER == 1, "GATHER must be 0 or 1");
-static_assert(SOFT_CAP == 0 || SOFT_CAP == 1, "SOFT_CAP must be 0 or 1");
 
 constexpr int STAGES = WIDE ? 2 : 3;  // blocks of K, and of V, in shared memory
 constexpr int THREADS = 384;
@@ -118,8 +120,7 @@ struct PrefillHopperParams {
     const int* page_ids;  // [max_pages]
     u32* claims;          // [1], with -DCOUNT_FALLBACKS [3]
     int box_tokens;       // tokens of a box: 16 or 8, as divides page_size; else GATHER
-    float sm_scale;
-    float logits_soft_cap;
+    Scoring scoring;
     TensorMap out_map;  // TMA_OUT: of `to.out`
 };
 
@@ -195,8 +196,7 @@ __device__ __forceinline__ void load_blocks(const PrefillHopperParams& p, const 
                 const int token = block + (i * 32 + lane) * tokens;
                 const int slot = token - divide(token, page_size) * int(page_size.divisor);
 #if GATHER
-                offsets[i] =
-                    u32(pages[i]) * pool.strides.page + slot * pool.strides.slot + tile.kv_head * pool.strides.head;
+                offsets[i] = pool_offset<u32>(pages[i], slot, tile.kv_head, pool.strides);
                 if (pages[i] < 0) offsets[i] = NOWHERE;
 #else
                 offsets[i] = pages[i] * pool.page_step + slot / 8 * pool.rows_step + tile.kv_head * pool.head_step;
@@ -248,8 +248,8 @@ __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, con
         for (int i = 0; i < TILE_ROWS / 32; ++i) {
             const int row = i * 32 + lane, token = token_of(tile, row, p.list.group_size);
             const int packed = tile.first_row + row < tile.num_rows ? tile.first_row + row : tile.num_rows - 1;
-            const int head =
-                tile.kv_head * int(p.list.group_size.divisor) + packed - token * int(p.list.group_size.divisor);
+            const int group_size = int(p.list.group_size.divisor);
+            const int head = tile.kv_head * group_size + packed - token * group_size;  // see packed_row
             from[i] = u32(tile.request.first_query + token) * p.q_row_stride + u32(head) * p.q_head_stride;
             if (tile.num_rows == 0) from[i] = NOWHERE;
             seen[i] = kv_limits(token, tile.request, p.list.positions);
@@ -293,11 +293,8 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
     auto v_matrix = [&](u32 slot) {
         return matrix_descriptor(shared + V_OFFSET + slot * BLOCK_BYTES, PIECE_BYTES, GROUP_BYTES);
     };
-#if SOFT_CAP
-    const float scale = 1.f, to_cap = p.sm_scale / p.logits_soft_cap, from_cap = p.logits_soft_cap * LOG2_E;
-#else
-    const float scale = p.sm_scale * LOG2_E;
-#endif
+    const ScoreFactors factors = score_factors(p.scoring);
+    const float scale = factors.scale;
     float s[BLOCK / 2], o[HEAD_DIM / 2], keep[2], added[2];
     Queries queries;
     u32 weights[V_STEPS * 4];
@@ -333,10 +330,8 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         if (!WIDE && !TMA_OUT) release(Q_EMPTY, 0);
     };
     auto prepare_scores = [&](int block, bool edge) {
-#if SOFT_CAP
 #pragma unroll
-        for (int i = 0; i < BLOCK / 2; ++i) s[i] = from_cap * tanh_fast(s[i] * to_cap);
-#endif
+        for (int i = 0; i < BLOCK / 2; ++i) s[i] = score_of(s[i], factors);
         if (edge) mask_scores(s, seen, block + 2 * pair);
     };
 
@@ -467,6 +462,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         const Tile& next = tiles[(number + 1) % TILE_SLOTS];
         barrier_wait(shared + TILE_FULL + (number + 1) % TILE_SLOTS * 8, (number + 1) / TILE_SLOTS);
         const bool more = next.num_blocks > 0;
+        const Sinks sinks = tile_sinks(p.to, p.list, tile, first_row);
         auto prepare_next = [&] {
             if (!more) return;
             take_q(number + 1);
@@ -485,7 +481,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             wgmma_fence();
         }
         recycle_k();
-        results.prepare(p.to, p.list, tile, first_row, softmax);
+        results.prepare(p.to, p.list, tile, first_row, softmax, sinks);
         queries.multiply(s, k_matrix(k_ring.slot));
         wgmma_commit();
         named_barrier_arrive(ORDER + 1 - warpgroup, 256);

@@ -1,7 +1,6 @@
 // tile_list: the work of a Hopper prefill, tile after tile, in the order of its requests (tiles.cu).
 //
-// The query heads of one KV head and the tokens of a request are packed into one axis of rows: packed row r is token
-// r / group_size, head r % group_size of the group. A tile is TILE_ROWS packed rows of a request and a KV head; its
+// A tile is TILE_ROWS packed rows (page_table.cuh) of a request and a KV head; its
 // tokens are taken in blocks of BLOCK, from the last one down, so that blocks with masked tokens come first. A tile
 // whose rows see no token has one block, all of it masked.
 //
@@ -42,7 +41,7 @@ static_assert(sizeof(Tile) == 64, "as the kernel lays them out");
 // The token of a tile's row; rows past the request's last one count as that one.
 __device__ __forceinline__ int token_of(const Tile& tile, int row, const FastDivide& group_size) {
     const int packed = tile.first_row + row, last = tile.num_rows - 1;
-    return divide(packed < last ? packed : last > 0 ? last : 0, group_size);
+    return packed_row(packed < last ? packed : last > 0 ? last : 0, group_size).token;
 }
 
 // The number of pieces of work: the tiles of the planned rows, then those of the rows of q past them; never more than

@@ -11,14 +11,16 @@
 #include "hopper.cuh"
 #include "lazy_softmax.cuh"
 #include "mma.cuh"
+#include "scores.cuh"
 #include "tile_list.cuh"
 
 static_assert(TMA_OUT == 0 || TMA_OUT == 1 && HEAD_DIM == 128, "TMA_OUT must be 0 or, with HEAD_DIM 128, 1");
 
 struct Output {
-    void* out;       // [q_rows, num_qo_heads, HEAD_DIM] fp16/bf16 or, with TMA_OUT=0, float
-    float* lse;      // [q_rows, num_qo_heads] or null
-    i64 row_stride;  // strides of out in elements
+    void* out;           // [q_rows, num_qo_heads, HEAD_DIM] fp16/bf16 or, with TMA_OUT=0, float
+    float* lse;          // [q_rows, num_qo_heads] or null
+    const float* sinks;  // [num_qo_heads] with SINKS
+    i64 row_stride;      // strides of out in elements
     i64 head_stride;
     int num_qo_heads;
     int is_float32;
@@ -32,30 +34,47 @@ struct TileRow {
 };
 
 __device__ __forceinline__ TileRow tile_row(const TileList& list, const Tile& tile, int row) {
-    const int packed = tile.first_row + row, token = divide(packed, list.group_size);
+    const int packed = tile.first_row + row, token = divide(packed, list.group_size);  // see packed_row
     const int group_size = int(list.group_size.divisor);
     return {tile.request.first_query + token, tile.kv_head * group_size + packed - token * group_size,
             packed < tile.num_rows};
 }
 
-// 1 / sum of the thread's row `row`, 0 or 1; stores the log-sum-exp.
-__device__ __forceinline__ float end_row(const Output& to, const TileRow& at, const Softmax& softmax, int row) {
+// The sinks of a thread's two rows. To be asked for some time before the rows end.
+struct Sinks {
+    float row[2];
+};
+
+__device__ __forceinline__ Sinks tile_sinks(const Output& to, const TileList& list, const Tile& tile, int first_row) {
+    Sinks sinks = {{-INF, -INF}};
+    if constexpr (SINKS) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row)
+            sinks.row[row] =
+                sink_of(to.sinks, tile_row(list, tile, first_row + 8 * row).head, is_request(tile.request));
+    }
+    return sinks;
+}
+
+// Ends the thread's row `row`, 0 or 1: stores its log-sum-exp, and returns what O is to be multiplied by.
+__device__ __forceinline__ float end_tile_row(const Output& to, const TileRow& at, const Softmax& softmax,
+                                              const Sinks& sinks, int row) {
     float total = softmax.sum[row];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
-    if (to.lse && (threadIdx.x & 3) == 0 && at.is_valid)
-        to.lse[at.query * to.num_qo_heads + at.head] = log_sum_exp(softmax.max[row], total);
-    return total == 0.f ? 0.f : __fdividef(1.f, total);
+    auto end = [&] { return end_row<true>(softmax.max[row], total, sinks.row[row]); };
+    if (to.lse && (threadIdx.x & 3) == 0 && at.is_valid) to.lse[at.query * to.num_qo_heads + at.head] = end().lse();
+    return end().weight;
 }
 
 #if TMA_OUT
 struct Results {
     // What needs no O, while the last products are under way.
     __device__ __forceinline__ void prepare(const Output& to, const TileList& list, const Tile& tile, int first_row,
-                                            const Softmax& softmax) {
+                                            const Softmax& softmax, const Sinks& sinks) {
         const int warp_row = first_row - (threadIdx.x & 31) / 4;
-        upper = end_row(to, tile_row(list, tile, first_row), softmax, 0);
-        lower = end_row(to, tile_row(list, tile, first_row + 8), softmax, 1);
+        upper = end_tile_row(to, tile_row(list, tile, first_row), softmax, sinks, 0);
+        lower = end_tile_row(to, tile_row(list, tile, first_row + 8), softmax, sinks, 1);
         const TileRow first = tile_row(list, tile, warp_row);
         query = int(first.query);
         head = first.head;
@@ -114,11 +133,11 @@ struct Results {
 struct Results {
     // What needs no O, while the last products are under way. The results of the tile before are stored by now.
     __device__ __forceinline__ void prepare(const Output& to, const TileList& list, const Tile& tile, int first_row,
-                                            const Softmax& softmax) {
+                                            const Softmax& softmax, const Sinks& sinks) {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             const TileRow at = tile_row(list, tile, first_row + row * 8);
-            weight[row] = end_row(to, at, softmax, row);
+            weight[row] = end_tile_row(to, at, softmax, sinks, row);
             const i64 offset = at.query * to.row_stride + at.head * to.head_stride;
             target[row] = at.is_valid ? static_cast<u16*>(to.out) + (to.is_float32 ? 2 * offset : offset) : nullptr;
         }

@@ -27,11 +27,10 @@ class _Limits:
     dtypes: tuple[str, ...] = tuple(FLOAT_DTYPES)
     head_dim_multiple: int = 1
     max_head_dim: int | None = None
-    needs_equal_dims: bool = False  # v_head_dim is head_dim
 
 
 _OPS = ("append", "decode", "prefill", "merge")
-_KERNELS = _Limits(("float16", "bfloat16"), head_dim_multiple=16, max_head_dim=256, needs_equal_dims=True)
+_KERNELS = _Limits(("float16", "bfloat16"), head_dim_multiple=16, max_head_dim=256)
 _LIMITS = {("cpu", op): _Limits() for op in _OPS} | {
     ("cuda", "append"): _KERNELS,
     ("cuda", "decode"): _KERNELS,
@@ -124,11 +123,6 @@ def _check_limits(op: str, kind: str, dtype: str | None, head_dim: int | None, v
                 f"{op} on a GPU takes a {name} that is a multiple of {multiple} up to {most}, not {dim}; pad it "
                 f"with zeros{scale}, or pass NumPy arrays to compute on the CPU"
             )
-    if limits.needs_equal_dims and None not in (head_dim, v_head_dim) and head_dim != v_head_dim:
-        raise NotImplementedError(
-            f"{op} on a GPU takes a v_head_dim that is head_dim, not {v_head_dim} beside {head_dim}; pad the shorter "
-            f"with zeros and pass sm_scale=1/sqrt({head_dim}), or pass NumPy arrays to compute on the CPU"
-        )
 
 
 def _check_compute_capability(device: str) -> None:

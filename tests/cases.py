@@ -312,8 +312,8 @@ def _shape_far_scores(case: Case, scores: str, random: np.random.Generator, rows
 
 
 def needle_values(case: Case) -> np.ndarray:
-    """The values of a needle, [head_dim]: unlike those of any other token."""
-    return 1 + np.arange(case.head_dim) % 7
+    """The values of a needle, [v_head_dim]: unlike those of any other token."""
+    return 1 + np.arange(case.v_head_dim) % 7
 
 
 # -- closeness ---------------------------------------------------------------------------------------------------------

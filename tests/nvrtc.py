@@ -22,6 +22,7 @@ from tests.specs import decode_recipe, spec_of
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 HEAD_DIMS = (64, 80, 128, 256)
+MIXED_DIMS = ((192, 128), (64, 128))  # of K and of V, in append and prefill
 OTHER_HEAD_DIMS = (16, 32, 96, 112)  # on an H100 only, as are V_HEAD_DIMs that differ from HEAD_DIM
 
 # What CuPy adds to compile.options() for every kernel, beside the architecture.
@@ -49,7 +50,7 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
     "plan_requests": 64,
     "plan_splits": 64,
     "plan_tiles": 64,
-    "prefill": {16: 168, 32: 168, 64: 255, 80: 255, 96: 255, 112: 255, 128: 255, 256: 255},
+    "prefill": {16: 168, 32: 168, 64: 255, 80: 255, 96: 255, 112: 255, 128: 255, 192: 255, 256: 255},
     "prefill_hopper": dict.fromkeys((64, 80, 96, 112, 128, 256), 168),  # at launch; warps then trade them
     "seq_lens": 40,
     "split_pages": 40,
@@ -117,6 +118,9 @@ def variants() -> dict[str, list[dict[str, int]]]:
                 made.append(_with_feature(recipe, sinks=constants["OUT_FLOAT32"] != constants["BFLOAT16"]))
         for feature in features:
             made += _prefill(H100, head_dim, **feature)
+    for head_dim, v_dim in MIXED_DIMS:
+        made.append(recipes.append_recipe(8, head_dim, v_dim))
+        made += _prefill(H100, head_dim, v_dim=v_dim, dtype="bfloat16", sinks=True)
     for key in _keys("decode"):
         for feature in features:
             made += _decode(*key, **feature)

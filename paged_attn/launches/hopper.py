@@ -12,7 +12,7 @@ from ..compile import Launch, fast_divide, prepare
 from ..interop import FLOAT_DTYPES
 from ..plan_layout import PrefillLayout
 from ..recipes import HopperPrefillRecipe, RunShape
-from .runs import Addresses, place, positions
+from .runs import Addresses, place, positions, scoring
 
 _BFLOAT16 = FLOAT_DTYPES["bfloat16"]
 
@@ -51,7 +51,7 @@ class HopperRun:
 
     def __call__(self, stream: int, q: int, k: int, v: int, out: int, lse: int, sinks: int) -> None:
         layer, geometry = self._layer(k, v), self._out_geometry
-        layer.write(q, *self._q_strides, out, lse, *self._out_form)
+        layer.write(q, *self._q_strides, out, lse, sinks, *self._out_form)
         layer.tile_list["q_rows"], layer.tile_list["num_tiles"] = self._rows, self._tiles
         if geometry is not None and layer.sends_to != (out, geometry):
             layer.out_map["words"] = tensor_map.out_map(out, geometry, self._is_bfloat16)
@@ -91,8 +91,7 @@ class HopperRun:
                 "num_kv_heads": spec.num_kv_heads,
             },
             "box_tokens": tensor_map.box_tokens(spec.page_size),
-            "sm_scale": spec.scoring.sm_scale,
-            "logits_soft_cap": spec.scoring.logits_soft_cap,
+            "scoring": scoring(self._layout),
         }
 
 

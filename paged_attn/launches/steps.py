@@ -155,8 +155,8 @@ def _prefill_run(layout: PrefillLayout, device: str, recipe: PrefillRecipe) -> D
         "num_requests": layout.capacities.requests,
         "num_qo_heads": layout.spec.num_qo_heads,
         "num_kv_heads": layout.spec.num_kv_heads,
-        "group_size": layout.spec.group_size,
-        **scoring(layout),
+        "group_size": fast_divide(layout.spec.group_size),
+        "scoring": scoring(layout),
     })  # fmt: skip
 
 

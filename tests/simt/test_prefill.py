@@ -157,6 +157,67 @@ def test_matches_the_float64_loop(case: Case) -> None:
     check(inputs, *prepare(inputs).go())
 
 
+def some_sinks(case: Case) -> np.ndarray:
+    """About as large as a row's lse; in turn none, negligible, and above all scores."""
+    sinks = np.random.default_rng(5).normal(3, 2, case.num_qo_heads).astype(np.float32)
+    for first, sink in ((1, -np.inf), (3, -30), (5, 8)):
+        sinks[first::8] = sink
+    return sinks
+
+
+SINK_CASES = [
+    Case("causal", (130, 0, 1, 33), q_lens=(70, 3, 1, 33), num_qo_heads=8, page_size=3),
+    Case("group8_window", (300, 140), q_lens=(40, 140), num_qo_heads=16, window_left=127, layout="HND",
+         dtype="bfloat16"),
+    Case("rows_that_see_nothing", (20, 3, 0), q_lens=(70, 9, 5), num_qo_heads=8, dtype="bfloat16"),
+    Case("not_causal_cap", (100, 3), q_lens=(40, 9), num_qo_heads=8, causal=False, logits_soft_cap=2.0),
+    Case("middle_chunk", (48, 64, 16), q_lens=(60, 30, 20), num_qo_heads=8, page_offsets=(2, 1, 0),
+         total_lens=(130, 65, 16)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SINK_CASES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_a_sink_joins_the_denominator_of_its_head(case: Case, head_dim: int) -> None:
+    inputs, sinks = build(replace(case, head_dim=head_dim)), some_sinks(case)
+    check(inputs, *prepare(inputs, sinks=sinks, spare_requests=3, spare_rows=20).go(), sinks=sinks)
+
+
+def test_sinks_of_any_size_and_none_at_all() -> None:
+    inputs = build(Case("sizes", (90, 0), q_lens=(20, 3), num_qo_heads=8))
+    sinks = np.array([1e4, -1e4, 2e38, -2e38, 0, -np.inf, 60, -60], np.float32)
+    out, lse = prepare(inputs, sinks=sinks, float32=True).go()
+    right_out, right_lse = expected(inputs, sinks=sinks)
+    assert_close(out, right_out, tolerance=OUT_TOLERANCE["float16"])
+    np.testing.assert_allclose(lse, right_lse, rtol=1e-6, atol=LSE_TOLERANCE)
+    none = np.full(8, -np.inf, np.float32)
+    with_none, without = prepare(inputs, sinks=none).go(), prepare(inputs).go()
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(with_none, without, strict=True))
+
+
+def test_rows_of_a_faulty_request_have_no_sink() -> None:
+    inputs = build(Case("faulty", (90, 70, 33), q_lens=(20, 15, 9), num_qo_heads=8))
+    run = prepare(inputs, sinks=some_sinks(inputs.case))
+    for name, value in (("num_pages", 0), ("kv_len", 0), ("total_len", -1)):
+        run.requests[name][1] = value
+    out, lse = run.go()
+    right_out, right_lse = expected(inputs, sinks=some_sinks(inputs.case))
+    right_out[20:35], right_lse[20:35] = 0, -np.inf
+    assert_close(out, right_out, lse, right_lse, tolerance=OUT_TOLERANCE["float16"])
+
+
+DIMS = [(192, 128), (64, 128), (128, 192), (256, 64), (208, 16), (16, 256), (192, 112), (48, 32)]
+
+
+@pytest.mark.parametrize(("head_dim", "v_head_dim"), DIMS)
+@pytest.mark.parametrize("float32", [False, True])
+def test_values_of_another_dim(head_dim: int, v_head_dim: int, float32: bool) -> None:
+    case = Case("dims", (130, 0, 20), q_lens=(70, 3, 9), num_qo_heads=4, head_dim=head_dim, v_dim=v_head_dim,
+                layout="HND" if float32 else "NHD")  # fmt: skip
+    inputs, sinks = build(case), some_sinks(case)
+    check(inputs, *prepare(inputs, sinks=sinks, float32=float32, reverse=float32).go(), sinks=sinks)
+
+
 BASE = Case("base", (90, 0, 33), q_lens=(50, 2, 20), num_qo_heads=4)
 
 

@@ -12,7 +12,7 @@ from paged_attn.recipes import TMA_OUT_TOKENS
 from tests.cases import DTYPES, LARGE_SCORES, OUT_TOLERANCE, SCORES, Case, Inputs, assert_close, build
 from tests.simt.driver import SimtError
 from tests.simt.plans import HostPlan
-from tests.simt.test_prefill import expected
+from tests.simt.test_prefill import SINK_CASES, expected, some_sinks
 
 
 def run(
@@ -130,6 +130,27 @@ def test_rows_behind_the_plan_are_empty() -> None:
 
 def test_float32_out() -> None:
     run(build(RAGGED), float32=True)
+
+
+@pytest.mark.parametrize("case", SINK_CASES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_sink_joins_the_denominator_of_its_head(case: Case, head_dim: int) -> None:
+    """For head_dim 128 results leave by TMA, or, of a float32 out, from registers."""
+    inputs, sinks = build(replace(case, head_dim=head_dim)), some_sinks(case)
+    run(inputs, sinks=sinks, spare_rows=20, spare_requests=3)
+    if head_dim == 128:
+        run(inputs, sinks=sinks, float32=True, reverse=True)
+
+
+def test_rows_of_a_faulty_request_have_no_sink() -> None:
+    inputs = build(case("faulty", (90, 70, 33), (20, 15, 9), (8, 2)))
+    run(inputs, sinks=some_sinks(inputs.case), faulty=1)
+
+
+@pytest.mark.parametrize("scores", ["falling", "falling_fast", "large_border"])
+def test_sinks_beside_scores_of_every_kind(scores: str) -> None:
+    inputs = build(case("scores", (650, 300), (60, 150), (2, 1)), scores=scores)
+    run(inputs, sinks=np.array([3, 150], np.float32), float32=True)
 
 
 @pytest.mark.parametrize("needle", [0, 7, 8, 127, 128, 255, 256, 399])

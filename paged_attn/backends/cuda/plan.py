@@ -100,8 +100,6 @@ class Plan:
 
     def run(self, spec: AttentionSpec, arrays: RunArrays, kv: KVPages, signature: tuple[Any, ...]) -> None:
         """Attend. signature: equal to that of the run before where nothing but addresses differs from it."""
-        if arrays.sinks is not None and spec.q_len is None:
-            raise NotImplementedError("sinks in prefill on a GPU are not built yet; pass NumPy arrays")
         stream: int = cupy.cuda.get_current_stream(self._index).ptr
         if cupy.cuda.runtime.streamIsCapturing(stream):
             self._check_capturable("run")
