@@ -117,9 +117,9 @@ constexpr int WARP_BYTES = ring::offset(STAGES) > OUT_BYTES ? ring::offset(STAGE
 static_assert(WARP_BYTES % 128 == 0, "rings begin on lines of 128 bytes");
 constexpr int LIMITS_OFFSET = WARPS * WARP_BYTES;                       // [WARPS][COLUMNS] KvLimits
 constexpr int ASSIGNMENT_OFFSET = LIMITS_OFFSET + WARPS * COLUMNS * 8;  // Assignment
-constexpr int FLAGS_OFFSET = ASSIGNMENT_OFFSET + 16;                    // Flags
-constexpr int Q_OFFSET = (FLAGS_OFFSET + 16 + 127) / 128 * 128;         // [COLUMNS] rows
-static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * KRows::BYTES : FLAGS_OFFSET + 16) == SHARED_BYTES,
+constexpr int ASSIGNMENT_END = ASSIGNMENT_OFFSET + 32;
+constexpr int Q_OFFSET = (ASSIGNMENT_END + 127) / 128 * 128;            // [COLUMNS] rows
+static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * KRows::BYTES : ASSIGNMENT_END) == SHARED_BYTES,
               "SHARED_BYTES must be what planner.py says");
 
 // -- 2. parameters ----------------------------------------------------------------------------------------------------
@@ -159,12 +159,10 @@ struct Assignment {
     int split;
     int num_splits;
     int first_partial;
-};
-
-struct Flags {
+    int has_request;  // read with SINKS only
     int merges;       // this CTA merges the splits of its request
-    int has_request;  // written with SINKS only
 };
+static_assert(sizeof(Assignment) <= ASSIGNMENT_END - ASSIGNMENT_OFFSET, "as shared memory has room for");
 
 // How many columns a block has; the last one may have fewer than COLUMNS.
 __device__ __forceinline__ int columns_of(const DecodeParams& p, int block) {
@@ -466,11 +464,10 @@ struct Results {
     int block;  // of columns
     int cta;    // of those of the item
     int ctas_an_item;
-    const Flags* flags;
 
     __device__ __forceinline__ float sink_of_column(int c) const {
         const PackedRow of = packed_row(block * COLUMNS + c, p.group_size);
-        return sink_of(p.sinks, kv_head * int(p.group_size.divisor) + of.head, SINKS && flags->has_request);
+        return sink_of(p.sinks, kv_head * int(p.group_size.divisor) + of.head, assignment.has_request);
     }
 
     __device__ __forceinline__ void write(int c, int dim, const RowState& state, float sink) const {
@@ -522,11 +519,11 @@ struct Results {
         }
     }
 
-    // Whether this CTA is the last of its request's splits to arrive: then all partial states can be read.
-    __device__ __forceinline__ void arrive(Flags* flags) const {
+    // One thread arrives. Whether this CTA is the last of its request's: then all partial states can be read.
+    __device__ __forceinline__ bool is_last() const {
         const u32 last = u32(assignment.num_splits - 1);
         u32* counter = p.arrivals + i64(assignment.batch_index) * ctas_an_item + cta;
-        flags->merges = atomic_inc_acq_rel(counter, last) == last;
+        return atomic_inc_acq_rel(counter, last) == last;
     }
 
     // From the partial states of all splits to the result. Few columns leave threads idle, so `shares` neighbouring
@@ -572,7 +569,6 @@ struct Results {
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(1024) unsigned char shared_memory[];
     Assignment* const assignment = reinterpret_cast<Assignment*>(shared_memory + ASSIGNMENT_OFFSET);
-    Flags* const flags = reinterpret_cast<Flags*>(shared_memory + FLAGS_OFFSET);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 
     // 1. Which request, split, columns and KV head this CTA serves.
@@ -587,8 +583,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const i64 page_line = (i64(blockIdx.x) * 32 + threadIdx.x) * 32;
     if (warp == 0 && page_line < p.num_page_ids) prefetch_to_l2(p.page_ids + page_line);
     if (item.batch_index < 0 || item.batch_index >= p.batch) return;
-    if (threadIdx.x == 0) *assignment = {item.batch_index, item.split, item.num_splits, item.first_partial};
-    if (SINKS && threadIdx.x == 0) flags->has_request = is_request(item.request);
+    if (threadIdx.x == 0)
+        *assignment = {item.batch_index, item.split, item.num_splits, item.first_partial, is_request(item.request)};
 
     // 2. The pages of the warp's first tiles. Tiles count from the first token that some column sees.
     const int visible = item.end - item.begin, stride = WARPS * item.num_splits * TILE;  // tokens
@@ -674,17 +670,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     __syncwarp();
     state.store(states + warp * (WARP_BYTES / 4));
     __syncthreads();
-    const Results results = {p, *assignment, kv_head, cta - kv_head * column_blocks, cta, ctas_an_item, flags};
+    const Results results = {p, *assignment, kv_head, cta - kv_head * column_blocks, cta, ctas_an_item};
     const int num_splits = results.assignment.num_splits;
     results.merge_warps(states, scale);
     if (num_splits <= 1) return;
 
     // 8. The last split to arrive merges the partial states of all.
     __syncthreads();
-    if (threadIdx.x == 0) results.arrive(flags);
+    if (threadIdx.x == 0) assignment->merges = results.is_last();
     const int num_items = columns_of(p, results.block) * COLUMN_QUARTETS;
     int shares = 1, share_bits = 0;
     while (shares < 32 && shares * 2 * num_items <= THREADS && shares * 2 <= num_splits) shares *= 2, ++share_bits;
     __syncthreads();
-    if (flags->merges) results.merge_splits(shares, share_bits, scale);
+    if (assignment->merges) results.merge_splits(shares, share_bits, scale);
 }

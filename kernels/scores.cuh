@@ -12,8 +12,9 @@
 //              part of its keys.
 //
 // Where a new variant of a score goes:
-//   a bias by position (ALiBi)   score_of(): give it the row's token and head, and the token of the key; its array is a
-//                                pointer beside `sinks` in each kernel's parameters
+//   a bias by position (ALiBi)   score_of(): give it the positions of the query and of token x (page_table.cuh) and the
+//                                slope of the head; the array of slopes is a pointer beside `sinks` in each kernel's
+//                                parameters
 //   a custom mask                mask_score() and visible_columns(); a kernel masks only blocks at an edge of what its
 //                                rows see, so every block becomes an edge
 //   a factor a head              score_factors()

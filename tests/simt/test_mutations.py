@@ -87,11 +87,6 @@ MUTATIONS = [
         decodes("group1"),
     ),
     Mutation(
-        "scores.cuh", "a cap of other units",
-        "scoring.logits_soft_cap * LOG2_E}", "scoring.logits_soft_cap}",
-        decodes("soft_cap"),
-    ),
-    Mutation(
         "scores.cuh", "a sink for rows without a request",
         "has_request ? __ldg(sinks + head) : -INF", "__ldg(sinks + head)",
         partial(decode.test_sinks, decode.SINKS[0], 1),
@@ -142,7 +137,7 @@ MUTATIONS = [
     ),
     Mutation(
         "merge.cu", "+inf is a score like any other",
-        "if (own_s == INF) own_s = -INF;", "",
+        "if (lane_s == INF) lane_s = -INF;", "",
         partial(merges(merge.test_empty_states_change_nothing), mark=np.inf),
     ),
     Mutation(
@@ -224,7 +219,7 @@ MUTATIONS = [
     # -- the headers --
     Mutation(
         "page_table.cuh", "a window off by one",
-        "tokens_before(own - positions.window_left,", "tokens_before(own + 1 - positions.window_left,",
+        "tokens_before(position - positions.window_left,", "tokens_before(position + 1 - positions.window_left,",
         decodes("window20"),
     ),
     Mutation(
