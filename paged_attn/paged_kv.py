@@ -54,7 +54,7 @@ class PagedKV(KVPages):
         pages = native(kv_pages, "kv_pages")
         pools.check_combined(pages, layout)
         kv = cls(pages[:, 0], pages[:, 1], layout=layout)
-        vars(kv).update(writable=kv.writable and is_writable(kv_pages, pages), loan=loan_of((pages, kv_pages)))
+        kv._set(writable=kv.writable and is_writable(kv_pages, pages), loan=loan_of((pages, kv_pages)))
         return kv
 
     def to_layout(self, layout: Layout | str) -> "PagedKV":
