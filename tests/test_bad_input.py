@@ -834,6 +834,11 @@ for fault, (changed, says) in TABLE_FAULTS.items():
         *says,
     )
 
+for number in (None, 3):
+    bad(
+        f"prefill: qo_indptr={number}", lambda w, number=number: pa.prefill(w.q_prefill, number, w.kv, w.table),
+        TypeError, "qo_indptr must be an array", type(number).__name__, "np.asarray(qo_indptr, dtype=np.int32)",
+    )  # fmt: skip
 bad(
     "prefill: rank of q",
     attend_ragged(q=lambda w: w.q_four),
