@@ -67,8 +67,9 @@ def decode(
     given = RunArrays(q, out, lse, sinks)
     arrays, loan = borrow(given)
     calls.check_q(kv, arrays.q, _DECODE_AXES, "decode(q, kv, table)")
+    q_len = arrays.q.shape[1] if arrays.q.ndim == 4 else 1
     scoring = Scoring(sm_scale, True, window_left, logits_soft_cap)
-    return _results(given, attend_once(arrays, kv, table, None, scoring, loan, return_lse), return_lse)
+    return _results(given, attend_once(arrays, kv, table, scoring, loan, return_lse, q_len=q_len), return_lse)
 
 
 def prefill(
@@ -110,7 +111,7 @@ def prefill(
     arrays, loan = borrow(given)
     calls.check_q(kv, arrays.q, _PREFILL_AXES, "prefill(q, qo_indptr, kv, table)")
     scoring = Scoring(sm_scale, causal, window_left, logits_soft_cap)
-    return _results(given, attend_once(arrays, kv, table, qo_indptr, scoring, loan, return_lse), return_lse)
+    return _results(given, attend_once(arrays, kv, table, scoring, loan, return_lse, qo_indptr=qo_indptr), return_lse)
 
 
 def _results(given: RunArrays, arrays: RunArrays, return_lse: bool) -> Any:
@@ -164,7 +165,7 @@ def single_decode(
     calls.check_single_q(kv, arrays)
     batch = arrays.with_rows(lambda array: array[None])
     scoring = Scoring(sm_scale, True, window_left, logits_soft_cap)
-    batch = attend_once(batch, kv, table, None, scoring, loan, return_lse)
+    batch = attend_once(batch, kv, table, scoring, loan, return_lse, q_len=1)
     return _results(given, batch.with_rows(lambda array: array[0]), return_lse)
 
 
@@ -208,7 +209,7 @@ def single_prefill(
     calls.check_q(kv, arrays.q, _PREFILL_AXES, "single_prefill(q, k, v)")
     qo_indptr = np.array([0, arrays.q.shape[0]], np.int32)
     scoring = Scoring(sm_scale, causal, window_left, logits_soft_cap)
-    return _results(given, attend_once(arrays, kv, table, qo_indptr, scoring, loan, return_lse), return_lse)
+    return _results(given, attend_once(arrays, kv, table, scoring, loan, return_lse, qo_indptr=qo_indptr), return_lse)
 
 
 def _one_request(given_k: Array, given_v: Array, layout: Layout | str) -> tuple[PagedKV, PageTable]:

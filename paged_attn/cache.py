@@ -193,7 +193,10 @@ class PagedKVCache:
         return self._device
 
     def seq_len(self, seq: int) -> int:
-        """Tokens of a sequence, reserved ones included. It holds ceil(seq_len / page_size) pages."""
+        """Tokens of a sequence, reserved ones included. It holds ceil(seq_len / page_size) pages.
+
+        seq: int, the sequence.
+        """
         return int(self._length[self._row(seq)])
 
     @_one_thread_at_a_time
@@ -205,11 +208,13 @@ class PagedKVCache:
 
     @_one_thread_at_a_time
     def fork(self, seq: int, length: int | None = None) -> int:
-        """A new sequence that begins with the first `length` tokens of `seq` (None: all) and shares their pages.
+        """A new sequence that begins with the first tokens of another one and shares their pages.
+
+        seq: int, the other one.
+        length: int in [0, seq_len(seq)], how many tokens. Default None: all.
 
         It takes no page; the first write into a partly filled page that is shared takes a copy of it.
         Tokens of `seq` that are reserved must have been written (in every layer) before either side reserves again.
-        ValueError if length is not in [0, seq_len(seq)].
         """
         row = self._row(seq)
         length = self._check_length(seq, row, length)
@@ -226,9 +231,10 @@ class PagedKVCache:
 
     @_one_thread_at_a_time
     def truncate(self, seq: int, length: int) -> None:
-        """Drops the tokens of `seq` from `length` on, and the pages that only they needed.
+        """Drop the last tokens of a sequence, and the pages that only they needed.
 
-        ValueError if length is not in [0, seq_len(seq)].
+        seq: int, the sequence.
+        length: int in [0, seq_len(seq)], the tokens that stay.
         """
         row = self._row(seq)
         length = self._check_length(seq, row, length)
@@ -240,7 +246,10 @@ class PagedKVCache:
 
     @_one_thread_at_a_time
     def free(self, seq: int) -> None:
-        """Ends `seq`: pages that no other sequence holds become free, and the id is refused from now on."""
+        """End a sequence: pages that no other one holds become free, and the id is refused from now on.
+
+        seq: int, the sequence.
+        """
         row = self._row(seq)
         pages = self._lists.pages(row).copy()
         self._batch = None
@@ -252,11 +261,14 @@ class PagedKVCache:
 
     @_one_thread_at_a_time
     def reserve(self, seqs: Sequence[int] | np.ndarray, counts: int | Sequence[int] | np.ndarray) -> Any:
-        """Makes each sequence counts[i] tokens longer and says where they go.
+        """Make sequences longer: slots int64 [sum(counts)] on the cache's device, the tokens of seqs[0] first.
 
-        counts: one int for all sequences, or one for each. Returns slots int64 [sum(counts)] on the cache's device, the
-        tokens of seqs[0] first, for `write` in every layer; slot = page * page_size + offset.
-        Takes pages as needed. A sequence whose last page is partly filled and shared gets a copy of it (all layers);
+        The slots are for `write` in every layer; slot = page * page_size + offset.
+
+        seqs: ints [batch], the sequences, without repetition.
+        counts: int or ints [batch], the tokens that each sequence gets.
+
+        It takes pages as needed. A sequence whose last page is partly filled and shared gets a copy of it (all layers);
         where all sequences that share it are in the batch, the longest of them (of several, the last) keeps the
         original.
         OutOfPagesError (with .wanted and .free) if the pool cannot give that many pages.
@@ -268,10 +280,12 @@ class PagedKVCache:
 
     @_one_thread_at_a_time
     def write(self, slots: Array, k: Array, v: Array, layer: int = 0) -> None:
-        """Writes new tokens into one layer.
+        """Write new tokens into one layer.
 
         slots: int64 or int32 [tokens], as `reserve` returns them; -1 skips the token.
-        k: [tokens, num_kv_heads, head_dim], v: [tokens, num_kv_heads, v_head_dim]. layer: int. Default 0.
+        k: [tokens, num_kv_heads, head_dim], of the cache's dtype and on its device.
+        v: [tokens, num_kv_heads, v_head_dim].
+        layer: int in [0, num_layers). Default 0.
         """
         layer = scalars.as_int(layer, "layer", minimum=-(2**31))
         if not 0 <= layer < len(self._layers):
@@ -285,8 +299,12 @@ class PagedKVCache:
     def append(
         self, seqs: Sequence[int] | np.ndarray, counts: int | Sequence[int] | np.ndarray, k: Array, v: Array
     ) -> None:
-        """`reserve` and `write` in one, for a cache of one layer: k [sum(counts), num_kv_heads, head_dim],
-        v [sum(counts), num_kv_heads, v_head_dim].
+        """`reserve` and `write` in one, for a cache of one layer.
+
+        seqs: ints [batch], the sequences, without repetition.
+        counts: int or ints [batch], the tokens that each sequence gets.
+        k: [sum(counts), num_kv_heads, head_dim], of the cache's dtype and on its device.
+        v: [sum(counts), num_kv_heads, v_head_dim].
 
         Errors are those of `reserve` and `write`.
         """
@@ -308,11 +326,13 @@ class PagedKVCache:
     def page_table(self, seqs: Sequence[int] | np.ndarray, out: PageTable | None = None) -> PageTable:
         """The page table of a batch of sequences, reserved tokens included; row i is seqs[i].
 
-        out=None: a table in new arrays, on the cache's device.
-        out: a table of PageTable.empty, whose arrays are written instead: their lengths are its capacity, and their
-        addresses and shapes the same in every step. What is returned is a view of the first len(seqs) rows; `out`
-        itself, whose rows past the batch are then empty, is what a CUDA graph plans. Entries of `indices` from
-        indptr[-1] on mean nothing. PageTableError if the batch has more rows or pages than `out` has room for.
+        seqs: ints [batch], the sequences, without repetition.
+        out: a table of PageTable.empty that is written; the lengths of its arrays are its capacity, and their addresses
+            and shapes the same in every step. Default None: a table in new arrays, on the cache's device.
+
+        With `out` a view of its first len(seqs) rows is returned; `out` itself, whose rows past the batch are then
+        empty, is what a CUDA graph plans. Entries of `indices` from indptr[-1] on mean nothing. PageTableError if the
+        batch has more rows or pages than `out` has room for.
         """
         rows = self._rows(seqs)
         num_pages = self._lists.count[rows]

@@ -8,7 +8,7 @@ class Frozen:
     """A class whose attributes are read only. What it derives from them are cached properties."""
 
     def _set(self, **attributes: Any) -> None:
-        """Set attributes of a new object."""
+        """Set attributes of an object that nothing has derived from yet."""
         vars(self).update(attributes)
 
     def __setattr__(self, name: str, value: Any) -> None:

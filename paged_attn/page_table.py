@@ -75,9 +75,12 @@ class PageTable(TableArrays):
 
     @classmethod
     def empty(cls, max_batch_size: int, max_pages: int, *, page_size: int, device: Any = None) -> "PageTable":
-        """A table of max_batch_size requests without a page, with room for max_pages: for `out=`.
+        """A table of requests without a page, for `out=` of a cache's page_table.
 
-        device: None is the current CUDA device where CuPy sees one, else the CPU.
+        max_batch_size: int, the rows that it has.
+        max_pages: int, the entries of indices: room for the pages of all requests together.
+        page_size: int, tokens a page.
+        device: "cpu", "cuda", "cuda:1", ... Default None: the current CUDA device where there is one, else the CPU.
         """
         scalars.as_int(max_batch_size, "max_batch_size", minimum=0)
         scalars.as_int(max_pages, "max_pages", minimum=0)
@@ -86,9 +89,12 @@ class PageTable(TableArrays):
 
     @classmethod
     def from_block_table(cls, block_table: Array, seq_lens: Array, *, page_size: int) -> "PageTable":
-        """The table of the dense form: block_table int32 [batch, max_pages_per_seq], seq_lens int32 [batch].
+        """The table of the dense form, on the device of block_table.
 
-        Row i begins with the page ids of request i; entries past its last page are not read.
+        block_table: int32 [batch, max_pages_per_seq]; row i begins with the page ids of request i, and entries past its
+            last page are not read.
+        seq_lens: int32 [batch], tokens of each request.
+        page_size: int, tokens a page.
         """
         scalars.as_int(page_size, "page_size", minimum=1)
         pages, lengths = native(block_table, "block_table"), native(seq_lens, "seq_lens")
@@ -103,7 +109,10 @@ class PageTable(TableArrays):
         return table
 
     def to_block_table(self, max_pages_per_seq: int) -> Any:
-        """The dense form: int32 [batch_size, max_pages_per_seq], -1 where there is no page."""
+        """The dense form: int32 [batch_size, max_pages_per_seq], -1 where there is no page.
+
+        max_pages_per_seq: int, at least the pages of the longest request.
+        """
         scalars.as_int(max_pages_per_seq, "max_pages_per_seq", minimum=0)
         tables.check_table_values(self)
         tables.check_block_width(self, max_pages_per_seq)
@@ -124,25 +133,16 @@ class PageTable(TableArrays):
         Nothing is read back.
 
         num_chunks: int, at least 1.
-        out: the table that an earlier split of a batch of this size returned; written instead of a new one. Its arrays
-            overlap neither each other nor those of this table.
+        out: the table that an earlier split of a batch of this size returned, which is written. Its arrays overlap
+            neither each other nor those of this table. Default None: a new one.
         """
         scalars.as_int(num_chunks, "num_chunks", minimum=1)
         tables.check_table_values(self)
         rows = num_chunks * self.batch_size
         if out is None:
-            indptr, indices, last_page_len, page_offset, total_len = _zeros(
-                self.device, rows + 1, self.indices.shape[0], rows, rows, rows
-            )
-            out = PageTable(
-                indptr,
-                indices,
-                last_page_len,
-                page_size=self.page_size,
-                page_offset=page_offset,
-                page_stride=self.page_stride,
-                total_len=total_len,
-            )
+            *plain, page_offset, total_len = _zeros(self.device, rows + 1, self.indices.shape[0], rows, rows, rows)
+            positions = {"page_offset": page_offset, "page_stride": self.page_stride, "total_len": total_len}
+            out = PageTable(*plain, page_size=self.page_size, **positions)
         else:
             tables.check_split_out(out, self, num_chunks)
         out._set(is_split=True)
@@ -154,10 +154,8 @@ class PageTable(TableArrays):
     def slots(self, batch_indices: Array, positions: Array) -> Any:
         """Where tokens are stored: int64 [n], page * page_size + offset, as `append` takes them.
 
-        Parameters
-        ----------
-        batch_indices: int32 [n]. The request of each token.
-        positions: int32 [n]. Its position in the whole sequence; slot -1 where this table does not hold its page.
+        batch_indices: int32 [n], the request of each token.
+        positions: int32 [n], its position in the whole sequence; slot -1 where this table does not hold its page.
         """
         rows, offsets = native(batch_indices, "batch_indices"), native(positions, "positions")
         tables.check_table_values(self)
@@ -167,7 +165,9 @@ class PageTable(TableArrays):
             return self._backend.table_slots(self, upload(rows, self.device), upload(offsets, self.device))
 
     def validate(self, num_pages: int) -> "Validation":
-        """Check every value against a pool of num_pages pages: a host table at once, a device table by a kernel.
+        """Check every value against a pool: a host table at once, a device table by a kernel.
+
+        num_pages: int, the pages of the pool.
 
         Nothing waits for the device, so that a CUDA graph can hold it; Validation.raise_if_bad does.
         """

@@ -45,16 +45,23 @@ class PagedKV(KVPages):
 
     @classmethod
     def combined(cls, kv_pages: Array, *, layout: Layout | str) -> "PagedKV":
-        """A pool that holds K and V in one array [num_pages, 2, <page>], K first; views, no copy."""
+        """A pool that holds K and V in one array; views, no copy.
+
+        kv_pages: [num_pages, 2, <page>], K first.
+        layout: Layout or "NHD" or "HND"; it has no default.
+        """
         layout = as_layout(layout)
         pages = native(kv_pages, "kv_pages")
         pools.check_combined(pages, layout)
         kv = cls(pages[:, 0], pages[:, 1], layout=layout)
-        vars(kv).update(writable=kv.writable and is_writable(kv_pages, pages), loan=loan_of((pages, kv_pages)))
+        kv._set(writable=kv.writable and is_writable(kv_pages, pages), loan=loan_of((pages, kv_pages)))
         return kv
 
     def to_layout(self, layout: Layout | str) -> "PagedKV":
-        """A contiguous copy of the pool in `layout`, on the same device."""
+        """A contiguous copy of the pool, on the same device.
+
+        layout: Layout or "NHD" or "HND", that of the copy.
+        """
         layout = as_layout(layout)
         with reading(self.loan), on_device_of(self.k_pages):
             return PagedKV(self._copy(self.k_pages, layout), self._copy(self.v_pages, layout), layout=layout)

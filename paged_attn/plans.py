@@ -235,20 +235,21 @@ def attend_once(
     arrays: RunArrays,
     kv: KVPages,
     table: TableArrays,
-    qo_indptr: Array | None,
     scoring: Scoring,
     loan: Loan | None,
     return_lse: bool,
+    *,
+    q_len: int | None = None,
+    qo_indptr: Any = None,
 ) -> RunArrays:
-    """Plan and run once. A qo_indptr of None is decode. Returns the arrays with their results.
+    """Plan and run once: decode by q_len, or prefill by qo_indptr. Returns the arrays with results.
 
     The plan is one that a call like this one left behind: of this thread, on this stream, with buffers of this size.
     It is taken out meanwhile, so that a call from a finaliser gets another. What raises loses it.
     """
     shape = arrays.q.shape
-    q_len = None if qo_indptr is not None else 1 if len(shape) == 3 else shape[1]
     # A device's qo_indptr must not point behind q, which that plan's capacity is for.
-    max_tokens = None if qo_indptr is None or isinstance(qo_indptr, np.ndarray) else shape[0]
+    max_tokens = None if q_len is not None or isinstance(qo_indptr, np.ndarray) else shape[0]
     stream, stream_address = current_stream(kv.device)
     size = table.batch_size, table.indices.shape[0].bit_length(), table.page_stride, max_tokens
     key = (stream_address, size, *spec_key(kv, table, shape[-2], scoring, q_len))
@@ -257,13 +258,12 @@ def attend_once(
     except TypeError:  # an option is an array, which the checks know
         key, plan = (), None
     if plan is None:
-        remedy = "pass a table of that batch" if qo_indptr is None else "pass a qo_indptr that ends there"
+        remedy = "pass a qo_indptr that ends there" if q_len is None else "pass a table of that batch"
         plan = AttentionPlan(max_tokens=max_tokens, one_shot=True, remedy=remedy)
-    if qo_indptr is None:
-        assert q_len is not None
-        planned = plan.check_decode(kv, table, shape[-2], q_len, scoring)
-    else:
+    if q_len is None:
         planned = plan.check_prefill(kv, table, qo_indptr, shape[-2], scoring, shape[0])
+    else:
+        planned = plan.check_decode(kv, table, shape[-2], q_len, scoring)
     step = planned[0]
     signature = plan.check_run(step, arrays, kv)
     arrays = with_results(arrays, step.spec, return_lse)

@@ -1,6 +1,10 @@
 """The types of one attention call: what it computes (AttentionSpec) and the arrays of one run (RunArrays).
 
 checks/ makes them of what a caller passes, and backends read them. Nothing here checks or computes anything.
+
+A new option of scores is a field of Scoring (its keyword in attention.py, its check in checks/calls.py), its meaning in
+backends/reference.py, and its code in kernels/scores.cuh. A new array of a run is a field of RunArrays and a row of
+RUN_ARRAYS; plans.py takes each by name.
 """
 
 from collections.abc import Callable

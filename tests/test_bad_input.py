@@ -834,6 +834,11 @@ for fault, (changed, says) in TABLE_FAULTS.items():
         *says,
     )
 
+for number in (None, 3):
+    bad(
+        f"prefill: qo_indptr={number}", lambda w, number=number: pa.prefill(w.q_prefill, number, w.kv, w.table),
+        TypeError, "qo_indptr must be an array", type(number).__name__, "np.asarray(qo_indptr, dtype=np.int32)",
+    )  # fmt: skip
 bad(
     "prefill: rank of q",
     attend_ragged(q=lambda w: w.q_four),
@@ -1412,6 +1417,32 @@ bad(
 bad(
     "run: dtype of lse", lambda w: w.decode.run(w.q, w.kv, lse=w.out[..., 0]), TypeError, "lse", "float16", "np.float32"
 )
+
+bad(
+    "run: a layer of another v_head_dim",
+    lambda w: w.decode.run(w.q, pa.PagedKV(w.k_pages, w.normal(NUM_PAGES, PAGE_SIZE, NUM_KV_HEADS, 32), layout="NHD")),
+    ValueError,
+    "kv has v_head_dim=32 (v_pages.shape=(6, 4, 2, 32)",
+    "the plan is for 16",
+    "plan with this kv",
+)
+bad(
+    "append: v of another v_head_dim",
+    lambda w: pa.append(w.kv, w.slots, w.k, w.normal(3, NUM_KV_HEADS, 32)),
+    ValueError,
+    "v must have shape [3, 2, 16], [tokens, num_kv_heads, v_head_dim]",
+    "v.shape=(3, 2, 32)",
+    "reshape or slice v",
+)
+bad(
+    "pool: v_head_dim 0",
+    lambda w: pa.PagedKV(w.k_pages, w.v_pages[..., :0], layout="NHD"),
+    ValueError,
+    "v_pages has an empty axis",
+    "(6, 4, 2, 0)",
+    "at least 1",
+)
+bad("cache: v_head_dim 0", lambda w: w.make_cache(v_head_dim=0), ValueError, "v_head_dim is 0", "[1, ", "at least 1")
 
 # -- questions -------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,17 @@ PLANS = (
 CLASSES = (
     pa.BatchDecodeWithPagedKVCache, pa.BatchPrefillWithPagedKVCache, pa.PagedKV, pa.PageTable, pa.PagedKVCache,
 )  # fmt: skip
+METHODS = [
+    getattr(kind, name)
+    for kind, names in (
+        (pa.PagedKVCache, "seq_len fork truncate free reserve write append page_table"),
+        (pa.PageTable, "empty from_block_table to_block_table split slots validate"),
+        (pa.PagedKV, "combined to_layout"),
+    )
+    for name in names.split()
+]
 FUNCTIONS = (
+    *METHODS,
     *ATTENTION, *PLANS, *CLASSES, pa.append, pa.merge_state, pa.merge_states, pa.supports, pa.status,
 )  # fmt: skip
 SHARED = {"sm_scale", "causal", "window_left", "logits_soft_cap", "sinks", "out", "lse", "return_lse"}
@@ -28,8 +38,10 @@ SHARED = {"sm_scale", "causal", "window_left", "logits_soft_cap", "sinks", "out"
 
 def arguments(function: Callable[..., Any]) -> dict[str, str]:
     """What the section Parameters (or Attributes) of a docstring says of each argument, on one line."""
-    section = re.split(r"^(?:Parameters|Attributes)\n-+\n", inspect.getdoc(function) or "", flags=re.M)[-1]
-    section = re.split(r"\n\n|\nRaises\n", section)[0]
+    text = inspect.getdoc(function) or ""
+    *_, section = re.split(r"^(?:Parameters|Attributes)\n-+\n", text, flags=re.M)
+    if section != text:
+        section, *_ = re.split(r"\n\n|\nRaises\n", section)
     found = {}
     for entry in re.split(r"\n(?=\S)", section):
         names, _, text = entry.partition(": ")
