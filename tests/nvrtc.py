@@ -136,13 +136,11 @@ def _keys(kernel: str) -> list[Any]:
     return list(limits)
 
 
-def _decode(head_dim: int, columns: int, v_head_dim: int | None = None, **fields: Any) -> list[Recipe]:
+def _decode(head_dim: int, columns: int, v_dim: int | None = None, **fields: Any) -> list[Recipe]:
     """CTAs that have an SM for themselves, with one block of columns and with two, that share one, and that are many;
     those of batch-invariant plans; and those of a card with little shared memory."""
     made = (
-        decode_recipe(
-            rows, head_dim, num_pairs, batch_invariant=batch_invariant, card=card, v_head_dim=v_head_dim, **fields
-        )
+        decode_recipe(rows, head_dim, num_pairs, batch_invariant=batch_invariant, card=card, v_dim=v_dim, **fields)
         for rows in (columns, 2 * columns)
         for num_pairs in (1, recipes.MANY_PAIRS - 1, recipes.MANY_PAIRS)
         for batch_invariant in (False, True)

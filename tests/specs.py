@@ -13,12 +13,12 @@ from paged_attn.warm_up import Shapes
 from tests.cases import DTYPES, Case
 
 
-def spec_of(case: Case, num_pages: int = 64, v_head_dim: int | None = None) -> AttentionSpec:
+def spec_of(case: Case, num_pages: int = 64) -> AttentionSpec:
     return AttentionSpec(
         num_qo_heads=case.num_qo_heads,
         num_kv_heads=case.num_kv_heads,
         head_dim=case.head_dim,
-        v_head_dim=v_head_dim or case.v_head_dim,
+        v_head_dim=case.v_head_dim,
         page_size=case.page_size,
         num_pages=num_pages,
         dtype=np.dtype(DTYPES[case.dtype]),
@@ -36,14 +36,13 @@ def decode_recipe(
     *,
     batch_invariant: bool = False,
     card: Card = H100,
-    v_head_dim: int | None = None,
     like: Case | None = None,
     **fields: Any,
 ) -> DecodeRecipe:
     """For `rows` query rows a KV head, of `num_pairs` requests and KV heads in all; else like the case `like`."""
     shape = {"q_len": 1, "num_qo_heads": rows, "num_kv_heads": 1, "head_dim": head_dim}
     case = replace(like or Case("recipe", (1,)), **shape, **fields)
-    return recipes.decode_recipe(spec_of(case, v_head_dim=v_head_dim), num_pairs, batch_invariant, card)
+    return recipes.decode_recipe(spec_of(case), num_pairs, batch_invariant, card)
 
 
 def shapes_of(case: Case, max_batch_size: int | None = None) -> Shapes:

@@ -50,7 +50,7 @@ class HostPlan:
         self._compiler = {"source": source, "constants": constants}
         case = inputs.case
         capacities = Capacities(case.batch_size + spare_requests, max(pages, inputs.indices.size))
-        spec = spec_of(case, num_pages=len(inputs.k_pages), v_head_dim=inputs.v_pages.shape[-1])
+        spec = spec_of(case, num_pages=len(inputs.k_pages))
         layout = plan_layout(spec, case.page_stride, capacities, False, card)
         self.layout = layout if recipe is None or isinstance(layout, PrefillLayout) else replace(layout, recipe=recipe)
         with _on_shim(reverse, **self._compiler):

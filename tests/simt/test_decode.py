@@ -41,9 +41,8 @@ def run(
     num_splits: of every request; 1: as plan_splits has it. first_is_faulty: the indptr of request 0 is wrong.
     """
     case, rows = inputs.case, inputs.case.batch_size + spare_requests
-    v_head_dim = inputs.v_pages.shape[-1]
     query_rows = case.q_len * case.num_qo_heads // case.num_kv_heads
-    recipe = decode_recipe(query_rows, case.head_dim, num_pairs, v_head_dim=v_head_dim, like=case)
+    recipe = decode_recipe(query_rows, case.head_dim, num_pairs, like=case)
     ctas_per_item = case.num_kv_heads * recipe.column_blocks
     card = A100 if num_splits == 1 else replace(A100, num_sms=(rows * num_splits + 2) * ctas_per_item)
     if first_is_faulty:
@@ -54,7 +53,7 @@ def run(
         split_all(plan, rows, num_splits)
     q = inputs.q.reshape(-1, case.num_qo_heads, case.head_dim)
     q = np.pad(q, ((0, spare_requests * case.q_len), (0, 0), (0, 0)), constant_values=np.nan)
-    out = np.full((*q.shape[:2], v_head_dim), np.nan, np.float32 if float32 else DTYPES[case.dtype])
+    out = np.full((*q.shape[:2], case.v_head_dim), np.nan, np.float32 if float32 else DTYPES[case.dtype])
     lse = np.full(q.shape[:2], np.nan, np.float32)
     plan.run(q, inputs.kv(), out, lse, sinks)
     return out, lse, plan.buffers["arrivals"]
@@ -260,20 +259,10 @@ WIDTHS = [
 ]
 
 
-def with_values_of(inputs: Inputs, v_head_dim: int) -> Inputs:
-    """The same inputs with another number of dims of V."""
-    repeats = -(-v_head_dim // inputs.case.head_dim)
-
-    def cut(v: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(np.concatenate([v * (i + 1) for i in range(repeats)], -1)[..., :v_head_dim])
-
-    return replace(inputs, v=[cut(v) for v in inputs.v], v_pages=cut(inputs.v_pages))
-
-
 @pytest.mark.parametrize("num_splits", (1, 3))
 @pytest.mark.parametrize(("case", "v_head_dim"), WIDTHS, ids=str)
 def test_values_of_other_dims_than_keys(case: Case, v_head_dim: int, num_splits: int) -> None:
-    inputs, sinks = with_values_of(build(case), v_head_dim), sinks_of(case)
+    inputs, sinks = build(replace(case, v_dim=v_head_dim)), sinks_of(case)
     right, right_lse = with_sinks(*dense_attention(inputs), sinks)
     for spare in (0, 1):
         out, lse, arrivals = run(inputs, num_splits=num_splits, sinks=sinks, spare_requests=spare)
