@@ -1,7 +1,8 @@
 """Sinks, and V with a dim of its own, through the public functions on a card. Prints what was wrong, by name.
 
-python -m tests.features shim [compute capability]     on the SIMT shim's card
-python -m tests.features gpu                           on a GPU
+python -m tests.features shim 80                      on the SIMT shim's card of this compute capability
+python -m tests.features shim 90 sinks_of_gpt_oss     of this feature alone
+python -m tests.features gpu                          on a GPU
 """
 
 import json
@@ -173,7 +174,8 @@ FEATURES = (
 
 
 def wrong() -> Iterator[tuple[str, str]]:
-    for feature in FEATURES:
+    chosen = sys.argv[3:] or [feature.__name__ for feature in FEATURES]
+    for feature in (feature for feature in FEATURES if feature.__name__ in chosen):
         try:
             feature()
         except Exception as error:
