@@ -111,8 +111,8 @@ class Server:
 
 if __name__ == "__main__":
     count_compilations()
-    # With 64 KV heads decode's constants change between batches of one, of three and of ten. Hopper's prefill, which has
-    # kernels from head_dim 64 on, takes long on the shim.
+    # With 64 KV heads decode's constants change between batches of one, of three and of ten. Hopper's prefill has
+    # kernels from head_dim 64 on, and takes long on the shim.
     heads, head_dim = {"80": (64, 16), "90": (4, 64)}[sys.argv[2]] if sys.argv[1] == "shim" else (64, 64)
     server = Server(num_qo_heads=heads, num_kv_heads=heads, head_dim=head_dim, most=10)
     server.warm_up()
