@@ -7,16 +7,18 @@ layers    a step of 32 layers, plan, append and decode in one CUDA graph, beside
 prefill   microseconds and TFLOP/s of run(), causal
 merge     microseconds of merge_states beside the read floor of the states
 append    microseconds of append beside a plain copy of as many bytes
-host      what plan(), run() and a cache's step cost the host; eager wall time of a layer
+host      what plan(), run(), one-shot calls and a cache's step cost the host; eager wall time of a layer
 cold      seconds until the first result in a new process, with an empty and with a filled compile cache
 numerics  the study of errors (its own options: python -m bench numerics --help)
+compare   this checkout beside another one, in turns, case by case (python -m bench compare --help)
 
 On the device, all is timed by events in turns, after a clean flush of the L2 cache and behind a spin of the stream that
 hides the host's part, peers included. Each case is one line of JSON with card, versions, date, source hash and command.
 
-"run / bases" is our time over what other cases of the run make one expect: tests/cases.py names the cases at whose rate
-(bytes of decode, operations of prefill) a case is to do its work; any other case is compared with itself in the first
-of several pools. "run / plain" is that of a run with --combined, --batch-invariant or --lse over one without.
+"run / bases" is our time over the one that other cases of the run predict: BENCH_BASES of tests/cases.py names those at
+whose rate (bytes of decode, operations of prefill) a case should do its work; any other case is compared with itself in
+the first of several pools. "run / plain" is the time with --combined, --batch-invariant, --lse or sinks over that of a
+run without.
 """
 
 from __future__ import annotations
@@ -35,7 +37,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 import paged_attn as pa
-from paged_attn import install
 from tests.cases import (
     BENCH_APPEND,
     BENCH_DECODE,
@@ -47,19 +48,20 @@ from tests.cases import (
     BENCH_PREFILL_MORE,
 )
 
-from . import plot, record
+from . import compare, numerics, plot, record
 from .attention import BOUND_FLOORS, BOUND_US, measure, measure_point
+from .bases import POOL, over_bases
 from .cold import COLD, measure_cold
-from .compare import POOL, over_bases
 from .host import HOST, measure_host
 from .layers import ALLOWED_US, measure_layers
 from .peers import PEERS, load
-from .pools import measure_append, measure_merge
-from .session import Session
+from .session import Session, require_gpu
+from .states import measure_append, measure_merge
 from .timing import Stopwatch
 
 HEADLINE = "headline"
-FLAGS = ("combined", "batch_invariant", "lse")  # in a line only where they are set
+COMMANDS = {"compare": compare, "numerics": numerics}  # with options of their own
+FLAGS = ("combined", "batch_invariant", "lse", "sinks")  # in a line only where they are set
 Figures = Mapping[str, Any]
 
 # Read floors of quiet H100 80GB cards, microseconds. A run there whose floor takes NOISE times as long was disturbed.
@@ -240,20 +242,12 @@ BENCHES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark that the command line names. The exit status is 1 where a result of ours was wrong."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["numerics"]:
-        from . import numerics
-
-        return numerics.main(given[1:])
+    if given and given[0] in COMMANDS:
+        return COMMANDS[given[0]].main(given[1:])
     options = parse(given)
     if options.plot:
         return draw(options)
-    try:
-        import cupy
-    except ImportError as error:
-        commands = install.for_cuda(install.CUPY, install.TOOLKIT)
-        raise SystemExit(f"bench needs CuPy ({error}); install it with {commands}") from error
-    if not cupy.cuda.is_available():
-        raise SystemExit("bench needs an NVIDIA GPU, and CuPy sees none")
+    cupy = require_gpu()
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
     bench = BENCHES[options.bench]
@@ -318,6 +312,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--combined", action="store_true", help="one pool with K and V of a page side by side")
     parser.add_argument("--batch-invariant", action="store_true", help="plans with batch_invariant=True")
     parser.add_argument("--lse", action="store_true", help="have lse written, too")
+    parser.add_argument("--sinks", action="store_true", help="give every case sinks, as those of gpt_oss have")
     parser.add_argument(
         "--peer", type=lambda text: text.split(","), default=[], metavar="NAME,...",
         help=f"time these beside ours, where they can be imported: {', '.join(PEERS)}",
@@ -353,6 +348,8 @@ def select(bench: Bench, options: argparse.Namespace) -> list[Any]:
     """The chosen cases, each once in each of the chosen pools (layout, page size and dtype, where a case has them)."""
     named = bench.cases()
     chosen = {case.name: case for name in options.cases for case in bench.groups.get(name, ()) or [named[name]]}
+    if options.sinks:
+        chosen = {name: replace(case, sinks=True) for name, case in chosen.items()}
     pools = [dict(zip(POOL, values, strict=True)) for values in itertools.product(*(getattr(options, x) for x in POOL))]
     placed = (
         replace(case, **{name: pool[name] for name in pool_of(case)}) for case in chosen.values() for pool in pools
@@ -368,7 +365,8 @@ def pool_of(case: Any) -> dict[str, Any]:
 
 def settings(case: Any, options: argparse.Namespace) -> dict[str, Any]:
     """What a line says about how it was measured."""
-    return {**pool_of(case), **{name: True for name in FLAGS if _flag(options, name)}, "reps": options.reps}
+    flags = {name: True for name in FLAGS if _flag(options, name) or getattr(case, name, False)}
+    return {**pool_of(case), **flags, "reps": options.reps}
 
 
 def _flag(options: argparse.Namespace, name: str) -> bool | None:

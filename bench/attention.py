@@ -19,34 +19,30 @@ BOUND_FLOORS, BOUND_US = 1.5, 8.0  # no point of the grid is to take longer than
 
 @dataclass(frozen=True)
 class Call:
-    """A case with its arrays and its plan, whose result was right."""
+    """The plan and the run of one library on a workload, whose result was right."""
 
-    workload: Workload
     plan: Callable[[], None]  # once a step
     run: Callable[[], Any]  # once a layer
-    check: Callable[[Any], object]  # AssertionError where another's result is wrong
     status: Callable[[], None]
 
     @classmethod
-    def build(cls, case: Case, session: Session) -> Call:
-        import cupy
-
-        workload = Workload.build(case, cupy, combined=session.combined)
-        q, kv, table, heads = workload.q, workload.kv, workload.table, case.num_qo_heads
-        wrapper: Any
+    def build(cls, workload: Workload, expected: Expected, session: Session, library: Any = pa) -> Call:
+        """library: this package, or that of another checkout."""
+        case, q, (kv, table) = workload.case, workload.q, workload.of(library)
+        heads, options = case.num_qo_heads, {"window_left": case.window_left}
         if case.is_decode:
-            wrapper = pa.BatchDecodeWithPagedKVCache(batch_invariant=session.batch_invariant)
-            plan = partial(wrapper.plan, kv, table, heads, q_len=case.q_len, window_left=case.window_left)
+            wrapper = library.BatchDecodeWithPagedKVCache(batch_invariant=session.batch_invariant)
+            plan = partial(wrapper.plan, kv, table, heads, q_len=case.q_len, **options)
             q = q if case.q_len == 1 else q.reshape(case.batch_size, case.q_len, *q.shape[1:])
         else:
-            wrapper = pa.BatchPrefillWithPagedKVCache(batch_invariant=session.batch_invariant)
-            plan = partial(wrapper.plan, kv, table, workload.qo_indptr, heads, window_left=case.window_left)
+            wrapper = library.BatchPrefillWithPagedKVCache(batch_invariant=session.batch_invariant)
+            plan = partial(wrapper.plan, kv, table, workload.qo_indptr, heads, **options)
         plan()
-        out, lse = wrapper.run(q, kv, return_lse=True)
-        expected, rows = Expected(workload), (-1, heads)
-        expected.check(out.reshape(*rows, case.head_dim), lse.reshape(rows))
-        run = partial(wrapper.run, q, kv, out=out, lse=lse if session.with_lse else None)
-        return cls(workload, plan, run, expected.check, wrapper.status)
+        run = partial(wrapper.run, q, kv, **({"sinks": workload.sinks} if case.sinks else {}))
+        out, lse = run(return_lse=True)
+        expected.check(out.reshape(-1, heads, case.head_dim), lse.reshape(-1, heads))
+        run = partial(run, out=out, lse=lse if session.with_lse else None)
+        return cls(plan, run, wrapper.status)
 
 
 def measure(case: Case, session: Session) -> dict[str, Any]:
@@ -54,10 +50,13 @@ def measure(case: Case, session: Session) -> dict[str, Any]:
     and values seen have.
 
     Decode without a window has a second floor: plain loads of the pages, in the order of the table. Where the session
-    is not plain, the run() of a plain one is timed in turns with its own.
+    is not plain, or the case has sinks, the run() of a plain session without sinks is timed in turns with its own.
     """
-    call = Call.build(case, session)
-    workload, stopwatch = call.workload, session.stopwatch
+    import cupy
+
+    workload, stopwatch = Workload.build(case, cupy, combined=session.combined), session.stopwatch
+    expected = Expected(workload)
+    call = Call.build(workload, expected, session)
     calls: dict[str, Callable[[], Any]] = {
         "read_floor_us": stopwatch.read_floor(workload.storage, kv_bytes(case)),
         "run_us": call.run,
@@ -67,9 +66,10 @@ def measure(case: Case, session: Session) -> dict[str, Any]:
         pieces, piece_bytes = workload.pieces()
         num_bytes = pieces.size * piece_bytes
         calls["page_floor_us"] = stopwatch.read_floor(workload.storage, num_bytes, pieces, piece_bytes)
-    if session != session.plain:
-        calls["plain_us"] = Call.build(case, session.plain).run
-    figures = session.measure("decode" if case.is_decode else "prefill", workload, call.check, calls)
+    if session != session.plain or case.sinks:
+        plain = (Workload.build(case, cupy) if session.combined else workload).without_sinks
+        calls["plain_us"] = Call.build(plain, Expected(plain), session.plain).run
+    figures = session.measure("decode" if case.is_decode else "prefill", workload, expected.check, calls)
     call.status()
     median, flops = figures["run_us"]["median"], causal_flops(case)
     found = {
@@ -84,10 +84,14 @@ def measure(case: Case, session: Session) -> dict[str, Any]:
 
 def measure_point(case: Case, session: Session) -> dict[str, Any]:
     """Microseconds of run() and of reading as many bytes, as one of many points: both with little effort."""
-    call = Call.build(case, session)
-    floor = session.stopwatch.read_floor(call.workload.storage, kv_bytes(case), coarse=True)
+    import cupy
+
+    workload = Workload.build(case, cupy, combined=session.combined)
+    expected = Expected(workload)
+    call = Call.build(workload, expected, session)
+    floor = session.stopwatch.read_floor(workload.storage, kv_bytes(case), coarse=True)
     calls = {"read_floor_us": floor, "run_us": call.run}
-    figures = session.measure("decode", call.workload, call.check, calls)
+    figures = session.measure("decode", workload, expected.check, calls)
     call.status()
     median, floor_us = figures["run_us"]["median"], figures["read_floor_us"]["median"]
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tests.cases import BENCH_DECODE, BENCH_PREFILL, Case
 
 from .session import Session
 from .timing import no_garbage_collection, spread
-from .workload import Workload, random_normal
+from .workload import Workload, random_normal, to_host
 
 WARM_UP_CALLS = 20
 CALLS_IN_FLIGHT = 16  # between two synchronisations: a full queue would make the host wait
@@ -23,17 +24,32 @@ LAYERS = 32
 
 
 @dataclass(frozen=True)
-class Probe:
-    """One thing to be timed on the host."""
+class HostCall:
+    """A call to be timed on the host: `prepare` gives it by the functions of a library, with all arrays bound."""
 
     name: str
-    times: Callable[[int], list[float]]  # microseconds of so many calls
+    prepare: Callable[[Any], Callable[[], object]]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def times(self, calls: int) -> list[float]:
+        """Microseconds of so many calls."""
+        return host_times(self.prepare(pa), calls)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One thing of several calls to be timed on the host."""
+
+    name: str
+    times: Callable[[int], list[float]]  # microseconds of so many repetitions
 
     def __str__(self) -> str:
         return self.name
 
 
-def measure_host(probe: Probe, session: Session) -> dict[str, Any]:
+def measure_host(probe: HostCall | Probe, session: Session) -> dict[str, Any]:
     """Microseconds on the host."""
     return {"host_us": spread(probe.times(10 * session.reps))}
 
@@ -55,34 +71,51 @@ def host_times(call: Callable[[], object], calls: int) -> list[float]:
     return times
 
 
+@lru_cache(maxsize=1)
 def _workload(cases: tuple[Case, ...], name: str) -> Workload:
+    """The arrays of a case, which calls of one kind share, and the two checkouts of a comparison."""
     import cupy
 
     return Workload.build(next(case for case in cases if case.name == name), cupy)
 
 
-def _decode(calls: int, *, run: bool = False, host_table: bool = False) -> list[float]:
+def _decode(library: Any, *, part: str, host_table: bool = False) -> Callable[[], object]:
+    """part: "run" or "plan" of a plan, or the "one-shot" function."""
     workload = _workload(BENCH_DECODE, "bs64_2k_g4")
-    table = workload.table
+    kv, table = workload.of(library)
     if host_table:
-        arrays = (workload.indptr, workload.indices, workload.last_page_len)
-        table = pa.PageTable(*arrays, page_size=workload.case.page_size)
-    attention, heads = pa.BatchDecodeWithPagedKVCache(), workload.case.num_qo_heads
-    attention.plan(workload.kv, table, heads)
-    out = attention.run(workload.q, workload.kv)
-    if run:
-        return host_times(lambda: attention.run(workload.q, workload.kv, out=out), calls)
-    return host_times(lambda: attention.plan(workload.kv, table, heads), calls)
+        table = library.PageTable(**workload.on_host())
+    if part == "one-shot":
+        return partial(library.decode, workload.q, kv, table)
+    attention, heads = library.BatchDecodeWithPagedKVCache(), workload.case.num_qo_heads
+    plan = partial(attention.plan, kv, table, heads)
+    plan()
+    out = attention.run(workload.q, kv)
+    return partial(attention.run, workload.q, kv, out=out) if part == "run" else plan
 
 
-def _prefill(calls: int, *, run: bool = False) -> list[float]:
+def _prefill(library: Any, *, part: str) -> Callable[[], object]:
+    """part: "run" or "plan" of a plan, or the "one-shot" function with metadata of the host."""
     workload = _workload(BENCH_PREFILL, "64x128_on_2048")
-    attention, heads = pa.BatchPrefillWithPagedKVCache(), workload.case.num_qo_heads
-    attention.plan(workload.kv, workload.table, workload.qo_indptr, heads)
-    out = attention.run(workload.q, workload.kv)
-    if run:
-        return host_times(lambda: attention.run(workload.q, workload.kv, out=out), calls)
-    return host_times(lambda: attention.plan(workload.kv, workload.table, workload.qo_indptr, heads), calls)
+    kv, table = workload.of(library)
+    if part == "one-shot":
+        table = library.PageTable(**workload.on_host())
+        return partial(library.prefill, workload.q, to_host(workload.qo_indptr), kv, table)
+    attention, heads = library.BatchPrefillWithPagedKVCache(), workload.case.num_qo_heads
+    plan = partial(attention.plan, kv, table, workload.qo_indptr, heads)
+    plan()
+    out = attention.run(workload.q, kv)
+    return partial(attention.run, workload.q, kv, out=out) if part == "run" else plan
+
+
+def _append(library: Any) -> Callable[[], object]:
+    """64 tokens of one sequence."""
+    import cupy
+
+    cache = library.PagedKVCache(64, 16, num_kv_heads=8, head_dim=128, layout="NHD", dtype="float16", device="cuda")
+    slots = cache.reserve([cache.new_sequence()], 64)
+    k, v = random_normal(cupy, (2, 64, 8, 128), np.dtype(np.float16), 0)
+    return partial(library.append, cache.layers[0], slots, k, v)
 
 
 def _cache(calls: int, *, reserve: bool, page_table: bool, ragged: bool = False) -> list[float]:
@@ -104,15 +137,6 @@ def _cache(calls: int, *, reserve: bool, page_table: bool, ragged: bool = False)
             cache.page_table(sequences)
 
     return host_times(step, calls)
-
-
-def _append(calls: int) -> list[float]:
-    import cupy
-
-    cache = pa.PagedKVCache(64, 16, num_kv_heads=8, head_dim=128, layout="NHD", dtype="float16", device="cuda")
-    slots = cache.reserve([cache.new_sequence()], 64)
-    k, v = random_normal(cupy, (2, 64, 8, 128), np.dtype(np.float16), 0)
-    return host_times(lambda: pa.append(cache.layers[0], slots, k, v), calls)
 
 
 def _eager_layer(calls: int, *, per_step: bool = False) -> list[float]:
@@ -156,13 +180,19 @@ def _eager_layer(calls: int, *, per_step: bool = False) -> list[float]:
     return times[WARM_UP_CALLS:]
 
 
+HOST_CALLS = (
+    HostCall("decode run()", partial(_decode, part="run")),
+    HostCall("decode plan(), device table", partial(_decode, part="plan")),
+    HostCall("decode plan(), NumPy table", partial(_decode, part="plan", host_table=True)),
+    HostCall("decode(), device table", partial(_decode, part="one-shot")),
+    HostCall("decode(), NumPy table", partial(_decode, part="one-shot", host_table=True)),
+    HostCall("prefill run()", partial(_prefill, part="run")),
+    HostCall("prefill plan(), device table", partial(_prefill, part="plan")),
+    HostCall("prefill(), NumPy table", partial(_prefill, part="one-shot")),
+    HostCall("append()", _append),
+)
 HOST = (
-    Probe("decode run()", lambda calls: _decode(calls, run=True)),
-    Probe("decode plan(), device table", _decode),
-    Probe("decode plan(), NumPy table", lambda calls: _decode(calls, host_table=True)),
-    Probe("prefill run()", lambda calls: _prefill(calls, run=True)),
-    Probe("prefill plan(), device table", _prefill),
-    Probe("append()", _append),
+    *HOST_CALLS,
     Probe("reserve(), 256 x 4k", lambda calls: _cache(calls, reserve=True, page_table=False)),
     Probe("page_table(), 256 x 4k", lambda calls: _cache(calls, reserve=False, page_table=True)),
     Probe("reserve() + page_table(), 256 x 4k", lambda calls: _cache(calls, reserve=True, page_table=True)),

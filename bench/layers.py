@@ -1,4 +1,4 @@
-"""A step as a model has it: one plan, then append and decode in each of 32 layers, all of it one CUDA graph."""
+"""A decode step of a model: one plan, then append and decode in each of 32 layers, as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def measure_layers(case: Case, session: Session) -> dict[str, Any]:
             wrapper.run(layer.q, layer.kv, out=out)
 
     def check() -> None:
-        expected = Expected(first)  # all layers hold the same numbers, each in memory of its own
+        expected = Expected(first)  # all layers hold the same numbers, each in other memory
         for number, out in enumerate(outs):
             try:
                 expected.check(out)

@@ -24,8 +24,8 @@ static_assert(UNROLL >= 1 && UNROLL <= 32, "each load of a pass takes four regis
 
 constexpr unsigned KEEP = 0x9e3779b9u;
 
-__device__ __forceinline__ const uint4* place(const uint4* data, const int* pieces, unsigned piece_vectors,
-                                              long long vector) {
+__device__ __forceinline__ const uint4* vector_at(const uint4* data, const int* pieces, unsigned piece_vectors,
+                                                  long long vector) {
     if (!pieces) return data + vector;
     const unsigned piece = unsigned(vector) / piece_vectors, within = unsigned(vector) - piece * piece_vectors;
     return data + (long long)__ldg(pieces + piece) * piece_vectors + within;
@@ -41,12 +41,12 @@ extern "C" __global__ void read_memory(const uint4* data, long long num_vectors,
     for (; vector + (UNROLL - 1) * step < end; vector += UNROLL * step) {
         uint4 loaded[UNROLL];
 #pragma unroll
-        for (int i = 0; i < UNROLL; ++i) loaded[i] = __ldg(place(data, pieces, piece_vectors, vector + i * step));
+        for (int i = 0; i < UNROLL; ++i) loaded[i] = __ldg(vector_at(data, pieces, piece_vectors, vector + i * step));
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) seen ^= loaded[i].x ^ loaded[i].y ^ loaded[i].z ^ loaded[i].w;
     }
     for (; vector < end; vector += step) {
-        const uint4 loaded = __ldg(place(data, pieces, piece_vectors, vector));
+        const uint4 loaded = __ldg(vector_at(data, pieces, piece_vectors, vector));
         seen ^= loaded.x ^ loaded.y ^ loaded.z ^ loaded.w;
     }
     if (seen == KEEP) *sink = seen;

@@ -270,16 +270,16 @@ def complaints(lines: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     mine = {_point(line): line for line in lines if line["library"] == OURS}
     for line in lines:
-        own, place = mine[_point(line)], ", ".join(map(str, _point(line)))
-        if line is own:
-            if not own["finite"]:
-                found.append(f"{place}: a result is not finite")
+        ours, where = mine[_point(line)], ", ".join(map(str, _point(line)))
+        if line is ours:
+            if not ours["finite"]:
+                found.append(f"{where}: a result is not finite")
             continue
         floors = {"out_error": ROUNDINGS * OUT_ROUNDING[line["dtype"]], "lse_error": LSE_ROUNDING}
         found += [
-            f"{place}: {name} is {own[name]:.3g}, {line['library']}'s {line[name]:.3g}"
+            f"{where}: {name} is {ours[name]:.3g}, {line['library']}'s {line[name]:.3g}"
             for name, floor in floors.items()
-            if own[name] > max(WORSE * line[name], line[name] + floor)
+            if ours[name] > max(WORSE * line[name], line[name] + floor)
         ]
     return found
 
@@ -292,7 +292,7 @@ def _point(line: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def table_of(lines: Sequence[dict[str, Any]], title: str) -> Table:
-    """Ours, and behind the stroke the best peer's, by kv_len."""
+    """Our error / the best peer's, by kv_len."""
     kv_lens = sorted({line["kv_len"] for line in lines})
     table = Table(title=f"{title}: ||out - exact|| / ||exact||, ours / best peer")
     for name in ("kind", "dtype", "scores", "cap"):
@@ -304,7 +304,7 @@ def table_of(lines: Sequence[dict[str, Any]], title: str) -> Table:
         rows.setdefault(_point(line)[:-1], {}).setdefault(line["kv_len"], []).append(line["out_error"])
     for names, by_len in rows.items():
         cells = (by_len[kv_len] for kv_len in kv_lens)
-        shown = (f"{own:.1e}" + (f" / {min(others):.1e}" if others else "") for own, *others in cells)
+        shown = (f"{mine:.1e}" + (f" / {min(others):.1e}" if others else "") for mine, *others in cells)
         table.add_row(*map(str, names), *shown)
     return table
 

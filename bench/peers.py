@@ -98,6 +98,7 @@ class FlashInfer(_Torch):
         self._workspace = self._torch.empty(WORKSPACE_BYTES, dtype=self._torch.uint8, device="cuda")
 
     def decode(self, workload: Workload) -> Kernels:
+        _refuse_sinks(workload)
         if workload.case.q_len > 1:
             return self.prefill(workload)
         return {
@@ -106,6 +107,7 @@ class FlashInfer(_Torch):
         }
 
     def prefill(self, workload: Workload) -> Kernels:
+        _refuse_sinks(workload)
         return {"prefill": partial(self._prefill, workload)}
 
     def _decode(self, workload: Workload, use_tensor_cores: bool) -> Run:
@@ -167,6 +169,7 @@ class FlashAttention3(_Torch):
         self.versions["fa3-fwd"] = importlib.metadata.version("fa3-fwd")
 
     def prefill(self, workload: Workload) -> Kernels:
+        _refuse_sinks(workload)
         case = workload.case
         if case.dtype != "bfloat16":
             raise NotImplementedError(f"it is built for bfloat16, not {case.dtype}; pass --dtype bfloat16")
@@ -198,6 +201,7 @@ class CudnnDense(_Torch):
         self.versions["cudnn"] = f"{self._torch.backends.cudnn.version()}"
 
     def prefill(self, workload: Workload) -> Kernels:
+        _refuse_sinks(workload)
         case = workload.case
         if case.window_left >= 0 or len({*case.kv_lens, *case.queries}) > 1:
             raise NotImplementedError(
@@ -248,6 +252,7 @@ class FlashAttention3Jax(Peer):
         self.versions = {"jax": jax.__version__, "flash-attn3-jax": importlib.metadata.version("flash-attn3-jax")}
 
     def decode(self, workload: Workload) -> Kernels:
+        _refuse_sinks(workload)
         case = workload.case
         if case.layout != "NHD" or case.head_dim != 128:
             raise NotImplementedError(f"it is built for NHD and head_dim 128, not {case.layout} and {case.head_dim}")
@@ -296,6 +301,11 @@ class FlashAttention3Jax(Peer):
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer for peer in (FlashInfer, FlashAttention3, FlashAttention3Jax, CudnnDense)
 }
+
+
+def _refuse_sinks(workload: Workload) -> None:
+    if workload.case.sinks:
+        raise NotImplementedError("it is called without sinks here")
 
 
 def _sizes(workload: Workload) -> tuple[int, int, int, int]:

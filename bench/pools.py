@@ -1,11 +1,12 @@
-"""Merging partial results, and appending new tokens: inputs, checks and measurements."""
+"""Merging partial results, and appending new tokens: inputs, the calls on them, and checks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +14,6 @@ import paged_attn as pa
 from tests.cases import DTYPES, LSE_TOLERANCE, OUT_TOLERANCE, AppendCase, MergeCase, assert_close
 
 from .workload import random_normal, to_host
-
-if TYPE_CHECKING:
-    from .session import Session
 
 CHECKED_ROWS = 64
 
@@ -38,45 +36,38 @@ class Merge:
     def read_bytes(self) -> int:
         return self.v.nbytes + self.s.nbytes
 
-    def run(self) -> Any:
-        """Our call with arrays bound; it returns (out, lse)."""
+    def run(self, library: Any = pa) -> Callable[[], Any]:
+        """The library's call with arrays bound; it returns (out, lse)."""
         if self.case.num_states == 2:
             parts = [part.copy() for part in (self.v[:, 0], self.s[:, 0], self.v[:, 1], self.s[:, 1])]
-            out, lse = pa.merge_state(*parts, base=2)
-            return partial(pa.merge_state, *parts, base=2, out=out, lse=lse)
-        out, lse = pa.merge_states(self.v, self.s, base=2)
-        return partial(pa.merge_states, self.v, self.s, base=2, out=out, lse=lse)
+            out, lse = library.merge_state(*parts, base=2)
+            return partial(library.merge_state, *parts, base=2, out=out, lse=lse)
+        out, lse = library.merge_states(self.v, self.s, base=2)
+        return partial(library.merge_states, self.v, self.s, base=2, out=out, lse=lse)
 
     def check(self, out: Any, lse: Any = None) -> None:
         """AssertionError if the first, the last or another of some rows is wrong."""
+        expected_out, expected_lse = self._expected
+        assert_close(
+            self._checked_rows(out), expected_out, None if lse is None else self._checked_rows(lse), expected_lse,
+            tolerance=OUT_TOLERANCE[self.case.dtype], lse_tolerance=LSE_TOLERANCE,
+        )  # fmt: skip
+
+    @cached_property
+    def _expected(self) -> tuple[np.ndarray, np.ndarray]:
+        return pa.merge_states(self._checked_rows(self.v).astype(np.float64), self._checked_rows(self.s), base=2)
+
+    def _checked_rows(self, array: Any) -> np.ndarray:
         rows = np.unique(np.linspace(0, self.case.rows - 1, CHECKED_ROWS).astype(int)).tolist()
-        v, s = (np.stack([to_host(array[row]) for row in rows]) for array in (self.v, self.s))
-        expected = pa.merge_states(v.astype(np.float64), s, base=2)
-        results = [None if array is None else np.stack([to_host(array[row]) for row in rows]) for array in (out, lse)]
-        tolerances = {"tolerance": OUT_TOLERANCE[self.case.dtype], "lse_tolerance": LSE_TOLERANCE}
-        assert_close(results[0], expected[0], results[1], expected[1], **tolerances)
-
-
-def measure_merge(case: MergeCase, session: Session) -> dict[str, Any]:
-    """Microseconds of merge_states (merge_state for two), and of reading the states."""
-    import cupy
-
-    inputs = Merge.build(case, cupy)
-    run = inputs.run()
-    inputs.check(*run())
-    as_many = cupy.empty(inputs.read_bytes, np.uint8)
-    floor = session.stopwatch.read_floor(as_many, inputs.read_bytes)
-    figures = session.measure("merge", inputs, inputs.check, {"read_floor_us": floor, "run_us": run})
-    ratio = figures["run_us"]["median"] / figures["read_floor_us"]["median"]
-    return {"read_mb": round(inputs.read_bytes / 1e6, 2), **figures, "ratio": round(ratio, 4)}
+        return np.stack([to_host(array[row]) for row in rows])
 
 
 @dataclass(frozen=True)
 class Append:
     """New tokens for sequences that have the same number of old ones.
 
-    k, v [tokens, num_kv_heads, head_dim]; slots int64 [tokens]; batch_indices, positions int32 [tokens]: where they
-    belong in `table`, for who does not know slots.
+    k, v [tokens, num_kv_heads, head_dim]; slots int64 [tokens]; batch_indices, positions int32 [tokens]: the same slots
+    as a request of `table` and a position in it, for peers that take these.
     """
 
     case: AppendCase
@@ -115,6 +106,11 @@ class Append:
             positions=xp.asarray(positions),
         )
 
+    def run(self, library: Any = pa) -> Callable[[], Any]:
+        """The library's call with arrays bound."""
+        kv = library.PagedKV(self.kv.k_pages, self.kv.v_pages, layout=self.case.layout)
+        return partial(library.append, kv, self.slots, self.k, self.v)
+
     def check(self, _: Any = None) -> None:
         """AssertionError unless the pool holds the new tokens and zeros elsewhere. It then holds zeros only."""
         for name, pages, tokens in (("k", self.kv.k_pages, self.k), ("v", self.kv.v_pages, self.v)):
@@ -126,20 +122,3 @@ class Append:
             beside = int((bits != 0).sum()) - int((written != 0).sum())
             assert not beside, f"{beside} elements of {name} were written beside the slots"
             bits[...] = 0
-
-
-def measure_append(case: AppendCase, session: Session) -> dict[str, Any]:
-    """Microseconds of append, and of a plain copy of as many bytes."""
-    import cupy
-
-    inputs = Append.build(case, cupy)
-    run = partial(pa.append, inputs.kv, inputs.slots, inputs.k, inputs.v)
-    run()
-    inputs.check()
-    num_bytes = inputs.k.nbytes + inputs.v.nbytes
-    source, target = cupy.zeros(num_bytes, np.uint8), cupy.empty(num_bytes, np.uint8)
-    copy = partial(target.data.copy_from_device_async, source.data, num_bytes)
-    figures = session.measure("append", inputs, inputs.check, {"copy_us": copy, "run_us": run})
-    pa.status()
-    ratio = figures["run_us"]["median"] / figures["copy_us"]["median"]
-    return {"written_mb": round(num_bytes / 1e6, 3), **figures, "ratio": round(ratio, 4)}

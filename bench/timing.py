@@ -63,7 +63,7 @@ class Stopwatch:
     def interleave(self, calls: Mapping[str, Callable[[], object]], reps: int) -> dict[str, Times]:
         """Every call `reps` times, in turns, so that all see the same clocks.
 
-        The stream spins while the host enqueues the call, so the events hold device time only, whoever launches it.
+        The stream spins while the host enqueues the call, so that the events hold device time only.
         """
         cupy = self._cupy
         for call in calls.values():

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 import paged_attn as pa
-from tests.cases import DTYPES, Case
+from tests.cases import DTYPES, Case, some_sinks
 
-TILE = 4_194_301  # a prime, so that no two pages repeat the same numbers at the same place
+TILE = 4_194_301  # a prime, so that no two pages hold the same numbers at the same offsets
 
 
 def random_normal(xp: ModuleType, shape: tuple[int, ...], dtype: np.dtype, seed: int) -> Any:
@@ -44,6 +44,7 @@ class Workload:
                 (one block of memory for the read floor)
     q           [queries, num_qo_heads, head_dim]     all requests' queries, one after the other
     qo_indptr   [batch + 1] int32                     where each request's queries begin
+    sinks       [num_qo_heads] float32                None where the case has none
     indptr, indices, last_page_len                    int32 on the host: what `table` holds
     """
 
@@ -53,6 +54,7 @@ class Workload:
     table: pa.PageTable
     q: Any
     qo_indptr: Any
+    sinks: Any
     indptr: np.ndarray
     indices: np.ndarray
     last_page_len: np.ndarray
@@ -80,10 +82,30 @@ class Workload:
             table=pa.PageTable(*map(xp.asarray, (indptr, indices, last_page_len)), page_size=case.page_size),
             q=random_normal(xp, q_shape, DTYPES[case.dtype], seed + 1),
             qo_indptr=xp.asarray(np.concatenate([[0], np.cumsum(case.queries)]).astype(np.int32)),
+            sinks=xp.asarray(some_sinks(case.num_qo_heads)) if case.sinks else None,
             indptr=indptr,
             indices=indices,
             last_page_len=last_page_len,
         )
+
+    @property
+    def without_sinks(self) -> Workload:
+        """The same arrays, as a case without sinks has them."""
+        return replace(self, case=replace(self.case, sinks=False), sinks=None)
+
+    def of(self, library: Any) -> tuple[Any, Any]:
+        """`kv` and `table` as the classes of `library` hold them: this package, or that of another checkout."""
+        return (
+            library.PagedKV(self.kv.k_pages, self.kv.v_pages, layout=self.case.layout),
+            library.PageTable(
+                self.table.indptr, self.table.indices, self.table.last_page_len, page_size=self.case.page_size
+            ),
+        )
+
+    def on_host(self) -> dict[str, Any]:
+        """What PageTable takes, in NumPy arrays."""
+        names = ("indptr", "indices", "last_page_len")
+        return {name: getattr(self, name) for name in names} | {"page_size": self.case.page_size}
 
     def pieces(self) -> tuple[Any, int]:
         """Pages of K and V in the order of the table, as numbers of equal pieces of `storage`; and a piece's bytes."""

@@ -7,14 +7,16 @@
 //
 // What is constant in a build is a -D constant of 0 or 1 and costs nothing where it is 0:
 //   SOFT_CAP   a bound on scores (Gemma 2)
-//   SINKS      a learned score a head which every row sees and which has no value (gpt-oss; the name is StreamingLLM's).
-//              A row has one sink, so it is added once, where the row ends, never to the state of a part of its keys.
+//   SINKS      a learned score a head which every row sees and which has no value (gpt-oss; the name is
+//              StreamingLLM's). A row has one sink, so it is added once, where the row ends, never to the state of a
+//              part of its keys.
 //
 // Where a new variant of a score goes:
-//   a bias by position (ALiBi)   score_of(): give it the row's token and head, and the token of the key; its array is a
-//                                pointer beside `sinks` in each kernel's parameters
-//   a custom mask                mask_score() and visible_columns(); a kernel masks only blocks at an edge of what its rows
-//                                see, so every block becomes an edge
+//   a bias by position (ALiBi)   score_of(): give it the positions of the query and of token x (page_table.cuh) and the
+//                                slope of the head; the array of slopes is a pointer beside `sinks` in each kernel's
+//                                parameters
+//   a custom mask                mask_score() and visible_columns(); a kernel masks only blocks at an edge of what its
+//                                rows see, so every block becomes an edge
 //   a factor a head              score_factors()
 //   something in the denominator end_row()
 #pragma once
@@ -84,7 +86,11 @@ __device__ __forceinline__ float sink_of(const float* sinks, int head, bool has_
 // The result of a row: `weight` times what its weights times V add up to is its out.
 struct RowEnd {
     float weight;
-    float lse;  // natural logarithm
+    float max;  // in base 2, as the sum is counted
+    float sum;
+
+    // The natural logarithm; a function, because only one thread of a row stores it, if any.
+    __device__ __forceinline__ float lse() const { return log_sum_exp(max, sum); }
 };
 
 // max is in base 2. A row that has seen no key has the sum 0, and so the weight 0 and the lse of its sink.
@@ -94,5 +100,5 @@ __device__ __forceinline__ RowEnd end_row(float max, float sum, float sink) {
     float keep = 1.f;
     if constexpr (SINKS) keep = add_sink(sink * LOG2_E, 1.f, max, sum);
     const float weight = sum == 0.f ? 0.f : fast_division ? __fdividef(keep, sum) : keep / sum;
-    return {weight, log_sum_exp(max, sum)};
+    return {weight, max, sum};
 }

@@ -410,8 +410,9 @@ def typical_constants(name: str) -> list[dict[str, Any]]:
         return [{"HEAD_DIM": HEAD_DIM, "V_HEAD_DIM": HEAD_DIM}]
     if name == "decode":
         decode = planner.decode_shape(1, NUM_QO_HEADS // NUM_KV_HEADS, HEAD_DIM)
-        constants = {"SOFT_CAP": False, "COLUMNS": decode.columns, "WARPS": decode.warps, "STAGES": decode.stages}
-        return [kind | constants | {"SHARED_BYTES": decode.shared_bytes} for kind in kinds]
+        constants = {"COLUMNS": decode.columns, "WARPS": decode.warps, "STAGES": decode.stages}
+        constants |= {"V_HEAD_DIM": HEAD_DIM, "SOFT_CAP": False, "SHARED_BYTES": decode.shared_bytes}
+        return [kind | constants for kind in kinds]
     if name == "prefill":
         prefill = planner.prefill_shape(HEAD_DIM, HEAD_DIM)
         constants = {

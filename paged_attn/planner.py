@@ -72,7 +72,7 @@ CTA_SHARED_BYTES = 1024  # that CUDA takes beside those of the kernel
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """How the decode kernel is compiled and launched for one combination of q_len, group size and head_dim."""
+    """How the decode kernel is compiled and launched for one combination of q_len, group size and head dims."""
 
     columns: int  # query rows (token, head) that share one pass over a KV head, a multiple of 8
     column_blocks: int  # passes needed for q_len * group_size rows
@@ -94,31 +94,36 @@ def decode_shape(
     num_pairs: int = 1,
     batch_invariant: bool = False,
     card: Card = H100,
+    v_head_dim: int | None = None,
 ) -> DecodeShape:
     """The kernel's tile for `q_len * group_size` query rows a KV head, of `num_pairs` requests and KV heads in all.
 
+    head_dim is that of q and K; v_head_dim, of V and out, is the same where it is None.
     Of a batch-invariant plan, what bits depend on (columns and warps) does not depend on the number of pairs.
     """
     rows = q_len * group_size
-    # Every 8 columns cost head_dim / 4 accumulator registers a thread; beyond this a kernel would spill.
-    most = 32 if head_dim <= 64 else 16 if head_dim <= 128 else 8
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    widest = max(head_dim, v_head_dim)
+    # Every 8 columns cost v_head_dim / 4 accumulator registers a thread and head_dim / 8 of Q; beyond this a kernel
+    # would spill.
+    most = 32 if widest <= 64 else 16 if widest <= 128 else 8
     columns = min(most, _ceil_div(rows, 8) * 8)
     column_blocks = _ceil_div(rows, columns)
     warps = DECODE_WARPS
-    shares_sm = columns == 8 or (head_dim, columns) == (128, 16)  # by its registers
-    if head_dim > 128 or (shares_sm and head_dim != 112 and (num_pairs >= MANY_PAIRS or batch_invariant)):
+    shares_sm = columns == 8 or (head_dim, v_head_dim, columns) == (128, 128, 16)  # by its registers
+    if widest > 128 or (shares_sm and widest != 112 and (num_pairs >= MANY_PAIRS or batch_invariant)):
         warps = DECODE_WARPS_OF_MANY
     is_alone = num_pairs * column_blocks <= card.num_sms
     stages = STAGES
-    if head_dim in (80, 96):
+    if widest in (80, 96):
         stages = STAGES_OF_PART_LINES
-    elif is_alone and head_dim <= 64:
+    elif is_alone and widest <= 64:
         stages = STAGES_OF_SHORT_ROWS
     elif is_alone and column_blocks > 1:
         stages = STAGES_OF_SHARED_ROWS
-    ctas = (16 if shares_sm and head_dim <= 128 else 8) // warps  # that the registers of an SM are for
+    ctas = (16 if shares_sm and widest <= 128 else 8) // warps  # that the registers of an SM are for
     while True:
-        shared_bytes = _decode_shared_bytes(head_dim, columns, warps, stages)
+        shared_bytes = _decode_shared_bytes(head_dim, v_head_dim, columns, warps, stages)
         if stages == STAGES or ctas * (shared_bytes + CTA_SHARED_BYTES) <= card.shared_bytes:
             break
         stages -= 1
@@ -128,11 +133,12 @@ def decode_shape(
     return DecodeShape(columns, column_blocks, warps, stages, shared_bytes, ctas, cluster)
 
 
-def _decode_shared_bytes(head_dim: int, columns: int, warps: int, stages: int) -> int:
-    tile = 16 * head_dim * 2  # one K or V tile: 16 tokens
-    out = columns * (head_dim + 4) * 4
-    shared_bytes = warps * (max(stages * tile, out) + columns * 8) + 32
-    if (head_dim, columns) == (128, 16):  # Q_IN_SHARED of the kernel
+def _decode_shared_bytes(head_dim: int, v_head_dim: int, columns: int, warps: int, stages: int) -> int:
+    k_tile, v_tile = 16 * head_dim * 2, 16 * v_head_dim * 2  # 16 tokens
+    ring = stages * max(k_tile, v_tile) if stages % 2 else stages // 2 * (k_tile + v_tile)
+    out = columns * (v_head_dim + 4) * 4
+    shared_bytes = warps * (max(ring, out) + columns * 8) + 32
+    if (head_dim, v_head_dim, columns) == (128, 128, 16):  # Q_IN_SHARED of the kernel
         shared_bytes = _ceil_div(shared_bytes, 128) * 128 + columns * head_dim * 2
     return shared_bytes
 

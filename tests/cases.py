@@ -43,6 +43,7 @@ class Case:
     page_stride: int = 1
     total_lens: tuple[int, ...] | None = None
     given_scale: float | None = None  # sm_scale, where it is not the default
+    sinks: bool = False  # run() gets a sink a head
 
     def __str__(self) -> str:
         return self.name
@@ -97,6 +98,7 @@ class Inputs:
     qo_indptr: np.ndarray
     page_offset: np.ndarray | None = field(default=None)
     total_len: np.ndarray | None = field(default=None)
+    sinks: np.ndarray | None = field(default=None)
 
     def kv(self, to: Callable[[np.ndarray], Any] = np.asarray) -> pa.PagedKV:
         """The tagged pool; `to` brings an array where it is wanted (cupy.asarray, say)."""
@@ -119,6 +121,10 @@ class Inputs:
         if self.case.given_scale is not None:
             options["sm_scale"] = self.case.given_scale
         return options if self.case.is_decode else options | {"causal": self.case.causal}
+
+    def layer_options(self, to: Callable[[np.ndarray], Any] = np.asarray) -> dict[str, Any]:
+        """What run() and the one-shot functions take by name, as it is a layer's."""
+        return {} if self.sinks is None else {"sinks": to(self.sinks)}
 
 
 def build(case: Case, *, needle: int | None = None, scores: str | None = None) -> Inputs:
@@ -175,7 +181,29 @@ def build(case: Case, *, needle: int | None = None, scores: str | None = None) -
         qo_indptr=np.concatenate([[0], np.cumsum(case.queries)]).astype(np.int32),
         page_offset=None if case.page_offsets is None else np.array(case.page_offsets, np.int32),
         total_len=None if case.total_lens is None else np.array(case.total_lens, np.int32),
+        sinks=some_sinks(case.num_qo_heads) if case.sinks else None,
     )
+
+
+def some_sinks(num_qo_heads: int) -> np.ndarray:
+    """A sink a head, float32: about as large as a row's lse; in turn none (-inf), negligible, and above all scores."""
+    sinks = np.random.default_rng(num_qo_heads).normal(3, 2, num_qo_heads).astype(np.float32)
+    for first, sink in ((1, -np.inf), (3, -30), (5, 30)):
+        sinks[first::8] = sink
+    return sinks
+
+
+def with_sinks(out: np.ndarray, lse: np.ndarray, sinks: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """What out [..., heads, dim] and lse [..., heads] of a call without sinks are with them: exp(sink) joins each sum.
+
+    Both are float64. A row that sees no key has out 0 and the sink as its lse.
+    """
+    out, lse = out.astype(np.float64), lse.astype(np.float64)
+    if sinks is None:
+        return out, lse
+    total = np.logaddexp(lse, sinks)
+    log_kept = np.subtract(lse, total, out=np.full_like(lse, -np.inf), where=np.isfinite(lse))
+    return out * np.exp(log_kept)[..., None], total
 
 
 # Scores that are hard on a softmax which goes through the keys block by block, from the last to the first.
@@ -303,7 +331,7 @@ def assert_close(
     tolerance: float | np.ndarray,
     lse_tolerance: float | np.ndarray = 1e-4,
 ) -> None:
-    """Raise unless inf and NaN stand at the same places and every row (last axis) has ||err|| <= tolerance * ||row||.
+    """Raise unless inf and NaN are in the same elements and every row (last axis) has ||err|| <= tolerance * ||row||.
 
     Absolute tolerances would hide a skipped page in a long sequence. lse is compared by value, within lse_tolerance.
     Both may be arrays, a number for each row.
@@ -456,6 +484,28 @@ def _prefill_cases() -> Iterable[Case]:
 DECODE = tuple(replace(case, name=f"decode_{case.name}") for case in _decode_cases())
 PREFILL = tuple(replace(case, name=f"prefill_{case.name}") for case in _prefill_cases())
 
+# gpt-oss: 64 query heads on 8 KV heads of 64 dims, with sinks; in every other layer a query sees itself and 127 tokens.
+GPT_OSS: dict[str, Any] = {"num_qo_heads": 64, "num_kv_heads": 8, "head_dim": 64, "dtype": "bfloat16", "sinks": True}
+GPT_OSS_WINDOW = 127
+_SINKS = (
+    Case("full", (300, 0, 1, 129), **GPT_OSS),
+    Case("window", (300, 0, 1, 129), window_left=GPT_OSS_WINDOW, layout="HND", **GPT_OSS),
+    Case("long", (2100, 600), head_dim=128, sinks=True),  # decode splits it
+    Case("long_group32", (1500, 31), num_qo_heads=32, num_kv_heads=1, page_size=1, sinks=True),
+    Case("soft_cap", _ragged(8), logits_soft_cap=2.0, page_size=8, sinks=True),
+    Case("group3", _ragged(3), num_qo_heads=6, page_size=3, sinks=True),
+    Case("dim256", _ragged(16), head_dim=256, layout="HND", sinks=True),
+    Case("float32", _ragged(16), dtype="float32", sinks=True),
+)
+SINKS = (
+    *(replace(case, name=f"decode_sinks_{case.name}") for case in _SINKS),
+    *(replace(case, name=f"decode_sinks_{case.name}_q_len4", q_len=4) for case in _SINKS[:3]),
+    *(
+        replace(case, name=f"prefill_sinks_{case.name}", q_lens=tuple((70, 3, 9, 0, 1, 33)[: case.batch_size]))
+        for case in _SINKS
+    ),
+)
+
 
 # -- needles: one token that decides everything ------------------------------------------------------------------------
 
@@ -520,6 +570,12 @@ def _even_lengths(batch_size: int, most: int) -> tuple[int, ...]:
     return tuple(128 + (most - 128) * (37 * i % batch_size) // (batch_size - 1) for i in range(batch_size))
 
 
+def _gpt_oss(bench: Callable[..., Case], name: str, *lengths: Any) -> tuple[Case, Case]:
+    """A case of gpt-oss as its two kinds of layers have it."""
+    full = bench(name, *lengths, **GPT_OSS)
+    return full, replace(full, name=f"{name}_window128", window_left=GPT_OSS_WINDOW)
+
+
 def _of_prefill(name: str) -> Case:
     return next(case for case in BENCH_PREFILL if case.name == name)
 
@@ -562,6 +618,11 @@ BENCH_DECODE_MORE = {
         _bench_decode("bs16_4k_q4", (4096,) * 16, q_len=4),
     ),
     "window": (_bench_decode("bs64_32k_window512", (32768,) * 64, window_left=511),),  # a query sees 512 keys
+    "gpt_oss": (
+        *_gpt_oss(_bench_decode, "gpt_oss_1x4096", (4096,)),
+        *_gpt_oss(_bench_decode, "gpt_oss_64x4096", (4096,) * 64),
+        *_gpt_oss(_bench_decode, "gpt_oss_16x32768", (32768,) * 16),
+    ),
     "group": tuple(_bench_decode(f"bs64_4k_4h_g{group}", (4096,) * 64, 4 * group, 4) for group in (4, 5, 7, 12)),
     "hostile": (
         _bench_decode("one_256k_in_255_of_500", (500,) * 100 + (2**18,) + (500,) * 155),
@@ -605,6 +666,10 @@ BENCH_PREFILL_MORE = {
         for head_dim in (128, 64, 80, 96, 112, 256)
     ),
     "window": (_of_prefill("1x16384"), _bench_prefill("1x16384_window1024", 1, 16384, 16384, window_left=1023)),
+    "gpt_oss": (
+        *_gpt_oss(_bench_prefill, "gpt_oss_1x8192", 1, 8192, 8192),
+        *_gpt_oss(_bench_prefill, "gpt_oss_16x1024", 16, 1024, 1024),
+    ),
     "chunk": (_of_prefill("1x16384"), _bench_prefill("1x512_on_32768", 1, 512, 32768)),
     "mixed": (
         _bench_decode("64_on_4096_by_decode", (4096,) * 64),
@@ -615,7 +680,7 @@ BENCH_PREFILL_MORE = {
     ),
     "length": tuple(_bench_prefill(f"length_{2**power}", 1, 2**power, 2**power) for power in range(9, 16)),
 }
-# A case is to do its work at the rate of these, which stand before it in its group: the bytes of a decode case, the
+# A case should do its work at the rate of these, which are measured before it: the bytes of a decode case, the
 # operations of a prefill case. Those of a mixed batch are all its work.
 BENCH_BASES = {
     case.name: bases

@@ -15,14 +15,15 @@ from paged_attn import planner
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 HEAD_DIMS = (64, 80, 128, 256)
-OTHER_HEAD_DIMS = (16, 32, 96, 112)  # on an H100 only
-MIXED_DIMS = ((192, 128), (64, 128))  # of K and of V
+OTHER_HEAD_DIMS = (16, 32, 96, 112)  # on an H100 only, as are V_HEAD_DIMs that differ from HEAD_DIM
+MIXED_DIMS = ((192, 128), (64, 128))  # of K and of V, in prefill and append
 
 # What CuPy adds to compile.options() for every kernel, beside the architecture.
 CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 
 # The most registers that a thread of each kernel may take on any card: one number, or one for each (HEAD_DIM, COLUMNS)
-# of decode and each HEAD_DIM of the prefills. A thread can have 255, and 65536 are for all threads of an SM:
+# of decode, with V_HEAD_DIM where that is another, and each HEAD_DIM of the prefills. A thread can have 255, and 65536
+# are for all threads of an SM:
 #   blocks of 256   40: six of them on an SM   64: four   128: two   255: one
 #   blocks of 1024  64: one                    blocks of 128   168: three   255: two
 REGISTERS: dict[str, int | dict[Any, int]] = {
@@ -35,7 +36,7 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
     "decode": {
         (16, 8): 128, (32, 8): 128, (64, 8): 128, (80, 8): 128, (96, 8): 128, (112, 8): 128, (128, 8): 128,
         (64, 16): 160, (96, 16): 200, (80, 16): 184, (112, 16): 208, (128, 16): 128, (64, 24): 200, (64, 32): 240,
-        (256, 8): 240,
+        (256, 8): 240, (192, 8, 128): 240, (64, 8, 128): 128, (64, 16, 128): 200,
     },
     "merge_state": 40,
     "merge_states": 64,
@@ -58,7 +59,10 @@ def register_limit(kernel: str, constants: Mapping[str, Any]) -> int:
     if isinstance(limit, int):
         return limit
     head_dim = constants["HEAD_DIM"]
-    return limit[(head_dim, constants["COLUMNS"]) if "COLUMNS" in constants else head_dim]
+    if "COLUMNS" not in constants:
+        return limit[head_dim]
+    v_head_dim = constants["V_HEAD_DIM"]
+    return limit[(head_dim, constants["COLUMNS"], v_head_dim)[: 2 if v_head_dim == head_dim else 3]]
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,9 @@ def kernels_of(file: str) -> tuple[str, ...]:
 
 def variants() -> dict[str, list[dict[str, Any]]]:
     """The sets of constants with which each file is compiled."""
-    kinds = [{"BFLOAT16": bfloat16, "SOFT_CAP": soft_cap, "SINKS": 0} for bfloat16 in (0, 1) for soft_cap in (0, 1)]
-    with_sinks = {"BFLOAT16": 1, "SOFT_CAP": 0, "SINKS": 1}
+    # All pairs of these three, in half the builds of all combinations.
+    kinds = [{"BFLOAT16": a, "SOFT_CAP": b, "SINKS": a ^ b} for a in (0, 1) for b in (0, 1)]
+    plain = {"BFLOAT16": 1, "SOFT_CAP": 0, "SINKS": 0}  # what most models run
     return {
         "append": [
             {"HEAD_DIM": head_dim, "V_HEAD_DIM": v_head_dim}
@@ -99,19 +104,26 @@ def variants() -> dict[str, list[dict[str, Any]]]:
         "decode": [shape | kind for key in _keys("decode") for shape in _decode(*key) for kind in kinds],
         # Loads of 16 bytes and of one number; partial states in float32, and the result in both.
         "merge": [
-            {"HEAD_DIM": head_dim, "VEC": vector, "BFLOAT16": bfloat16, "V_FLOAT32": v_float32, "OUT_FLOAT32": out}
+            {
+                "HEAD_DIM": head_dim,
+                "VEC": vector,
+                "BFLOAT16": bfloat16,
+                "V_FLOAT32": v_float32,
+                "OUT_FLOAT32": out,
+                "SINKS": out ^ bfloat16,
+            }
             for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS)
             for vector, v_float32, out in ((8, 0, 0), (8, 0, 1), (1, 0, 0), (4, 1, 0), (4, 1, 1))
             for bfloat16 in ((0,) if v_float32 and out else (0, 1))
         ],
         "prefill": [
             *(_prefill(key, key) | kind for key in HEAD_DIMS + OTHER_HEAD_DIMS for kind in kinds),
-            *(_prefill(*dims) | with_sinks for dims in ((64, 64), *MIXED_DIMS)),
+            *(_prefill(*dims) | kind for dims in MIXED_DIMS for kind in kinds),
         ],
         "prefill_hopper": [
             _prefill_hopper(key) | kind | {"GATHER": gather, "TMA_OUT": tma_out}
             for key in _keys("prefill_hopper")
-            for kind in (*kinds, with_sinks)
+            for kind in (*kinds, plain)
             for gather in (0, 1)
             for tma_out in ((0, 1) if key == 128 else (0,))
         ],
@@ -128,11 +140,11 @@ def _keys(kernel: str) -> list[Any]:
     return list(limits)
 
 
-def _decode(head_dim: int, columns: int) -> list[dict[str, Any]]:
+def _decode(head_dim: int, columns: int, v_head_dim: int | None = None) -> list[dict[str, Any]]:
     """CTAs that have an SM for themselves, with one block of columns and with two, that share one, and that are many,
     where those are others; those of batch-invariant plans; and those of a card with little shared memory."""
     shapes = {
-        planner.decode_shape(1, rows, head_dim, num_pairs, batch_invariant, card)
+        planner.decode_shape(1, rows, head_dim, num_pairs, batch_invariant, card, v_head_dim)
         for rows in (columns, 2 * columns)
         for num_pairs in (1, planner.MANY_PAIRS - 1, planner.MANY_PAIRS)
         for batch_invariant in (False, True)
@@ -142,6 +154,7 @@ def _decode(head_dim: int, columns: int) -> list[dict[str, Any]]:
     return [
         {
             "HEAD_DIM": head_dim,
+            "V_HEAD_DIM": v_head_dim or head_dim,
             "COLUMNS": columns,
             "WARPS": shape.warps,
             "STAGES": shape.stages,
@@ -168,7 +181,9 @@ def matrix(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Build]:
     rows = []
     for file, sets in variants().items():
         for constants in sets:
-            on_hopper = file.endswith("_hopper") or constants.get("HEAD_DIM") in OTHER_HEAD_DIMS
+            head_dim = constants.get("HEAD_DIM")
+            on_hopper = file.endswith("_hopper") or head_dim in OTHER_HEAD_DIMS
+            on_hopper = on_hopper or constants.get("V_HEAD_DIM", head_dim) != head_dim
             for arch in architectures:
                 if arch == "sm_90a" or not on_hopper:
                     rows.append(Build(file, arch, tuple(constants.items())))

@@ -17,7 +17,6 @@ import paged_attn as pa
 from bench import cold, first_result, layers, peers, plot, record
 from bench.__main__ import (
     BENCHES,
-    H100_READ_FLOOR,
     describe,
     is_noisy,
     label,
@@ -31,25 +30,23 @@ from bench.__main__ import (
     tabulate,
 )
 from bench.attention import measure, measure_point
+from bench.bases import over_bases
 from bench.check import MOST_KEYS, Expected
-from bench.compare import over_bases
 from bench.pools import Append, Merge
-from bench.session import Session, fastest
-from bench.timing import Stopwatch, Times, spread
-from bench.workload import TILE, Workload, causal_flops, kv_bytes, random_normal, sampled_queries, seen_tokens
+from bench.session import Session
+from bench.timing import Stopwatch, Times
+from bench.workload import TILE, Workload, causal_flops, kv_bytes, random_normal, sampled_queries
 from tests.cases import (
     BENCH_BASES,
     BENCH_DECODE,
     BENCH_DECODE_MORE,
-    BENCH_GRID,
-    BENCH_PREFILL_MORE,
     AppendCase,
     Case,
     MergeCase,
+    with_sinks,
 )
 
 ATTENTION = ("decode", "grid", "layers", "prefill")
-ALL_CASES = [case for name in ("decode", "prefill") for case in BENCHES[name].cases().values()]
 SMALL = Case("small", (70, 33, 16), q_lens=(9, 33, 1), num_qo_heads=4, num_kv_heads=2, head_dim=32)
 
 
@@ -65,42 +62,16 @@ def line(case: str = "bs1_4k_g4", **changes: Any) -> dict[str, Any]:
     return settings | figures | {"card": "H100", "date": "2026-01-01"} | changes
 
 
-def test_kv_bytes_are_those_of_the_tokens() -> None:
-    case = next(case for case in BENCH_DECODE if case.name == "bs64_4k_g8")
-    assert kv_bytes(case) == 64 * 4096 * 8 * 128 * 2 * 2
-
-
-def visible_pairs(case: Case) -> list[list[list[bool]]]:
-    """Whether a query sees a key, by request, query and key."""
-    return [
-        [
-            [
-                key <= kv_len - q_len + query
-                and (case.window_left < 0 or key >= kv_len - q_len + query - case.window_left)
-                for key in range(kv_len)
-            ]
-            for query in range(q_len)
-        ]
-        for q_len, kv_len in zip(case.queries, case.kv_lens, strict=True)
-    ]
-
-
 @pytest.mark.parametrize("window_left", [-1, 0, 7, 40, 1000])
 def test_work_counts_the_visible_keys(window_left: int) -> None:
-    case = replace(SMALL, window_left=window_left)
-    visible = [np.array(pairs) for pairs in visible_pairs(case)]
-    assert causal_flops(case) == 4 * 32 * 4 * sum(int(pairs.sum()) for pairs in visible)
-    assert seen_tokens(case) == sum(int(pairs.any(axis=0).sum()) for pairs in visible)
-
-
-def test_an_empty_request_is_no_work() -> None:
-    case = Case("empty", (0, 5, 0))
-    assert (causal_flops(case), seen_tokens(case)) == (4 * 64 * 8 * 5, 5)
-
-
-def test_a_window_is_read_and_nothing_else() -> None:
-    (case,) = BENCH_DECODE_MORE["window"]
-    assert kv_bytes(case) == 64 * 512 * case.num_kv_heads * 128 * 2 * 2
+    case = replace(SMALL, kv_lens=(70, 33, 0, 16), q_lens=(9, 33, 0, 1), window_left=window_left)
+    pairs = tokens = 0
+    for q_len, kv_len in zip(case.queries, case.kv_lens, strict=True):
+        query, key = np.ogrid[kv_len - q_len : kv_len, :kv_len]
+        visible = (key <= query) & ((window_left < 0) | (key >= query - window_left))
+        pairs, tokens = pairs + visible.sum(), tokens + visible.any(axis=0).sum()
+    assert causal_flops(case) == 4 * case.head_dim * case.num_qo_heads * pairs
+    assert kv_bytes(case) == 2 * 2 * case.head_dim * case.num_kv_heads * tokens
 
 
 @pytest.mark.parametrize("bench", ATTENTION)
@@ -111,51 +82,18 @@ def test_a_name_is_one_case(bench: str) -> None:
         assert case.is_decode or bench == "prefill"
 
 
-def test_cases_at_equal_bytes_and_equal_work() -> None:
-    assert len({kv_bytes(case) for case in BENCH_DECODE_MORE["group"]}) == 1
-    assert [case.num_qo_heads // case.num_kv_heads for case in BENCH_DECODE_MORE["group"]] == [4, 5, 7, 12]
-    work = [causal_flops(case) for case in BENCH_PREFILL_MORE["group"]]
-    assert max(work) < 1.25 * min(work)
-    assert {case.num_qo_heads // case.num_kv_heads for case in BENCH_PREFILL_MORE["group"]} == {1, 4, 5, 7, 8, 12}
-
-
-def test_the_grid_has_200_points_and_fits_into_a_card() -> None:
-    assert len(BENCH_GRID) >= 200
-    assert max(kv_bytes(case) for case in BENCH_GRID) <= 2**31
-    for values in ({case.batch_size for case in BENCH_GRID}, {case.num_kv_heads for case in BENCH_GRID}):
-        assert len(values) >= 5
-
-
-def test_bases_stand_before_their_cases_and_do_the_work_of_a_mixed_batch() -> None:
+def test_the_bases_of_a_case_are_measured_before_it() -> None:
     for group in (*BENCHES["decode"].groups.values(), *BENCHES["prefill"].groups.values()):
         names = [case.name for case in group]
         for i, name in enumerate(names):
             assert set(BENCH_BASES.get(name, ())) <= set(names[:i])
-    *parts, mixed = BENCH_PREFILL_MORE["mixed"]
-    assert BENCH_BASES[mixed.name] == tuple(case.name for case in parts)
-    assert causal_flops(mixed) == sum(map(causal_flops, parts)) and kv_bytes(mixed) == sum(map(kv_bytes, parts))
 
 
-def test_hostile_raggedness() -> None:
-    one_long, log_uniform, half_empty = (case.kv_lens for case in BENCH_DECODE_MORE["hostile"])
-    assert sorted(one_long) == [500] * 255 + [262144]
-    assert (len(log_uniform), min(log_uniform), max(log_uniform)) == (64, 1, 65536)
-    assert sorted(half_empty) == [0] * 128 + [4096] * 128
-
-
-def test_ragged_requests_are_of_all_lengths() -> None:
-    for case in BENCH_DECODE_MORE["ragged"]:
-        batch_size, _, least, _, most = case.name.split("_")
-        assert len(set(case.kv_lens)) == len(case.kv_lens) == int(batch_size)
-        assert (min(case.kv_lens), max(case.kv_lens)) == (int(least), int(most))
-
-
-@pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_sampled_queries_lie_in_the_case(case: Case) -> None:
-    queries = list(sampled_queries(case))
-    assert len(queries) == len(set(queries))
-    assert {0, case.batch_size - 1} <= {request for request, _ in queries}
-    assert all(0 <= query < case.queries[request] for request, query in queries)
+def test_sampled_queries_lie_in_the_case() -> None:
+    for case in (case for name in ("decode", "prefill") for case in BENCHES[name].cases().values()):
+        queries = list(sampled_queries(case))
+        assert {0, case.batch_size - 1} <= {request for request, _ in queries}
+        assert all(0 <= query < case.queries[request] for request, query in queries)
 
 
 def test_random_numbers_fill_more_than_a_tile() -> None:
@@ -200,22 +138,25 @@ def test_empty_requests_and_windows_pass_the_check() -> None:
         Expected(workload).check(out, lse)
 
 
-def test_of_a_long_request_some_heads_are_checked() -> None:
-    case = Case("long", (MOST_KEYS // 2,), num_qo_heads=12, num_kv_heads=6, head_dim=16)
-    workload = Workload.build(case, np)
+def test_a_long_request_is_checked_for_some_of_its_heads() -> None:
+    workload = Workload.build(Case("long", (MOST_KEYS // 2,), num_qo_heads=12, num_kv_heads=6, head_dim=16), np)
     out, lse = attend(workload)
-    expected = Expected(workload)
-    expected.check(out, lse)
-    heads = expected._samples[0].heads
-    assert heads.stop - heads.start == 2 * 2  # the query heads of two KV heads
-    out[0, heads.start] *= 1.01
+    Expected(workload).check(out, lse)
     with pytest.raises(AssertionError, match="request 0, query 0"):
-        expected.check(out)
+        Expected(workload).check(out * 1.01)
 
 
 def test_pages_are_shuffled() -> None:
     indices = Workload.build(SMALL, np).table.indices
     assert sorted(indices) == list(range(len(indices))) != indices.tolist()
+
+
+def test_a_case_with_sinks_is_checked_for_them() -> None:
+    workload = Workload.build(replace(SMALL, q_lens=(9, 3, 1), kv_lens=(70, 0, 16), sinks=True), np)
+    out, lse = attend(workload)
+    with pytest.raises(AssertionError):
+        Expected(workload).check(out, lse)
+    Expected(workload).check(*with_sinks(out, lse, workload.sinks))
 
 
 @pytest.mark.parametrize("wrong", ["one row", "every lse", "one lse"])
@@ -230,10 +171,6 @@ def test_wrong_results_fail_the_check(wrong: str) -> None:
         lse[5, 1] = np.nan
     with pytest.raises(AssertionError):
         Expected(workload).check(out, lse)
-
-
-def test_the_spread_of_times() -> None:
-    assert spread([2.0, 1.0, 3.0]) == {"median": 2, "p10": 1.2, "p90": 2.8, "min": 1}
 
 
 def test_times_are_summarised_by_their_spread() -> None:
@@ -327,6 +264,24 @@ def test_a_session_with_options_is_timed_beside_a_plain_one(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("numpy_as_cupy")
+def test_a_case_with_sinks_is_timed_beside_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class TakesSinks(pa.BatchDecodeWithPagedKVCache):
+        def run(self, q: Any, kv: pa.PagedKV, *, sinks: Any = None, **options: Any) -> Any:
+            given.append(sinks is not None)
+            result = super().run(q, kv, **options)
+            if sinks is None or not options.get("return_lse"):
+                return result
+            return tuple(map(np.ndarray.astype, with_sinks(*result, sinks), (q.dtype, np.float32)))
+
+    monkeypatch.setattr(pa, "BatchDecodeWithPagedKVCache", TakesSinks)
+    found = measure(replace(SMALL, q_lens=None, sinks=True), Session(FakeStopwatch(), reps=1))
+    assert given == [True, False, True, False]  # checked, then timed
+    assert found["over_plain"] == 0.75
+
+
+@pytest.mark.usefixtures("numpy_as_cupy")
 def test_a_point_is_set_against_its_bound() -> None:
     figures = measure_point(replace(SMALL, q_lens=None), Session(FakeStopwatch(), reps=1))
     assert figures["over_bound"] == round(6 / (1.5 * len("read_floor_us") + 8), 4)
@@ -378,11 +333,6 @@ def test_a_peer_without_a_right_kernel_has_a_reason_instead_of_a_time() -> None:
     assert "peers" not in Session(FakeStopwatch()).measure("decode", 1, is_six, {"run_us": lambda: None})
 
 
-def test_the_fastest_kernel() -> None:
-    found = fastest({"a": {"median": 3.0, "host": 1.0}, "b": {"median": 2.0, "host": 5.0}})
-    assert found == {"median": 2.0, "host": 5.0, "kernel": "b", "medians": {"a": 3.0, "b": 2.0}}
-
-
 def test_peers_that_cannot_be_imported_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setitem(peers.PEERS, "jax", FakePeer)
@@ -400,12 +350,10 @@ def test_bench_imports_no_peer_and_no_plotting() -> None:
 @pytest.mark.parametrize(
     ("peer", "case", "reason"),
     [
-        (peers.FlashAttention3, SMALL, "bfloat16"),
         (peers.FlashAttention3, replace(SMALL, dtype="bfloat16", window_left=3), "windows"),
         (peers.CudnnDense, SMALL, "dense"),
         (peers.FlashAttention3Jax, replace(SMALL, head_dim=128, layout="HND"), "NHD"),
-        (peers.FlashAttention3Jax, replace(SMALL, head_dim=128), "one number of queries"),
-        (peers.FlashAttention3Jax, Case("empty", (0, 5), q_lens=(1, 1), head_dim=128), "no empty request"),
+        (peers.FlashInfer, replace(SMALL, sinks=True), "without sinks"),
     ],
 )
 def test_peers_say_what_they_lack(peer: type[peers.Peer], case: Case, reason: str) -> None:
@@ -422,7 +370,6 @@ def test_a_slow_floor_is_noise_on_the_card_that_was_measured() -> None:
     assert not is_noisy(slow | {"read_floor_us": {"median": 11.2}})
     assert not is_noisy(slow | {"card": "NVIDIA A100"})
     assert not is_noisy(slow | {"case": "1x128"})
-    assert H100_READ_FLOOR.keys() == {case.name for case in BENCH_DECODE}
 
 
 def test_the_command_line_chooses_cases_and_settings() -> None:
@@ -445,6 +392,17 @@ def test_the_command_line_takes_several_pools() -> None:
     merges = select(BENCHES["merge"], parse(["merge", "--page-size", "16", "1"]))  # they have no pages
     assert len(merges) == len(BENCHES["merge"].cases())
     assert (parse(["grid"]).reps, parse(["grid", "--reps", "3"]).reps) == (BENCHES["grid"].reps, 3)
+
+
+def test_sinks_are_of_a_case_or_given_to_all() -> None:
+    plain, given, of_gpt_oss = (
+        parse(["decode", "--cases", *arguments])
+        for arguments in (["bs1_4k_g4"], ["bs1_4k_g4", "--sinks"], ["gpt_oss_1x4096"])
+    )
+    for options, sinks in ((plain, False), (given, True), (of_gpt_oss, True)):
+        (case,) = select(BENCHES["decode"], options)
+        assert case.sinks == sinks
+        assert settings(case, options).get("sinks", False) == sinks
 
 
 def test_our_time_over_that_of_the_bases() -> None:

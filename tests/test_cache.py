@@ -916,8 +916,8 @@ def test_lists_survive_a_long_life_of_a_serving_loop(device, page_size):
 def test_host_time_of_a_decode_step(monkeypatch):
     """256 sequences of about 4k tokens, page 16: far below what a Python loop over sequences would take.
 
-    Some 30 us on an idle core; the limit leaves room for a slow and busy one. The reference's own making of the table,
-    which a kernel does on a GPU, is not counted.
+    CPU time of this thread, the best of 50 steps: some 30 us, and a slow and busy runner stays below the limit. The
+    reference's making of the table, which a kernel does on a GPU, is not counted.
     """
     cache = make("cpu", 256 * 270, 16)
     seqs = [cache.new_sequence() for _ in range(256)]
@@ -926,8 +926,8 @@ def test_host_time_of_a_decode_step(monkeypatch):
     monkeypatch.setattr(backends.of("cpu"), "update_table", lambda *arguments: None)
     times = []
     for _ in range(50):
-        start = time.perf_counter()
+        start = time.thread_time()
         cache.reserve(seqs, 1)
         cache.page_table(seqs)
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     assert min(times) < 400e-6

@@ -2,7 +2,6 @@
 
 import math
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,18 +19,6 @@ from paged_attn import interop
 from tests import child
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def test_import_is_light() -> None:
-    """`import paged_attn` brings none of the heavy libraries and costs less than 0.2 s above NumPy and ml_dtypes."""
-    code = (
-        "import sys, time, numpy, ml_dtypes; start = time.perf_counter(); import paged_attn;"
-        "print(time.perf_counter() - start, *sorted({'cupy', 'jax', 'torch', 'rich'} & sys.modules.keys()))"
-    )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
-    seconds, *heavy = min(runs, key=lambda run: float(run.stdout.split()[0])).stdout.split()
-    assert heavy == []
-    assert float(seconds) < 0.2
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int32"])

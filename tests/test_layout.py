@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import time
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -188,19 +187,18 @@ def two_requests(xp, pool_layout: str, tag: str, *, page_size: int, num_kv_heads
     return random_pool(xp, (2, 64, 128)), pa.PagedKV(pool, pool, layout=tag), table
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("pool_layout", "tag"), [("NHD", "HND"), ("HND", "NHD")])
 def test_the_hang_of_other_libraries_is_an_error(xp, pool_layout: str, tag: str) -> None:
     """The call that loops for ever elsewhere (32 slots and 8 heads read as 8 and 32), once and in a loop."""
     q, kv, table = two_requests(xp, pool_layout, tag, page_size=32, num_kv_heads=8)
     message = rf"kv is tagged {tag}.*page_size=8.*the table has page_size=32.*tag the pool layout='{pool_layout}'"
     plan = pa.BatchDecodeWithPagedKVCache()
-    start = time.perf_counter()
     for _ in range(100):
         with pytest.raises(pa.LayoutMismatchError, match=message):
             pa.decode(q, kv, table)
         with pytest.raises(pa.LayoutMismatchError, match=message):
             plan.plan(kv, table, 64)
-    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.gpu
@@ -216,7 +214,6 @@ def test_a_mismatch_is_an_error_while_a_graph_is_captured(pool_layout: str, tag:
     out = cupy.empty_like(q)
     plan.run(q, right, out=out)
     stream = cupy.cuda.Stream(non_blocking=True)
-    start = time.perf_counter()
     with stream:
         stream.begin_capture()
         with pytest.raises(pa.LayoutMismatchError, match=f"the shape fits layout {pool_layout}"):
@@ -226,7 +223,6 @@ def test_a_mismatch_is_an_error_while_a_graph_is_captured(pool_layout: str, tag:
         ):
             plan.run(q, kv, out=out)
         stream.end_capture()
-    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize(("planned", "called"), [("NHD", "HND"), ("HND", "NHD")])

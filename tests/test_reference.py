@@ -34,7 +34,7 @@ def dense_attention(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """out and lse (rows, not q_len) of a case, request by request and head by head, in float64."""
     case = inputs.case
     q = inputs.q.reshape(-1, case.num_qo_heads, case.head_dim).astype(np.float64)
-    out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    out, lse = np.zeros((*q.shape[:2], inputs.v_pages.shape[-1])), np.full(q.shape[:2], -np.inf)
     row = 0
     for request, num_queries in enumerate(case.queries):
         k, v = inputs.k[request].astype(np.float64), inputs.v[request].astype(np.float64)

@@ -611,7 +611,7 @@ def merge_states(v: Any, s: Any, out: Any, lse: Any, base: float) -> None:
         return
     row_major = num_states > 3  # with few states the other order is better, as merge_state has shown
     _merge("merge_states", (v,), rows, heads, out, row_major, {
-        "v": v, "s": s, "out": out, "lse": lse,
+        "v": v, "s": s, "out": out, "lse": lse, "sinks": None,
         "v_row_stride": _stride(v, 0), "v_state_stride": _stride(v, 1), "v_head_stride": _stride(v, 2),
         "s_row_stride": _stride(s, 0), "s_state_stride": _stride(s, 1), "s_head_stride": _stride(s, 2),
         "rows": rows, "num_states": num_states, "heads": heads, "row_major": row_major, "log2_of_base": math.log2(base),
@@ -808,6 +808,7 @@ class Plan:
         }
         constants: dict[str, Any] = {
             "HEAD_DIM": spec.head_dim,
+            "V_HEAD_DIM": spec.head_dim,
             "BFLOAT16": spec.dtype == _BFLOAT16,
             "SOFT_CAP": spec.logits_soft_cap > 0,
             "SINKS": False,
@@ -817,7 +818,6 @@ class Plan:
         splits_of: Callable[[int], planner.DecodeSplits] | None = None
         if spec.q_len is None:
             kernel_shape = planner.prefill_shape(spec.head_dim, spec.head_dim)
-            constants["V_HEAD_DIM"] = spec.head_dim
             name, last = "prefill", "num_tiles"
             fields["num_requests"] = num_requests
             hopper_shape = planner.prefill_hopper_shape(spec.head_dim)
