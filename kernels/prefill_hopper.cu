@@ -334,8 +334,8 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         for (int i = 0; i < BLOCK / 2; ++i) s[i] = score_of(s[i], factors);
         if (edge) mask_scores(s, seen, block + 2 * pair);
     };
-    // P of a block that turns out to be too large is scaled down, or made again from its scores (lazy_softmax.cuh).
-    auto shrink_weights = [&](int block) {
+    // P of a block, with the sums `added`, that is too large is scaled down, or made again from its scores.
+    auto shrink_weights = [&](int block, float(&added)[2]) {
         if (__all_sync(~0u, added[0] < MOST_SCALED && added[1] < MOST_SCALED)) {
             scale_down(s, softmax, added, keep);
             count_fallback(p, 1);
@@ -443,7 +443,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             // At an edge the maximum is known, and only a NaN of Q, K or V can be too large, which stays.
             if (!edge && __any_sync(~0u, !(added[0] <= MOST_SUM) || !(added[1] <= MOST_SUM))) {
                 moved = true;
-                shrink_weights(block);
+                shrink_weights(block, added);
                 if (ROUNDS_FIRST) round_weights(weights, s);
             }
             softmax.sum[0] += added[0];
