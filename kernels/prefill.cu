@@ -366,13 +366,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
             total += __shfl_xor_sync(~0u, total, 2);
             const int r = warp * WARP_ROWS + m * 16 + half * 8 + quad;
             const Row row = rows[r];
-            auto end = [&] { return end_row(max[m][half], total, sink_of(p.sinks, row.head, row.limits.end >= 0)); };
-            const float weight = end().weight;
-            if (p.lse && pair == 0 && row.query >= 0) p.lse[i64(row.query) * p.num_qo_heads + row.head] = end().lse();
+            const RowEnd end = end_row(max[m][half], total, sink_of(p.sinks, row.head, row.limits.end >= 0));
+            if (p.lse && pair == 0 && row.query >= 0) p.lse[i64(row.query) * p.num_qo_heads + row.head] = end.lse();
             const i64 at = row.query * p.out_row_stride + row.head * p.out_head_stride + 2 * pair;
 #pragma unroll
             for (int n = 0; n < O_STEPS * 2; ++n) {
-                const float low = out[m][n][half * 2] * weight, high = out[m][n][half * 2 + 1] * weight;
+                const float low = out[m][n][half * 2] * end.weight, high = out[m][n][half * 2 + 1] * end.weight;
                 if (!p.out_float32)
                     *reinterpret_cast<u32*>(shared_memory + VRows::at(r, n) + pair * 4) = pack2(low, high);
                 else if (row.query >= 0)

@@ -334,6 +334,22 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         for (int i = 0; i < BLOCK / 2; ++i) s[i] = score_of(s[i], factors);
         if (edge) mask_scores(s, seen, block + 2 * pair);
     };
+    // P of a block, with the sums `added`, that is too large is scaled down, or made again from its scores.
+    auto shrink_weights = [&](int block, float(&added)[2]) {
+        if (__all_sync(~0u, added[0] < MOST_SCALED && added[1] < MOST_SCALED)) {
+            scale_down(s, softmax, added, keep);
+            count_fallback(p, 1);
+        } else {
+            const shared_address k_block = shared + K_OFFSET + k_ring.slot * BLOCK_BYTES;
+            repeat_scores<K_STEPS, GROUP_BYTES, PIECE_BYTES>(s, queries, k_block);
+            prepare_scores(block, false);
+            keep[0] = keep[1] = 1.f;
+            raise_max(s, softmax, keep, scale);
+            added[0] = added[1] = 0.f;
+            exponentials<0, BLOCK / 2>(s, softmax, added, scale);
+            count_fallback(p, 2);
+        }
+    };
 
     // 1. The first scores of the first tile.
     if (warpgroup == 1) named_barrier_arrive(ORDER + 0, 256);  // warpgroup 0 begins
@@ -427,19 +443,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             // At an edge the maximum is known, and only a NaN of Q, K or V can be too large, which stays.
             if (!edge && __any_sync(~0u, !(added[0] <= MOST_SUM) || !(added[1] <= MOST_SUM))) {
                 moved = true;
-                if (__all_sync(~0u, added[0] < MOST_SCALED && added[1] < MOST_SCALED)) {
-                    scale_down(s, softmax, added, keep);
-                    count_fallback(p, 1);
-                } else {
-                    const shared_address k_block = shared + K_OFFSET + k_ring.slot * BLOCK_BYTES;
-                    repeat_scores<K_STEPS, GROUP_BYTES, PIECE_BYTES>(s, queries, k_block);
-                    prepare_scores(block, edge);
-                    keep[0] = keep[1] = 1.f;
-                    raise_max(s, softmax, keep, scale);
-                    added[0] = added[1] = 0.f;
-                    exponentials<0, BLOCK / 2>(s, softmax, added, scale);
-                    count_fallback(p, 2);
-                }
+                shrink_weights(block, added);
                 if (ROUNDS_FIRST) round_weights(weights, s);
             }
             softmax.sum[0] += added[0];

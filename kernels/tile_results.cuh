@@ -62,6 +62,7 @@ __device__ __forceinline__ float end_tile_row(const Output& to, const TileRow& a
     float total = softmax.sum[row];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
+    // Computed where it is used, as it keeps fewer registers.
     auto end = [&] { return end_row<true>(softmax.max[row], total, sinks.row[row]); };
     if (to.lse && (threadIdx.x & 3) == 0 && at.is_valid) to.lse[at.query * to.num_qo_heads + at.head] = end().lse();
     return end().weight;

@@ -121,12 +121,12 @@ MUTATIONS = [
     # -- prefill --
     Mutation(
         "prefill.cu", "a mask off by one",
-        "if (u32(first + n * 8 + i) >= length)", "if (u32(first + n * 8 + i) > length)",
+        "seen.begin, seen.end, block", "seen.begin, seen.end + 1, block",
         prefills("group1"),
     ),
     Mutation(
         "prefill.cu", "a query sees its neighbour's tokens",
-        "kv_limits(token < last ? token : last,", "kv_limits(token < last ? token + 1 : last,",
+        "kv_limits(packed.token < last ? packed.token :", "kv_limits(packed.token < last ? packed.token + 1 :",
         prefills("group1"),
     ),
     # -- merge --

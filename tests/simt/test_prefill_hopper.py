@@ -257,7 +257,7 @@ def test_boxes_may_arrive_late_and_in_any_order(name: str) -> None:
         ("exp2_fast(softmax.max[row] - raised)", "exp2_fast(-log2_fast(top))"),
         ("repeat_scores<K_STEPS", "if (false) repeat_scores<K_STEPS"),
         ("line * 128 + (chunk ^ line) * 16", "line * 128 + chunk * 16"),
-        ("raise_max(s, softmax, keep, scale);\n                    added", "added"),
+        ("keep[1] = 1.f;\n            raise_max(s, softmax, keep, scale);", "keep[1] = 1.f;"),
         ("if (ROUNDS_FIRST) round_weights(weights, s);", ""),
         ("step > 0 || adds", "true"),
         ("k_ready = !GATHER && barrier_test(shared + K_FULL + next.slot * 8, next.turn)", "k_ready = true"),
