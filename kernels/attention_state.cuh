@@ -7,16 +7,23 @@
 // their union, in any order. The empty set is (-inf, 0, 0) and changes nothing. The result of a row is out / sum, its
 // log-sum-exp (max * scale + log2(sum)) * ln 2.
 //
-// Scores may be large; score * scale is then rounded by more than 1. The difference comes first here, because it is exact
-// where it matters, and a score that is the maximum has the weight 1 whatever its size. Prefill, which has no time to spare, takes
-// 2^(fma(score, scale, -max)) with a max in base 2: the rounding of max is in all weights of the row alike and cancels,
-// as long as it is not so large that weights leave the range of 16 bits. Up to 2^24 in base 2 it is at most 1/2.
+// Scores may be large; score * scale is then rounded by more than 1. Decode takes the difference first, because it is
+// exact where it matters, and a score that is the maximum has the weight 1 whatever its size. Prefill, which has no
+// time to spare, takes 2^(fma(score, scale, -max)) with a max in base 2: the rounding of max is the same in all weights
+// of the row and cancels, as long as it is not so large that weights leave the range of 16 bits. Up to 2^24 in base 2
+// it is at most 1/2.
+//
+// Sources: the online softmax of Milakov and Gimelshein (2018); states that merge, of Flash-Decoding (Dao et al.,
+// 2023).
 #pragma once
 #include "convert.cuh"
 
 constexpr float LN_2 = 0.69314718055994530942f;
 constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr float NO_KEY = -0x1.fffffep127f;  // a maximum before the first key: -INF - NO_KEY is -INF, as it has to be
+// A maximum that moves only when a score passes it by more than this (base 2) is rarely moved; weights then stay below
+// 2^8, far from overflow in fp16.
+constexpr float RESCALE_STEP = 8.f;
 
 // Four neighbouring columns of one row's state.
 struct RowState {
@@ -33,9 +40,27 @@ __device__ __forceinline__ RowState empty_state() {
     return state;
 }
 
-// Merges `count` others into the state, all at once: the maximum first, so that no exponential waits for another (a
-// trial on an H100, decode of 1 x 4096, 32/8 heads: 14.05 us, one after the other 14.43). An empty one is skipped, so
-// that whatever stands in its out cannot matter.
+__device__ __forceinline__ void multiply(float4& out, float by) {
+    out.x *= by;
+    out.y *= by;
+    out.z *= by;
+    out.w *= by;
+}
+
+// The state of lane ^ bits.
+__device__ __forceinline__ RowState shuffle_xor(const RowState& state, int bits) {
+    RowState other;
+    other.max = __shfl_xor_sync(~0u, state.max, bits);
+    other.sum = __shfl_xor_sync(~0u, state.sum, bits);
+    other.out.x = __shfl_xor_sync(~0u, state.out.x, bits);
+    other.out.y = __shfl_xor_sync(~0u, state.out.y, bits);
+    other.out.z = __shfl_xor_sync(~0u, state.out.z, bits);
+    other.out.w = __shfl_xor_sync(~0u, state.out.w, bits);
+    return other;
+}
+
+// Merges `count` others into the state, all at once: the maximum first, so that no exponential waits for another (trial
+// 106). An empty one is skipped, so that its out cannot matter.
 template <int count>
 __device__ __forceinline__ void fold(RowState& state, const RowState (&others)[count], float scale) {
     float common = state.max;
@@ -48,10 +73,7 @@ __device__ __forceinline__ void fold(RowState& state, const RowState (&others)[c
     for (int i = 0; i < count; ++i) weights[i] = exp2_fast((others[i].max - base) * scale);
     state.max = common;
     state.sum *= keep;
-    state.out.x *= keep;
-    state.out.y *= keep;
-    state.out.z *= keep;
-    state.out.w *= keep;
+    multiply(state.out, keep);
 #pragma unroll
     for (int i = 0; i < count; ++i) {
         if (others[i].max == -INF) continue;
@@ -66,4 +88,15 @@ __device__ __forceinline__ void fold(RowState& state, const RowState (&others)[c
 // max: in base 2
 __device__ __forceinline__ float log_sum_exp(float max, float sum) {
     return sum == 0.f ? -INF : (max + log2_fast(sum)) * LN_2;
+}
+
+// Adds a sink, a score without a value, to a row's state. Returns the factor by which the sums so far become smaller:
+// out has to be multiplied by it too. max and sink are scores of which `unit` times a score is one in base 2. The
+// larger of both becomes the maximum, so that neither a huge sink nor a huge score overflows.
+__device__ __forceinline__ float add_sink(float sink, float unit, float& max, float& sum) {
+    if (sink == -INF) return 1.f;
+    const float top = sum == 0.f ? sink : fmaxf(max, sink), keep = sum == 0.f ? 0.f : exp2_fast((max - top) * unit);
+    sum = sum * keep + (sink == top ? 1.f : exp2_fast((sink - top) * unit));
+    max = top;
+    return keep;
 }

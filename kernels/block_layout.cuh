@@ -1,9 +1,9 @@
-// block_layout: how the Hopper prefill has K, V and Q in shared memory, and multiplies what stands there.
+// block_layout: how the Hopper prefill stores K, V and Q in shared memory, and their products.
 //
 // 8 tokens of a block of K or V are HEAD_DIM / 64 pieces of 8 lines of 128 bytes, swizzled: a tensor map of five
-// dimensions (64 numbers, 8 tokens, pieces, groups of 8 tokens, pages and heads) makes it so in one operation a box. A
-// second piece that is not full, as with HEAD_DIM 80, takes an operation of its own. wgmma reads K as it stands and V
-// transposed, with the descriptors of hopper.cuh.
+// dimensions (64 numbers, 8 tokens, pieces, groups of 8 tokens, pages and heads) copies a box into that order in one
+// operation. A second piece that is not full, as with HEAD_DIM 80, takes a separate operation. wgmma reads K as it is
+// stored and V transposed, with the descriptors of hopper.cuh.
 #pragma once
 #include "hopper.cuh"
 #include "mma.cuh"
@@ -21,7 +21,7 @@ constexpr int PIECE_BYTES = BOXES > 1 ? BLOCK_BYTES / PIECES : 1024;  // from 64
 constexpr int K_STEPS = HEAD_DIM / 16;                                // k-steps of Q K^T
 constexpr int V_STEPS = BLOCK / 16;                                   // k-steps of P V
 
-// A tile's Q as a warpgroup sees it. `first_row` is the first of a warp's 16 rows.
+// A tile's Q as a warpgroup reads it. `first_row` is the first of a warp's 16 rows.
 #if HEAD_DIM <= 128
 struct Queries {
     u32 fragments[K_STEPS * 4];
@@ -59,8 +59,8 @@ struct Queries {
 struct Queries {
     static constexpr int QUARTER_BYTES = TILE_ROWS * 128;  // 64 columns of all rows: lines of 128 bytes, swizzled
 
-    shared_address rows;  // where the warpgroup's 64 rows begin
-    int warp_row;         // where among them the warp's 16 do
+    shared_address rows;  // of the warpgroup's 64 rows
+    int warp_row;         // the first of the warp's 16 among them
 
     static __device__ __forceinline__ int at(int row, int chunk) {
         return chunk / 8 * QUARTER_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16;

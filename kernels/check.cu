@@ -1,17 +1,18 @@
-// check: does a table keep its own rules? Answered on the device, into a status word, without a synchronisation.
+// check: whether a table keeps its rules. The answer is written on the device, into a status word, without a
+// synchronisation.
 //
 //   0 <= indptr[0] <= indptr[1] <= ... <= num_indices          0 <= indices[j] < num_pages for every j of a row
 //   1 <= last_page_len[i] <= page_size where row i has a page  page_offset[i] >= 0   total_len[i] >= 0
-//   where row i has a page, its last token stands at a position below 2^31
+//   where row i has a page, the position of its last token is below 2^31
 //
 // in    indptr        [batch + 1] int
 //       indices       [num_indices] int
 //       last_page_len [batch] int
 //       page_offset   [batch] int or null
 //       total_len     [batch] int or null
-// out   status        Status               the first fault met; of several any one
+// out   status        Status               one of the faults, the first that a thread meets
 //
-// gridDim.x / batch blocks a row; a row's first thread checks what a row has once.
+// gridDim.x / batch blocks a row; a row's first thread checks what there is one of in a row.
 #include "page_table.cuh"
 #include "table_rows.cuh"
 
@@ -34,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(256) check_table(const __grid_const
     if (of.row >= p.batch) return;
     const Range pages = checked_range(p.indptr, of.row, p.num_indices, FAULT_INDPTR, p.status);
 
-    // 1. What a row has once.
+    // 1. The numbers of the row.
     if (of.part == 0 && threadIdx.x == 0) {
         const int page_offset = p.page_offset ? p.page_offset[of.row] : 0;
         if (page_offset < 0) record_fault(p.status, FAULT_PAGE_OFFSET, of.row, page_offset);

@@ -1,46 +1,39 @@
 // lazy_softmax: from scores to weights, on the registers of a warpgroup's 64 rows.
 //
 // A thread has two rows, 0 and 1: s[4 i + 2 r], s[4 i + 2 r + 1] are columns 8 i + 2 pair, + 1 of row r, where pair is
-// the thread's place among the four that share the row.
+// the thread's index among the four that share the row.
 //
-// The softmax is lazy: `max` is no more than a reference that keeps powers of two in range, and any other gives the same
-// out. A block whose rows are all seen in full is therefore done without looking for its maximum: P = 2^(S - max) with
-// the max of the blocks before. P >= 0, so the sum of a row bounds each of its P, and where a thread's share of it is at
-// most MOST_SUM they are as good as any. Else, which is rare, the warp alone does one of two things:
-//   all sums below 2^125   every P is known to 24 bits: where one is above 1, the row's largest becomes 1; O and the sum
-//                          are scaled down with it, and max goes up
-//   one is not             S is lost; the warp computes it again from its Q and the K that it has not given back yet
+// The softmax is online (Milakov & Gimelshein 2018) and lazy (as FlashAttention-4's conditional rescaling): `max` is
+// only a reference that keeps powers of two in range, and any other gives the same out. A block whose rows all see all
+// of it is therefore done without looking for its maximum: P = 2^(S - max) with the max of the blocks before. P >= 0,
+// so the sum of a row bounds each of its P, and where a thread's share of it is at most MOST_SUM these P are as good as
+// any. Otherwise, which is rare, the warp alone does one of two things:
+//   all sums below 2^125   every P is known to 24 bits: where one is above 1, the row's largest becomes 1; O and the
+//                          sum are scaled down with it, and max goes up
+//   one is not             S is lost; the warp computes it again from its Q and the K that it has not released yet
 //                          (mma.sync), and takes its maximum
 // The first block of a tile and blocks with masked tokens look for the maximum first. A row that sees a block in full
-// without a mask has always seen a token before (see `edge` in prefill_hopper.cu), so its max is that of a real score.
+// without a mask has seen a token in a block before (see `edge` in prefill_hopper.cu), so its max is that of a real
+// score.
 //
 // MOST_SUM is far below what 16 bits hold, because a P other than 1 is rounded in its product with V, but not in the
-// sum. Many weights even that out; a token that makes up its row alone does not. (An H200: looking at every block whose
-// P could outweigh the rest of a row takes 2 to 5% longer, a MOST_SUM of 64 0.3 to 0.9% and this one 0.1 to 0.4% longer
-// than one of 65504.)
+// sum. Many weights average that out; a token that is all of its row does not. Smaller bounds cost more (trial 202).
 #pragma once
 #include "attention_state.cuh"
 #include "convert.cuh"
 #include "load_global.cuh"
 #include "mma.cuh"
-#include "page_table.cuh"
+#include "scores.cuh"
 
-constexpr float RESCALE_STEP = 8.f;  // a maximum that is looked for moves only by more than this: the rescale is rare
-constexpr float MOST_SUM = 0x1p8f;   // of a row's P in a block, a thread's share
+constexpr float MOST_SUM = 0x1p8f;       // of a row's P in a block, a thread's share
 constexpr float MOST_SCALED = 0x1p125f;  // its inverse is a normal number: one that is not is a zero to the hardware
 
-// Bits 2 i, 2 i + 1 for columns 8 i, 8 i + 1 below `limit`.
-__device__ __forceinline__ u32 columns_below(int limit) {
-    const int columns = limit < 0 ? 0 : limit / 8 * 2 + (limit % 8 < 2 ? limit % 8 : 2);
-    return columns >= 32 ? ~0u : (1u << columns) - 1;
-}
-
-// Tokens outside of what the two rows see become -INF, whatever they were. `first` is the thread's first column.
+// Scores of tokens that the two rows do not see become -INF, whatever they are. `first` is the thread's first column.
 template <int count>
 __device__ __forceinline__ void mask_scores(float (&s)[count], const KvLimits* seen, int first) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        const u32 visible = columns_below(seen[8 * row].end - first) & ~columns_below(seen[8 * row].begin - first);
+        const u32 visible = visible_columns(seen[8 * row], first);
 #pragma unroll
         for (int i = 0; i < count / 4; ++i) {
             float& low = s[4 * i + 2 * row];
@@ -51,15 +44,15 @@ __device__ __forceinline__ void mask_scores(float (&s)[count], const KvLimits* s
     }
 }
 
-// The state of a thread's rows: P is 2^(S - max), where max (base 2) is about the largest S; sum is that of P over the
-// thread's own columns.
+// The state of a thread's rows: P is 2^(S - max), where max (base 2) is about the largest S; sum adds P of the thread's
+// columns only.
 struct Softmax {
     float max[2];
     float sum[2];
 };
 
-// The maximum moves only when a score passes it by more than RESCALE_STEP: then, and only then, the lanes of a row agree
-// on a new one. Returns whether it did, and how much smaller old results become by it.
+// The maximum moves only when a score passes it by more than RESCALE_STEP: then, and only then, the lanes of a row
+// agree on a new one. Returns whether it moves, and in `keep` the factor of earlier results.
 template <int count>
 __device__ __forceinline__ bool raise_max(const float (&s)[count], Softmax& softmax, float (&keep)[2], float scale) {
     float top[2];
@@ -88,7 +81,7 @@ __device__ __forceinline__ bool raise_max(const float (&s)[count], Softmax& soft
     return passed;
 }
 
-// S becomes P in the thread's numbers first .. last - 1, which are added to `sum`.
+// S becomes P in elements first .. last - 1 of `s`, which are added to `sum`.
 template <int first, int last, int count>
 __device__ __forceinline__ void exponentials(float (&s)[count], const Softmax& softmax, float (&sum)[2], float scale) {
 #pragma unroll
@@ -97,8 +90,8 @@ __device__ __forceinline__ void exponentials(float (&s)[count], const Softmax& s
     for (int i = first; i < last; ++i) sum[i / 2 % 2] += s[i];
 }
 
-// P that is finite is scaled down, where it is above 1, so that the row's largest becomes 1, up to the rounding of max,
-// which goes up by as much.
+// Scales a row's finite P down, where one is above 1, so that the largest becomes 1 (up to the rounding of max), and
+// raises max by as much.
 template <int count>
 __device__ __forceinline__ void scale_down(float (&s)[count], Softmax& softmax, float (&sum)[2], float (&keep)[2]) {
 #pragma unroll
@@ -109,7 +102,7 @@ __device__ __forceinline__ void scale_down(float (&s)[count], Softmax& softmax, 
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
         const float raised = softmax.max[row] + log2_fast(top);
-        keep[row] = exp2_fast(softmax.max[row] - raised);  // by as much as a large max really moves
+        keep[row] = exp2_fast(softmax.max[row] - raised);  // what a large max moves by after rounding
         softmax.max[row] = raised;
         softmax.sum[row] *= keep[row];
         sum[row] *= keep[row];
@@ -121,9 +114,9 @@ __device__ __forceinline__ void scale_down(float (&s)[count], Softmax& softmax, 
     }
 }
 
-// S = Q K^T of the warp's own 16 rows, without wgmma. `k_block` is the block of K in shared memory: 8 tokens
-// are group_bytes apart, the 64 columns behind the first piece_bytes. Eight columns at a
-// time come in at the end of S and move up: a loop is short, and registers have no index.
+// S = Q K^T of the warp's 16 rows, without wgmma. `k_block` is the block of K in shared memory: groups of 8 tokens are
+// group_bytes apart, pieces of 64 columns piece_bytes. Eight columns at a time enter at the end of S and move up, since
+// registers have no index and a loop keeps the code short.
 template <int steps, int group_bytes, int piece_bytes, int count, typename Queries>
 __device__ __forceinline__ void repeat_scores(float (&s)[count], const Queries& queries, shared_address k_block) {
     const int lane = threadIdx.x & 31, line = lane % 8;

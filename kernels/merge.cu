@@ -1,13 +1,15 @@
 // merge: attention states of disjoint sets of keys, merged into the state of their union.
 //
-//   v[row, head] = sum_i w_i * v_i[row, head] / sum_i w_i      s[row, head] = log(sum_i exp(s_i[row, head]))
-//   w_i          = exp(s_i - max)                              log and exp to base 2 or e
+//   out[row, head] = sum_i w_i * v_i[row, head] / sum_i w_i      lse[row, head] = log(sum_i exp(s_i[row, head]))
+//   w_i            = exp(s_i - max)                              log and exp to base 2 or e
 //
 // merge_states
 // in    v    [rows, num_states, heads, HEAD_DIM] V      any strides, last axis contiguous
-//       s    [rows, num_states, heads] float            any strides; -inf, or +inf as FlashAttention-2 has it: the state
-//                                                       saw no key, its v is not looked at
-// merge_state: the same for two states that stand apart
+//       s    [rows, num_states, heads] float            any strides; -inf, or +inf as FlashAttention-2 has it: the
+//                                                       state saw no key, its v is not used
+//       sinks [heads] float                             with -DSINKS=1: one more state of every row, without a v, whose
+//                                                       score is a natural logarithm whatever the base is
+// merge_state: the same for two states in arrays of their own
 // in    v_a, v_b  [rows, heads, HEAD_DIM] V             s_a, s_b  [rows, heads] float
 // out   out  [rows, heads, HEAD_DIM] OUT                contiguous; 0 where no state saw a key; may be v_a
 //       lse  [rows, heads] float                        or null; contiguous, -inf where no state saw a key; may be s_a
@@ -23,8 +25,12 @@
 //          than a warp). TURNS states of every lane load before the first of them is used: nothing else hides the
 //          latency of memory here. Longer lists go by in batches, with the running maximum of an online softmax.
 //   The order of additions is fixed: the same bits on every run. No shared memory.
+//
+// Source: the merge of Flash-Decoding (Dao et al., 2023), with the online softmax of Milakov and Gimelshein (2018).
+#include "attention_state.cuh"
 #include "load_global.cuh"
 
+static_assert(SINKS == 0 || SINKS == 1, "SINKS must be 0 or 1");
 static_assert((VEC & (VEC - 1)) == 0 && HEAD_DIM % VEC == 0, "VEC must be a power of two that divides HEAD_DIM");
 static_assert(VEC * (V_FLOAT32 ? 4 : 2) <= 16, "VEC values of v must fit into 16 bytes");
 
@@ -76,6 +82,7 @@ struct MergeStatesParams {
     int heads;
     int row_major;       // which grid
     float log2_of_base;  // s * log2_of_base is a log to base 2
+    const float* sinks;  // [heads] with SINKS
 };
 
 struct MergeStateParams {
@@ -98,7 +105,7 @@ struct MergeStateParams {
     float log2_of_base;  // s * log2_of_base is a log to base 2
 };
 
-// The states of one (row, head). Two that stand apart are a list too: its stride leads from one to the other.
+// The states of one (row, head). Two in arrays of their own are a list too: its stride leads from one to the other.
 struct StateList {
     const V* v;
     const float* s;
@@ -110,7 +117,7 @@ struct StateList {
 // once, leaves L2 first.
 template <int turns, bool streamed>
 __device__ __forceinline__ void merge(const StateList& states, int num_states, float log2_of_base, Out* out,
-                                      float* lse) {
+                                      float* lse, float sink) {
     const int lane = threadIdx.x & 31, side = lane / GROUP, column = lane % GROUP;
     float max = -INF, sum = 0.f;  // max: as s is given; sum: over this side's states
     float total[STEPS][VEC] = {};
@@ -130,11 +137,11 @@ __device__ __forceinline__ void merge(const StateList& states, int num_states, f
                 }
         }
         const bool has_state = lane < turns * SIDE && first + lane < num_states;
-        float own_s = has_state ? states.s[(first + lane) * states.s_stride] : -INF;
-        if (own_s == INF) own_s = -INF;
+        float lane_s = has_state ? states.s[(first + lane) * states.s_stride] : -INF;
+        if (lane_s == INF) lane_s = -INF;
 
         // 2. The new maximum; what has been added up so far shrinks to it.
-        float new_max = fmaxf(max, own_s);
+        float new_max = fmaxf(max, lane_s);
 #pragma unroll
         for (int bit = 16; bit > 0; bit /= 2) new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, bit));
         if (first > 0) {
@@ -147,11 +154,11 @@ __device__ __forceinline__ void merge(const StateList& states, int num_states, f
         }
         max = new_max;
 
-        // 3. The batch. The v of an empty state is not looked at: it may hold NaN.
+        // 3. The batch. The v of an empty state is not used: it may hold NaN.
 #pragma unroll
         for (int turn = 0; turn < turns; ++turn) {
             if (first + turn * SIDE >= num_states) break;
-            const float s = __shfl_sync(~0u, own_s, turn * SIDE + side);
+            const float s = __shfl_sync(~0u, lane_s, turn * SIDE + side);
             if (s == -INF) continue;
             const float weight = exp2_fast((s - max) * log2_of_base);  // exact for states far from 0, too
             sum += weight;
@@ -174,7 +181,9 @@ __device__ __forceinline__ void merge(const StateList& states, int num_states, f
     }
 
     // 5. Normalise and write. The sum is 0 where no state saw a key, else at least 1 (or NaN).
-    const float scale = sum == 0.f ? 0.f : __fdividef(1.f, sum);
+    float keep = 1.f;
+    if constexpr (SINKS) keep = add_sink(sink * __fdividef(LOG2_E, log2_of_base), log2_of_base, max, sum);
+    const float scale = sum == 0.f ? 0.f : __fdividef(keep, sum);
     if (lse && lane == 0) *lse = sum == 0.f ? -INF : max + __fdividef(log2_fast(sum), log2_of_base);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
@@ -190,8 +199,7 @@ __device__ __forceinline__ void merge(const StateList& states, int num_states, f
     }
 }
 
-// 4096 rows of 8 states of 32 heads of 128 halves on an H100, where reading them takes 88.6 us and writing out 6.6 more:
-// 109.1 us with x = row and plain loads, 101.2 row-major, 95.5 with v first out of L2 as well.
+// Many states: row-major, and v leaves L2 first (trial 110).
 extern "C" __global__ void __launch_bounds__(256, 4) merge_states(const __grid_constant__ MergeStatesParams p) {
     // By way of int: without it, and with a division in place of y and z, sm_100 and later spill registers.
     const i64 row = int(p.row_major ? blockIdx.z * gridDim.y + blockIdx.y : blockIdx.x);
@@ -201,17 +209,17 @@ extern "C" __global__ void __launch_bounds__(256, 4) merge_states(const __grid_c
     const StateList states = {p.v + row * p.v_row_stride + head * p.v_head_stride,
                               p.s + row * p.s_row_stride + head * p.s_head_stride, p.v_state_stride, p.s_state_stride};
     const i64 at = row * p.heads + head;
-    merge<TURNS, true>(states, p.num_states, p.log2_of_base, p.out + at * HEAD_DIM, p.lse ? p.lse + at : nullptr);
+    merge<TURNS, true>(states, p.num_states, p.log2_of_base, p.out + at * HEAD_DIM, p.lse ? p.lse + at : nullptr,
+                       SINKS ? __ldg(p.sinks + head) : -INF);
 }
 
-// How many elements lie between two places, in one array or not.
+// How many elements lie between two pointers, in one array or not.
 template <typename T>
 __device__ __forceinline__ i64 distance(const T* from, const T* to) {
     return (reinterpret_cast<i64>(to) - reinterpret_cast<i64>(from)) / i64(sizeof(T));
 }
 
-// x = row and plain loads: 4096 pairs of 32 heads of 128 halves take 38.7 us, row-major they would take 43.7, and 45.1
-// with v first out of L2 as well.
+// Two states: x = row and plain loads (trial 111).
 extern "C" __global__ void __launch_bounds__(256) merge_state(const __grid_constant__ MergeStateParams p) {
     const i64 row = blockIdx.x;
     const int head = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
@@ -222,5 +230,5 @@ extern "C" __global__ void __launch_bounds__(256) merge_state(const __grid_const
     const float* s_b = p.s_b + row * p.s_b_row_stride + head * p.s_b_head_stride;
     const i64 at = row * p.heads + head;
     merge<SIDE == 1 ? 2 : 1, false>({v_a, s_a, distance(v_a, v_b), distance(s_a, s_b)}, 2, p.log2_of_base,
-                                    p.out + at * HEAD_DIM, p.lse ? p.lse + at : nullptr);
+                                    p.out + at * HEAD_DIM, p.lse ? p.lse + at : nullptr, -INF);
 }

@@ -1,4 +1,4 @@
-// mma: the warp's tensor-core vocabulary. Every function here is called by all 32 lanes together.
+// mma: the warp's tensor-core vocabulary. All 32 lanes call every function here together.
 //
 // Fragments, with group = lane / 4 and pair = lane % 4; each u32 holds two 16-bit numbers of neighbouring columns
 // (of B: rows), the first in the low half:
@@ -14,55 +14,34 @@
 #error "compile with -DBFLOAT16=0 (half) or -DBFLOAT16=1 (bfloat16)"
 #endif
 
+#ifdef __CUDACC__  // twins: tests/simt/twins/mma.h
+
 // Four 8 x 8 matrices. Lanes 8 m .. 8 m + 7 give the addresses of the eight 16-byte rows of matrix m, which comes in
 // matrix[m].
 __device__ __forceinline__ void load_matrix_x4(u32 (&matrix)[4], shared_address row) {
-#ifdef __CUDACC__
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
                  : "r"(row)
                  : "memory");
-#else
-    const uint4* data = simt::shared_at<uint4>(row);
-    const uint4* const* rows = simt::gather("load_matrix_x4", data);
-    const int group = simt::lane() / 4, pair = simt::lane() % 4;
-    for (int m = 0; m < 4; ++m) matrix[m] = (&rows[m * 8 + group]->x)[pair];
-#endif
 }
 
 // The same with every 8 x 8 matrix transposed: column group, rows 2 pair, 2 pair + 1.
 __device__ __forceinline__ void load_matrix_x4_transposed(u32 (&matrix)[4], shared_address row) {
-#ifdef __CUDACC__
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
                  : "r"(row)
                  : "memory");
-#else
-    const u16* data = (const u16*)simt::shared_at<uint4>(row);
-    const u16* const* rows = simt::gather("load_matrix_x4_transposed", data);
-    const int group = simt::lane() / 4, pair = simt::lane() % 4;
-    for (int m = 0; m < 4; ++m)
-        matrix[m] = rows[m * 8 + pair * 2][group] | u32(rows[m * 8 + pair * 2 + 1][group]) << 16;
-#endif
 }
 
-// The transpose of one 8 x 8 matrix that lies in registers.
+// The transpose of one 8 x 8 matrix in registers.
 __device__ __forceinline__ u32 transpose_8x8(u32 matrix) {
-#ifdef __CUDACC__
     u32 transposed;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(matrix));
     return transposed;
-#else
-    const u32* lanes = simt::gather("transpose_8x8", matrix);
-    const int group = simt::lane() / 4, pair = simt::lane() % 4;
-    const u32 first = lanes[pair * 8 + group / 2], second = lanes[pair * 8 + 4 + group / 2];
-    return group % 2 ? first >> 16 | (second & 0xffff0000) : (first & 0xffff) | second << 16;
-#endif
 }
 
 // c += A B in float32.
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#ifdef __CUDACC__
     asm volatile(
 #if BFLOAT16
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -72,19 +51,6 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const u32 (&a)[4], u
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else
-    struct Fragments {
-        float2 a[4], b[2];
-    };
-    const Fragments own{{unpack2(a[0]), unpack2(a[1]), unpack2(a[2]), unpack2(a[3])}, {unpack2(b0), unpack2(b1)}};
-    const Fragments* lanes = simt::gather("mma_m16n8k16", own);
-    const int group = simt::lane() / 4, pair = simt::lane() % 4;
-    for (int i = 0; i < 4; ++i) {
-        const int upper = i / 2, column = pair * 2 + i % 2;
-        for (int k = 0; k < 8; ++k) {  // k counts pairs along the inner dimension
-            const float2 x = lanes[group * 4 + k % 4].a[upper + k / 4 * 2], y = lanes[column * 4 + k % 4].b[k / 4];
-            c[i] += x.x * y.x + x.y * y.y;
-        }
-    }
-#endif
 }
+
+#endif  // __CUDACC__

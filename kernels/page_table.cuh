@@ -1,8 +1,8 @@
-// page_table: from a request and a token to a place in the pool, and every guard on the way.
+// page_table: from a request and a token to an offset in the pool, and which tokens a query sees.
 //
-// A request is described to the attention kernels by one 32-byte record, made once a step from the caller's table
-// (schedule.cu). The record is already clean: its pages lie inside the plan's copy of the table, every page id is
-// inside the pool. So the kernels below need no checks of their own and cannot loop or read out of bounds.
+// The attention kernels know a request by one 32-byte record, made once a step from the caller's table (schedule.cu).
+// The record is already clean: its pages lie inside the plan's copy of the table, every page id is inside the pool. So
+// kernels that trust it need no checks and can neither loop nor read out of bounds.
 //
 // Tokens that a table holds are counted by their *local index* x = 0, 1, 2, ... in page order. Their *position* in the
 // whole sequence is  (page_offset + (x / page_size) * page_stride) * page_size + x % page_size : a chunk of a split
@@ -29,7 +29,14 @@ struct PoolStrides {
     u32 head;
 };
 
-// The first fault that any kernel met. field is a FaultField, index the request or entry, value what stood there.
+// Where a token's row of one KV head begins in the pool, in units of 16 bytes. T is u32 where the host keeps pools
+// below 2^32 such units (attention), else i64 (append).
+template <typename T>
+__device__ __forceinline__ T pool_offset(T page, T slot, T head, const PoolStrides& strides) {
+    return page * strides.page + slot * strides.slot + head * strides.head;
+}
+
+// The first fault that any kernel met: field is a FaultField, index the request or entry, value what the array holds.
 struct Status {
     int field;
     int index;
@@ -66,15 +73,21 @@ struct __align__(16) Request {
     int first_page;   // its pages are page_ids[first_page .. first_page + num_pages)
     int num_pages;
     int kv_len;       // tokens that these pages hold
-    int total_len;    // length of the whole sequence, from which masks count
+    int total_len;    // length of the whole sequence, from which masks count; or NO_REQUEST
     int page_offset;  // position of its first page, in pages
     int first_query;  // its query rows are first_query .. first_query + num_queries
     int num_queries;
     int first_tile;   // prefill: its first query tile in the grid
 };
 
+// The total_len of records without a request: of rows past the batch, of rows whose pages or length are wrong, and of
+// the sentinel. They have no keys, and their rows of q give 0 / -INF, with sinks too.
+constexpr int NO_REQUEST = -1;
+
+__device__ __forceinline__ bool is_request(const Request& request) { return request.total_len >= 0; }
+
 // The request of a query tile, the same in all lanes: the last of requests [num_requests + 1] whose first_tile is not
-// behind it. The warp probes 32 at a time.
+// greater. The warp probes 32 at a time.
 __device__ __forceinline__ int find_request(const Request* requests, int num_requests, int tile) {
     const int lane = threadIdx.x & 31;
     int index = 0;
@@ -95,7 +108,7 @@ struct __align__(16) DecodeItem {
     int batch_index;  // -1: nothing to do
     int split;
     int num_splits;
-    int first_partial;  // split s of the request leaves its partial state in place first_partial + s
+    int first_partial;  // the partial state of split s of the request has index first_partial + s
     int begin;          // tokens [begin, end) are seen by some query of the request
     int end;
 };
@@ -113,13 +126,13 @@ __device__ __forceinline__ i64 seq_len_of(int num_pages, int last_page_len, int 
     return num_pages > 0 ? i64(num_pages - 1) * page_size + last_page_len : 0;
 }
 
-// How many of the request's tokens stand before `position` in the whole sequence.
+// How many of the request's tokens come before `position` in the whole sequence.
 __device__ __forceinline__ int tokens_before(i64 position, const Request& request, const Positions& positions) {
     if (position <= 0) return 0;
     const int page_size = int(positions.page_size.divisor);
     if (position > 0x7fffffff) position = 0x7fffffff;
     const int page = divide(int(position), positions.page_size), slot = int(position) - page * page_size;
-    // Local pages that lie wholly before page number `page`, and whether that page itself is one of ours.
+    // Local pages that lie wholly before page number `page`, and whether that page itself is a local one.
     const int behind = page - request.page_offset;
     if (behind < 0) return 0;
     const int stride = positions.page_stride;  // up to 2^31 - 1: nothing may be added to it
@@ -135,10 +148,22 @@ struct KvLimits {
 };
 
 __device__ __forceinline__ KvLimits kv_limits(int query, const Request& request, const Positions& positions) {
-    const i64 own = i64(request.total_len) - request.num_queries + query;  // position of the query itself
+    const i64 position = i64(request.total_len) - request.num_queries + query;  // of the query itself
     KvLimits limits;
-    limits.end = tokens_before(positions.causal ? own + 1 : request.total_len, request, positions);
-    limits.begin = positions.window_left < 0 ? 0 : tokens_before(own - positions.window_left, request, positions);
+    limits.end = tokens_before(positions.causal ? position + 1 : request.total_len, request, positions);
+    limits.begin = positions.window_left < 0 ? 0 : tokens_before(position - positions.window_left, request, positions);
     if (limits.begin > limits.end) limits.begin = limits.end;
     return limits;
+}
+
+// The query heads of one KV head and the tokens of a request are packed into one axis of rows, so that any group size
+// fills a tile: packed row r is token r / group_size of the request, head r % group_size of the KV head's group.
+struct PackedRow {
+    int token;
+    int head;  // of the group
+};
+
+__device__ __forceinline__ PackedRow packed_row(int row, const FastDivide& group_size) {
+    const int token = divide(row, group_size);
+    return {token, row - token * int(group_size.divisor)};
 }

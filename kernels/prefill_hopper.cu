@@ -1,27 +1,30 @@
 // prefill_hopper: what prefill.cu computes, at the speed of Hopper's tensor cores (sm_90a).
 //
-//   out[row, head] = sum_x softmax_x(score(row, head, x)) * V[x]        x = the tokens that the row may see
-//   score          = sm_scale * q[row, head] . K[x]                     (SOFT_CAP: c * tanh(score / c))
-//   lse[row, head] = ln(sum_x exp(score))
+//   out[row, head] = sum_x exp(score(row, head, x)) * V[x] / D          x = the tokens that the row may see
+//   lse[row, head] = ln(D)                                              score and D: scores.cuh
 //
 // in    q         [q_rows, num_qo_heads, HEAD_DIM]    rows first_query .. first_query + num_queries are a request's
-//       k, v      pools of pages                      by tensor maps (tensor_map.py) where page_size is a multiple of 8;
-//                                                     else with -DGATHER=1: threads copy tokens, 16 bytes at a time
+//       k, v      pools of pages                      by tensor maps (tensor_map.py) where page_size is a multiple of
+//                                                     8; else, with -DGATHER=1, threads copy tokens by 16 bytes
 //       list      the requests, cut into tiles of 128 rows (a token and a head of the group each) and their tokens into
 //                 blocks of 128, which are taken from the last one down (tile_list.cuh)
 //       page_ids  [max_pages] int                     clean: every id is inside the pool
+//       sinks     [num_qo_heads] float                with SINKS
 // out   out       like q, fp16/bf16 or float32        0 for a row that sees no key
-//       lse       [q_rows, num_qo_heads] float        natural log, -inf for a row that sees no key; or null
+//       lse       [q_rows, num_qo_heads] float        natural log; of a row that sees no key that of its sink, or -inf;
+//                                                     or null
 // both  claims    [1] u32                             0 between launches: tiles claimed beyond the first of each CTA
-//                 [3] u32 with -DCOUNT_FALLBACKS      behind it, how often a warp scaled and repeated a block (below)
+//                 [3] u32 with -DCOUNT_FALLBACKS      then how often a warp has scaled and repeated a block (below)
 //
-// One CTA an SM works through many tiles. Its 12 warps are specialists who never meet at one place after the start:
+// Specialised warps, products of two warpgroups by turns (ping-pong) and of two blocks at a time: FlashAttention-3.
+// Rescaling only where it is needed: FlashAttention-4. One CTA an SM that claims tiles: the persistent kernels of
+// CUTLASS. Pages by TMA: a tensor map of the whole pool. The CTA's 12 warps never meet at one barrier after the start:
 //
 //   warp 0    deals tiles: claims one and describes it in `tiles`
-//   warp 1    orders K from the pool, block after block, a TMA operation a box of 16 or 8 tokens, or gathers it
-//   warp 2    orders V likewise
+//   warp 1    loads K from the pool, block after block, a TMA operation a box of 16 or 8 tokens, or gathers it
+//   warp 2    loads V likewise
 //   warp 3    gathers a tile's rows of q, and works out which tokens each of them sees
-//   warps 4-7 and 8-11, two warpgroups of 64 rows each, compute. They get most of the registers: Q, S, P, O live there.
+//   warps 4-7 and 8-11, two warpgroups of 64 rows each, compute. Most registers are theirs: they hold Q, S, P and O.
 //
 //        claims ---> warp 0 ==== tiles[4] ====> warps 1, 2, 3     ==== >  data, <----  "may be overwritten"
 //                                                  |                (each pair is a pair of mbarriers full, empty)
@@ -33,36 +36,37 @@
 //                  registers       S = Q K^T -> P = 2^(S - max) -> O += P V -> out
 //
 // K and V are two rings of three blocks, which run through the tiles without a break: both are being filled for the
-// next tile while this one ends. Of a warpgroup's own work, in time (wgmma above, the rest below):
+// next tile while this one ends. A warpgroup's work in time (wgmma above, the rest below):
 //
 //   | Q K(n)     P(n+1) V(n+1)    | Q K(n-1)    P(n) V(n)       |  ...  | P(0) V(0)     Q' K'(last)    |
 //   | softmax(n+1) ...            | softmax(n)  ...             |       | O / sum          softmax ... |
 //
 // While one burst runs, the softmax of the block before is done; the two warpgroups take turns at the tensor cores
 // (named barriers ORDER + 0, 1), so that one computes exponentials while the other multiplies. The last product of a
-// tile runs together with the first of the next, and what a tile gives leaves during the next one's first softmax: from
-// where Q stood, or from registers (tile_results.cuh). To order a burst takes nearly as long as it runs, but in its middle
-// a warp is free for a while: there it gives a K back, asks for the next one, and prepares a tile's results.
+// tile runs together with the first of the next, and a tile's results leave during the next one's first softmax: from
+// the memory of Q, or from registers (tile_results.cuh). To issue a burst takes nearly as long as it runs, but in its
+// middle a warp is free for a while: there it releases a K, asks for the next one, and prepares a tile's results.
 //
-// The softmax of a block in full view of all rows does not look for its maximum (lazy_softmax.cuh).
+// The softmax of a block that all rows see in full does not look for its maximum (lazy_softmax.cuh).
 //
 // Tokens of a last page that no row sees may be NaN: S is masked by selection, V is overwritten with zeros before it is
-// used. How all of it stands in shared memory: block_layout.cuh.
+// used. block_layout.cuh is the layout of shared memory.
 //
 // With HEAD_DIM 256 (WIDE) O alone takes 128 registers. Then Q stays in shared memory, until the last scores of the
-// tile are done; blocks are of 64 tokens, and rings of two blocks.
+// tile are done; blocks have 64 tokens, and rings two blocks.
 #include "block_layout.cuh"
 #include "convert.cuh"
 #include "hopper.cuh"
 #include "lazy_softmax.cuh"
 #include "load_global.cuh"
 #include "page_table.cuh"
+#include "scores.cuh"
 #include "tile_list.cuh"
 #include "tile_results.cuh"
 
 static_assert(HEAD_DIM == 256 || HEAD_DIM % 16 == 0 && HEAD_DIM >= 64 && HEAD_DIM <= 128, "64, 80, ... 128 or 256");
+static_assert(V_HEAD_DIM == HEAD_DIM, "prefill.cu has other dims of V");
 static_assert(GATHER == 0 || GATHER == 1, "GATHER must be 0 or 1");
-static_assert(SOFT_CAP == 0 || SOFT_CAP == 1, "SOFT_CAP must be 0 or 1");
 
 constexpr int STAGES = WIDE ? 2 : 3;  // blocks of K, and of V, in shared memory
 constexpr int THREADS = 384;
@@ -70,7 +74,7 @@ constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 static_assert(128 * PRODUCER_REGISTERS + 256 * CONSUMER_REGISTERS <= 168 * THREADS, "168 a thread at launch");
 constexpr int CONSUMER_WARPS = 8;
 
-constexpr int K_OFFSET = TILE_ROWS * HEAD_DIM * 2;  // Q stands at 0
+constexpr int K_OFFSET = TILE_ROWS * HEAD_DIM * 2;  // Q is stored at 0
 constexpr int V_OFFSET = K_OFFSET + STAGES * BLOCK_BYTES;
 constexpr int LIMITS_OFFSET = V_OFFSET + STAGES * BLOCK_BYTES;   // [2] KvLimits of TILE_ROWS rows
 constexpr int TILES_OFFSET = LIMITS_OFFSET + 2 * TILE_ROWS * 8;  // [TILE_SLOTS] Tile
@@ -86,14 +90,12 @@ static_assert(SHARED_BYTES <= 227 * 1024, "the shared memory of a CTA");
 
 constexpr int ORDER = 1, WARPGROUP = 3;  // named barriers, two of each
 
-// Exponentials are most of what a warpgroup does between two bursts of products, and are slower while those of the other
-// one run. So nothing may wait for them: so many of a thread's BLOCK / 2 come before the first is added to the sum (an
-// H200, 1x8192: 686.4 us, with 24 687.8, with 32 687.3, and 696.0 where the assembler has its way, which adds each when two
-// more are under way) ...
+// Exponentials are most of what a warpgroup does between two bursts of products, and are slower while those of the
+// other one run, so nothing may wait for them: so many of a thread's BLOCK / 2 come before the first is added to the
+// sum (trial 204) ...
 constexpr int FIRST_PART = HEAD_DIM == 128 && !GATHER ? 28 : 0;
-// ... and P is rounded between the last ones, before the sum is looked at (1x8192 of HEAD_DIM 64: 527.0 us, behind it
-// 546.1; of 128, all in one part, 709.5 and 696.9, as P V has to be over by then, but with GATHER, 4x4096, 826.1 and
-// 842.3; the other dims lose 1%).
+// ... and P is rounded between the last ones, before the sum is looked at. That needs P V to be over by then: not all
+// dims gain (trial 205).
 constexpr bool ROUNDS_FIRST = HEAD_DIM == 64 || HEAD_DIM == 128;
 
 // A pool as TMA sees it. Box (page, row, head) has index page * page_step + row / 8 * rows_step + head * head_step.
@@ -102,8 +104,8 @@ struct Pool {
     int page_step;
     int rows_step;
     int head_step;
-    int outside;       // an index behind the last box: reads as zeros
-    const u16* pages;  // GATHER: the pool as it is
+    int outside;       // an index past the last box: reads as zeros
+    const u16* pages;  // GATHER: the pool's address
     PoolStrides strides;
 };
 
@@ -118,16 +120,15 @@ struct PrefillHopperParams {
     const int* page_ids;  // [max_pages]
     u32* claims;          // [1], with -DCOUNT_FALLBACKS [3]
     int box_tokens;       // tokens of a box: 16 or 8, as divides page_size; else GATHER
-    float sm_scale;
-    float logits_soft_cap;
+    Scoring scoring;
     TensorMap out_map;  // TMA_OUT: of `to.out`
 };
 
-// The next tile is claimed when so many blocks of this one are not ordered yet: late, so that the long tiles at the
-// head of the list go to whoever is free, but early enough to find it meanwhile.
+// The next tile is claimed when so many blocks of this one are not asked for yet: late, so that the long tiles at the
+// head of the list go to CTAs that are free, but early enough to find the tile meanwhile.
 __device__ __forceinline__ int claims_with(const Tile& tile) { return tile.num_blocks > 8 ? 5 : 3; }
 
-// Where a ring stands: its slot, and how often that one has been used before.
+// The state of a ring: the next slot, and how often that slot has been used.
 struct Ring {
     u32 slot;
     u32 turn;
@@ -136,7 +137,7 @@ struct Ring {
     }
 };
 
-// -- warp 0 ------------------------------------------------------------------------------------------------------------
+// -- warp 0 -----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* tiles, shared_address shared) {
     const int lane = threadIdx.x & 31;
@@ -152,7 +153,7 @@ __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* t
         }
         if (tile.num_blocks == 0) return;
 
-        // Every tile makes one claim, so the counter ends where it began.
+        // Every tile makes one claim, so the counter ends at 0, where it began.
         if (tile.num_blocks > claims_with(tile)) barrier_wait(shared + TILE_WANTED, num_long++);
         u32 claim = 0;
         if (lane == 0) claim = atomicInc(p.claims, num_work - 1);
@@ -160,46 +161,46 @@ __device__ __forceinline__ void deal_tiles(const PrefillHopperParams& p, Tile* t
     }
 }
 
-// -- warps 1 and 2 -----------------------------------------------------------------------------------------------------
+// -- warps 1 and 2 ----------------------------------------------------------------------------------------------------
 
-// Keeps the ring at `ring_offset` filled with blocks of one pool. A block comes in parts, some of them a lane's: boxes,
-// or with GATHER single tokens. A part of which no token is seen becomes zeros.
-__device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const Pool& pool, const Tile* tiles,
+// Keeps the ring at `ring_offset` filled with blocks of one pool. A block comes in parts, boxes or, with GATHER, single
+// tokens; a lane asks for some of them. A part of which no row sees a token becomes zeros. The warp that `asks` tells
+// warp 0 when to claim the next tile.
+__device__ __forceinline__ void load_blocks(const PrefillHopperParams& p, const Pool& pool, const Tile* tiles,
                                              shared_address shared, int ring_offset, int full, int empty, bool asks) {
-    constexpr int OWN = GATHER ? BLOCK / 32 : 1;  // parts of a lane: numbers lane, lane + 32, ...
+    constexpr int PARTS = GATHER ? BLOCK / 32 : 1;  // of a lane: numbers lane, lane + 32, ...
     const int lane = threadIdx.x & 31, tokens = GATHER ? 1 : p.box_tokens;
     const FastDivide& page_size = p.list.positions.page_size;
-    const bool orders = lane * tokens < BLOCK;
+    const bool has_part = lane * tokens < BLOCK;
     Ring ring = {};
     for (u32 number = 0;; ++number) {
         barrier_wait(shared + TILE_FULL + number % TILE_SLOTS * 8, number / TILE_SLOTS);
         const Tile tile = tiles[number % TILE_SLOTS];
         if (tile.num_blocks == 0) return;
 
-        // The pages of the block that comes next are read while this one waits for its slot.
-        int block = (tile.first_block + tile.num_blocks - 1) * BLOCK, pages[OWN];
+        // The page ids of the next block are read while this one waits for its slot.
+        int block = (tile.first_block + tile.num_blocks - 1) * BLOCK, pages[PARTS];
         auto find_pages = [&](int block) {
 #pragma unroll
-            for (int i = 0; i < OWN; ++i) {
+            for (int i = 0; i < PARTS; ++i) {
                 const int token = block + (i * 32 + lane) * tokens;
-                const bool seen = orders && token < tile.end && token + tokens > tile.begin;
+                const bool seen = has_part && token < tile.end && token + tokens > tile.begin;
                 pages[i] = seen ? __ldg(p.page_ids + tile.request.first_page + divide(token, page_size)) : -1;
             }
         };
         find_pages(block);
         for (int left = tile.num_blocks; left > 0; --left, block -= BLOCK) {
-            u32 places[OWN];  // of the parts, as their copies count
+            u32 offsets[PARTS];  // of the parts, in the unit of their copies
 #pragma unroll
-            for (int i = 0; i < OWN; ++i) {
+            for (int i = 0; i < PARTS; ++i) {
                 const int token = block + (i * 32 + lane) * tokens;
                 const int slot = token - divide(token, page_size) * int(page_size.divisor);
 #if GATHER
-                places[i] =
-                    u32(pages[i]) * pool.strides.page + slot * pool.strides.slot + tile.kv_head * pool.strides.head;
-                if (pages[i] < 0) places[i] = NOWHERE;
+                offsets[i] = pool_offset<u32>(pages[i], slot, tile.kv_head, pool.strides);
+                if (pages[i] < 0) offsets[i] = NOWHERE;
 #else
-                places[i] = pages[i] * pool.page_step + slot / 8 * pool.rows_step + tile.kv_head * pool.head_step;
-                if (pages[i] < 0) places[i] = pool.outside;
+                offsets[i] = pages[i] * pool.page_step + slot / 8 * pool.rows_step + tile.kv_head * pool.head_step;
+                if (pages[i] < 0) offsets[i] = pool.outside;
 #endif
             }
             if (left > 1) find_pages(block - BLOCK);
@@ -208,8 +209,8 @@ __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const
             barrier_wait(shared + empty + ring.slot * 8, ring.turn - 1);
 #if GATHER
 #pragma unroll
-            for (int i = 0; i < OWN; ++i)
-                copy_32_rows<CHUNKS>(pool.pages, places[i], [&](int row, int chunk) {
+            for (int i = 0; i < PARTS; ++i)
+                copy_32_rows<CHUNKS>(pool.pages, offsets[i], [&](int row, int chunk) {
                     return target + (i * 4 + row / 8) * GROUP_BYTES + chunk / 8 * PIECE_BYTES + row % 8 * 128 +
                            (chunk % 8 ^ row % 8) * 16;
                 });
@@ -217,11 +218,11 @@ __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const
 #else
             if (lane == 0) barrier_arrive_expect(ready, BLOCK_BYTES);
             __syncwarp();
-            if (orders)
+            if (has_part)
 #pragma unroll
                 for (int box = 0; box < BOXES; ++box)
                     copy_box_5d(target + lane * tokens / 8 * GROUP_BYTES + box * PIECE_BYTES, &pool.map, box * 64,
-                                places[0], ready);
+                                offsets[0], ready);
             __syncwarp();
 #endif
             ring.advance();
@@ -230,9 +231,9 @@ __device__ __forceinline__ void order_blocks(const PrefillHopperParams& p, const
     }
 }
 
-// -- warp 3 ------------------------------------------------------------------------------------------------------------
+// -- warp 3 -----------------------------------------------------------------------------------------------------------
 
-// Rows behind the last one are copies of it; where q has none at all, zeros.
+// Rows past the last one are copies of it; zeros where q has none.
 __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, const Tile* tiles, shared_address shared,
                                                KvLimits* limits) {
     const int lane = threadIdx.x & 31;
@@ -247,8 +248,8 @@ __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, con
         for (int i = 0; i < TILE_ROWS / 32; ++i) {
             const int row = i * 32 + lane, token = token_of(tile, row, p.list.group_size);
             const int packed = tile.first_row + row < tile.num_rows ? tile.first_row + row : tile.num_rows - 1;
-            const int head =
-                tile.kv_head * int(p.list.group_size.divisor) + packed - token * int(p.list.group_size.divisor);
+            const int group_size = int(p.list.group_size.divisor);
+            const int head = tile.kv_head * group_size + packed - token * group_size;  // see packed_row
             from[i] = u32(tile.request.first_query + token) * p.q_row_stride + u32(head) * p.q_head_stride;
             if (tile.num_rows == 0) from[i] = NOWHERE;
             seen[i] = kv_limits(token, tile.request, p.list.positions);
@@ -265,10 +266,10 @@ __device__ __forceinline__ void gather_queries(const PrefillHopperParams& p, con
     }
 }
 
-// -- warps 4 to 11 -----------------------------------------------------------------------------------------------------
+// -- warps 4 to 11 ----------------------------------------------------------------------------------------------------
 // A thread has two rows of its tile, 0 and 1: S[4 i + 2 r], S[4 i + 2 r + 1] are columns 8 i + 2 pair, + 1 of row r.
 
-// Which fallback of the lazy softmax the warp has taken, for tests.
+// Counts the fallbacks that the lazy softmax of a warp takes, for tests.
 __device__ __forceinline__ void count_fallback(const PrefillHopperParams& p, int which) {
 #ifdef COUNT_FALLBACKS
     if ((threadIdx.x & 31) == 0) atomicAdd(p.claims + which, 1u);
@@ -292,11 +293,8 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
     auto v_matrix = [&](u32 slot) {
         return matrix_descriptor(shared + V_OFFSET + slot * BLOCK_BYTES, PIECE_BYTES, GROUP_BYTES);
     };
-#if SOFT_CAP
-    const float scale = 1.f, to_cap = p.sm_scale / p.logits_soft_cap, from_cap = p.logits_soft_cap * LOG2_E;
-#else
-    const float scale = p.sm_scale * LOG2_E;
-#endif
+    const ScoreFactors factors = score_factors(p.scoring);
+    const float scale = factors.scale;
     float s[BLOCK / 2], o[HEAD_DIM / 2], keep[2], added[2];
     Queries queries;
     u32 weights[V_STEPS * 4];
@@ -304,9 +302,9 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
     const KvLimits* seen;  // of the thread's rows, 0 and 8
     int first_end, last_begin;
     Results results;
-    unsigned char* const own_rows = shared_memory + (first_row - lane / 4) * HEAD_DIM * 2;  // the warp's, of Q
+    unsigned char* const warp_rows = shared_memory + (first_row - lane / 4) * HEAD_DIM * 2;  // the warp's rows of Q
     Ring k_ring = {}, v_ring = {};
-    bool k_ready = false;  // K of the next burst has been seen to be there
+    bool k_ready = false;  // whether K of the next burst is known to be there
     auto release = [&](int empty, u32 slot) {
         __syncwarp();
         if (lane == 0) barrier_arrive(shared + empty + slot * 8);
@@ -314,10 +312,10 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
     auto wait_for_k = [&] {
         if (!k_ready) wait_for(shared + K_FULL + k_ring.slot * 8, k_ring.turn);
     };
-    // What can be done between two bursts of products, where it costs no time. Of only two blocks one has to be given back
-    // earlier than here.
-    auto look_after_k = [&] {
-        if (!WIDE) release(K_EMPTY, v_ring.slot);  // of the burst before: its scores are not repeated any more
+    // Releases the K of the burst before, whose scores cannot be repeated any more, and looks whether the next one has
+    // come: between two bursts of products, where it costs no time. A ring of two blocks needs the release earlier.
+    auto recycle_k = [&] {
+        if (!WIDE) release(K_EMPTY, v_ring.slot);
         Ring next = k_ring;
         next.advance();
         k_ready = !GATHER && barrier_test(shared + K_FULL + next.slot * 8, next.turn);
@@ -332,11 +330,25 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         if (!WIDE && !TMA_OUT) release(Q_EMPTY, 0);
     };
     auto prepare_scores = [&](int block, bool edge) {
-#if SOFT_CAP
 #pragma unroll
-        for (int i = 0; i < BLOCK / 2; ++i) s[i] = from_cap * tanh_fast(s[i] * to_cap);
-#endif
+        for (int i = 0; i < BLOCK / 2; ++i) s[i] = score_of(s[i], factors);
         if (edge) mask_scores(s, seen, block + 2 * pair);
+    };
+    // P of a block, with the sums `added`, that is too large is scaled down, or made again from its scores.
+    auto shrink_weights = [&](int block, float(&added)[2]) {
+        if (__all_sync(~0u, added[0] < MOST_SCALED && added[1] < MOST_SCALED)) {
+            scale_down(s, softmax, added, keep);
+            count_fallback(p, 1);
+        } else {
+            const shared_address k_block = shared + K_OFFSET + k_ring.slot * BLOCK_BYTES;
+            repeat_scores<K_STEPS, GROUP_BYTES, PIECE_BYTES>(s, queries, k_block);
+            prepare_scores(block, false);
+            keep[0] = keep[1] = 1.f;
+            raise_max(s, softmax, keep, scale);
+            added[0] = added[1] = 0.f;
+            exponentials<0, BLOCK / 2>(s, softmax, added, scale);
+            count_fallback(p, 2);
+        }
     };
 
     // 1. The first scores of the first tile.
@@ -357,7 +369,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
     for (u32 number = 0;; ++number) {
         const Tile& tile = tiles[number % TILE_SLOTS];
 
-        // 2. The last block: its scores are there already. Meanwhile the tile before is stored.
+        // 2. The last block, whose scores are there already. Meanwhile the results of the tile before are stored.
         const int first_block = tile.first_block * BLOCK;
         int block = first_block + (tile.num_blocks - 1) * BLOCK;
         softmax.max[0] = softmax.max[1] = NO_KEY;
@@ -367,7 +379,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         prepare_scores(block, true);
         results.store<1>();
         raise_max(s, softmax, keep, scale);
-        if (TMA_OUT) {  // by now it has left (an H200, 16 x 1024: 250.8 us; 254.0 before the scores, 252.7 at the end)
+        if (TMA_OUT) {  // here the results have left, and nothing waits for them (trial 206)
             results.leave();
             release(Q_EMPTY, 0);
         }
@@ -397,7 +409,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             wgmma_fence();
             queries.multiply(s, k_matrix(k_ring.slot));
             wgmma_commit();
-            look_after_k();
+            recycle_k();
             wait_for(shared + V_FULL + v_ring.slot * 8, v_ring.turn);
             hold(o);
             wgmma_fence();
@@ -407,7 +419,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             named_barrier_arrive(ORDER + 1 - warpgroup, 256);
 
             // At an edge of what the warp's rows see some tokens are masked. >=: a row whose last token is the block's
-            // last has seen nothing so far.
+            // last has seen no token before.
             const bool edge = block + BLOCK >= first_end || block < last_begin;
             wgmma_wait<1>();
             hold(s);
@@ -428,22 +440,10 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
                 round_weights(weights, s);
             };
             if (ROUNDS_FIRST) end_products();
-            // Where the maximum has been looked for, only a NaN of Q, K or V is too large, and that is nobody's fault.
+            // At an edge the maximum is known, and only a NaN of Q, K or V can be too large, which stays.
             if (!edge && __any_sync(~0u, !(added[0] <= MOST_SUM) || !(added[1] <= MOST_SUM))) {
                 moved = true;
-                if (__all_sync(~0u, added[0] < MOST_SCALED && added[1] < MOST_SCALED)) {
-                    scale_down(s, softmax, added, keep);
-                    count_fallback(p, 1);
-                } else {
-                    const shared_address k_block = shared + K_OFFSET + k_ring.slot * BLOCK_BYTES;
-                    repeat_scores<K_STEPS, GROUP_BYTES, PIECE_BYTES>(s, queries, k_block);
-                    prepare_scores(block, edge);
-                    keep[0] = keep[1] = 1.f;
-                    raise_max(s, softmax, keep, scale);
-                    added[0] = added[1] = 0.f;
-                    exponentials<0, BLOCK / 2>(s, softmax, added, scale);
-                    count_fallback(p, 2);
-                }
+                shrink_weights(block, added);
                 if (ROUNDS_FIRST) round_weights(weights, s);
             }
             softmax.sum[0] += added[0];
@@ -461,11 +461,12 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             }
         }
 
-        // 4. The last results of this tile with the first scores of the next one. Where none follows, those are of
-        // whatever stands there, and nobody looks at them: no wgmma under a condition, which would serialise them all.
+        // 4. The last results of this tile with the first scores of the next one. Where no tile follows, those are of
+        // whatever is in shared memory, and are not used: a wgmma under a condition would serialise all of them.
         const Tile& next = tiles[(number + 1) % TILE_SLOTS];
         barrier_wait(shared + TILE_FULL + (number + 1) % TILE_SLOTS * 8, (number + 1) / TILE_SLOTS);
         const bool more = next.num_blocks > 0;
+        const Sinks sinks = tile_sinks(p.to, p.list, tile, first_row);
         auto prepare_next = [&] {
             if (!more) return;
             take_q(number + 1);
@@ -479,12 +480,12 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         wgmma_fence();
         multiply_p_v(o, weights, v_matrix(v_ring.slot), begun);
         wgmma_commit();
-        if (WIDE) {  // Q could not be brought before the last scores were done
+        if (WIDE) {  // Q cannot be loaded before the last scores are done
             prepare_next();
             wgmma_fence();
         }
-        look_after_k();
-        results.prepare(p.to, p.list, tile, first_row, softmax);
+        recycle_k();
+        results.prepare(p.to, p.list, tile, first_row, softmax, sinks);
         queries.multiply(s, k_matrix(k_ring.slot));
         wgmma_commit();
         named_barrier_arrive(ORDER + 1 - warpgroup, 256);
@@ -492,7 +493,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         hold(o);
         release(V_EMPTY, v_ring.slot);
         v_ring.advance();
-        results.take(p.to, &p.out_map, p.list, tile, first_row, own_rows, o);
+        results.take(p.to, &p.out_map, p.list, tile, first_row, warp_rows, o);
         release(TILE_EMPTY, number % TILE_SLOTS);
         wgmma_wait<0>();
         hold(s);
@@ -513,7 +514,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_hopper(const __
     const shared_address shared = shared_address_of(shared_memory);
     const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
 
-    // 1. The barriers: how many arrivals end a phase. TMA adds the bytes that it was told to expect.
+    // 1. The barriers, with the arrivals that end a phase. TMA counts the bytes that it is told to expect.
     if (threadIdx.x == 0) {
         for (int i = 0; i < TILE_SLOTS; ++i) {
             barrier_init(shared + TILE_FULL + i * 8, 1);
@@ -532,13 +533,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_hopper(const __
     }
     __syncthreads();
 
-    // 2. To work.
+    // 2. The work of each warp.
     if (warp < 4) {
         shrink_registers<PRODUCER_REGISTERS>();
         if (warp == 0) deal_tiles(p, tiles, shared);
         if (warp == 3) gather_queries(p, tiles, shared, reinterpret_cast<KvLimits*>(shared_memory + LIMITS_OFFSET));
         if (warp == 1 || warp == 2)
-            order_blocks(p, warp == 1 ? p.k : p.v, tiles, shared, warp == 1 ? K_OFFSET : V_OFFSET,
+            load_blocks(p, warp == 1 ? p.k : p.v, tiles, shared, warp == 1 ? K_OFFSET : V_OFFSET,
                          warp == 1 ? K_FULL : V_FULL, warp == 1 ? K_EMPTY : V_EMPTY, warp == 1);
     } else {
         grow_registers<CONSUMER_REGISTERS>();

@@ -1,7 +1,7 @@
 // schedule: a caller's table, copied once a step into the plan's own buffers and cleaned on the way.
 //
-//   requests[i] = where the pages of request i stand in page_ids, how many tokens they hold, its position, its query
-//                 rows, and its first query tile:
+//   requests[i] = where the pages of request i are stored in page_ids, how many tokens they hold, its position, its
+//                 query rows, and its first query tile:
 //   first_tile[i] = sum_{j < i} ceil(num_queries[j] * group_size / tile_rows)
 //
 // in    indptr        [batch + 1] int       pages of request i: indices[indptr[i] .. indptr[i + 1])
@@ -16,19 +16,20 @@
 //                                                     inside the pool
 //       status        Status                          the first fault met
 //
-// Whatever the arrays hold, the attention kernels can trust requests and page_ids: a wrong row becomes empty, a wrong
-// value the nearest right one, and the fault is recorded. Rows from batch to max_batch_size see no key; with q_len they
-// still have their query rows (written as 0 / -inf), with qo_indptr none.
+// Whatever the arrays hold, the attention kernels can trust requests and page_ids: a row with wrong pages or a wrong
+// total_len becomes one of no request (NO_REQUEST), any other wrong value the nearest right one, and the fault is
+// recorded. Rows from batch to max_batch_size are of no request; with q_len they still have their query rows (written
+// as 0 / -inf), with qo_indptr none.
 //
 // Who owns what
 //   block 0             all requests, in chunks of blockDim.x rows with running sums from chunk to chunk
-//   blocks 1 and above  the page ids: (gridDim.x - 1) / batch blocks a request. A request's pages keep their place behind
-//                       indptr[0], so these blocks wait for nothing.
+//   blocks 1 and above  the page ids: (gridDim.x - 1) / batch blocks a request. A request's pages keep their place
+//                       behind indptr[0], so these blocks wait for nothing.
 //   shared memory       SCAN_BYTES
 #include "page_table.cuh"
 #include "table_rows.cuh"
 
-// Tokens that a request may hold: an int, with room for the tiles behind its end that decode looks ahead to.
+// Tokens that a request may hold: an int, with room for the tiles past its end that decode looks ahead to.
 constexpr i64 MAX_KV_LEN = INT_LARGEST - 0xfffff;
 
 struct ScheduleParams {
@@ -60,17 +61,17 @@ __device__ __forceinline__ int first_entry_of_all(const ScheduleParams& p) {
     return begin >= 0 && begin <= end && end <= p.num_indices ? begin : 0;
 }
 
-// The request's entries of page_ids, which stand `first` further on in indices.
+// The request's entries of page_ids. In indices they are stored `first` entries further on.
 __device__ __forceinline__ Range pages_of(const ScheduleParams& p, int first, int row) {
     const Range pages = checked_range(p.indptr, row, p.num_indices, FAULT_INDPTR, p.status);
     const int begin = pages.begin - first, end = pages.end - first;
-    if (begin >= 0 && end <= p.max_pages) return {begin, end};
+    if (begin >= 0 && end <= p.max_pages) return {begin, end, pages.is_wrong};
     if (end > p.max_pages) record_fault(p.status, FAULT_MAX_PAGES, row, end);
-    return {0, 0};  // before the first: nothing, or behind a row where indptr decreases, which has the fault
+    return {0, 0, true};  // before the first: behind a row where indptr decreases, which has the fault
 }
 
-// Everything about a request but its queries.
-__device__ __forceinline__ Request keys_of(const ScheduleParams& p, int row) {
+// The record of a request but for its queries.
+__device__ __forceinline__ Request kv_part_of(const ScheduleParams& p, int row) {
     Request request = {};
     request.page_offset = p.page_offset ? p.page_offset[row] : 0;
     if (request.page_offset < 0) {
@@ -94,10 +95,9 @@ __device__ __forceinline__ Request keys_of(const ScheduleParams& p, int row) {
         request.kv_len = int(clamp(seq_len, 0, MAX_KV_LEN));
     }
     request.total_len = p.total_len ? p.total_len[row] : request.kv_len;
-    if (request.total_len < 0) {
-        record_fault(p.status, FAULT_TOTAL_LEN, row, request.total_len);
-        request.total_len = 0;
-    }
+    if (request.total_len < 0) record_fault(p.status, FAULT_TOTAL_LEN, row, request.total_len);
+    const bool lost_pages = pages.is_wrong || num_pages < pages.end - pages.begin;
+    if (request.total_len < 0 || lost_pages) request.total_len = NO_REQUEST;
     return request;
 }
 
@@ -130,7 +130,8 @@ extern "C" __global__ void __launch_bounds__(1024) plan_requests(const __grid_co
     for (int chunk = 0; chunk < p.max_batch_size; chunk += blockDim.x) {
         const int row = chunk + threadIdx.x;
         Request request = {};
-        if (row < batch) request = keys_of(p, row);
+        request.total_len = NO_REQUEST;
+        if (row < batch) request = kv_part_of(p, row);
 
         // Query rows begin where the largest end so far was, so they never overlap, whatever qo_indptr holds.
         i64 first_query = i64(row) * p.q_len, num_queries = p.q_len;
@@ -146,14 +147,15 @@ extern "C" __global__ void __launch_bounds__(1024) plan_requests(const __grid_co
         request.first_query = int(clamp(first_query, 0, INT_LARGEST));
         request.num_queries = int(num_queries);
 
-        const i64 own_tiles = row < p.max_batch_size ? (num_queries * p.group_size + p.tile_rows - 1) / p.tile_rows : 0;
-        request.first_tile = int(clamp(scan_before(own_tiles, tiles, warp_totals, Sum()), 0, INT_LARGEST));
+        const i64 row_tiles = row < p.max_batch_size ? (num_queries * p.group_size + p.tile_rows - 1) / p.tile_rows : 0;
+        request.first_tile = int(clamp(scan_before(row_tiles, tiles, warp_totals, Sum()), 0, INT_LARGEST));
         if (row < p.max_batch_size) p.requests[row] = request;
     }
 
     // 3. The totals.
     if (threadIdx.x == 0) {
         Request total = {};
+        total.total_len = NO_REQUEST;
         total.first_query = int(clamp(p.qo_indptr ? queries : i64(p.max_batch_size) * p.q_len, 0, INT_LARGEST));
         total.first_tile = int(clamp(tiles, 0, INT_LARGEST));
         p.requests[p.max_batch_size] = total;

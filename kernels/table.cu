@@ -1,6 +1,6 @@
-// table: everything that is done to page tables and to whole pages, one small kernel each.
+// table: operations on page tables and on whole pages, one small kernel each.
 //
-// A table is indptr [batch + 1], indices [num_indices], last_page_len [batch], and maybe page_offset, total_len
+// A table is indptr [batch + 1], indices [num_indices], last_page_len [batch], and optionally page_offset, total_len
 // [batch], all int: request i has the pages indices[indptr[i] .. indptr[i + 1]), full but for the last one.
 //
 //   seq_lens            tokens of each request
@@ -13,8 +13,8 @@
 //   build_table         page lists of some sequences -> a table
 //   copy_pages          whole pages of all layers
 //
-// Tables come from outside and may hold anything: a row that does not lie inside its arrays counts as empty, a row that
-// does not fit into the output is cut, and both are recorded in the status word.
+// Tables come from callers and may hold anything: a row outside its arrays counts as empty, a row that does not fit
+// into the output is cut, and both are recorded in the status word.
 //
 // Who owns what
 //   *_rows        one block, chunks of blockDim.x rows with a running sum; SCAN_BYTES of shared memory
@@ -227,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(256) table_slots(const __grid_const
     const i64 entry = pages.begin + behind / p.page_stride;
     if (entry >= pages.end) return;
 
-    // 2. Where that page lies in the pool.
+    // 2. That page in the pool.
     const int page = p.indices[entry];
     if (page < 0) return record_fault(p.status, FAULT_INDICES, int(entry), page);
     const int page_size = int(p.page_size.divisor);

@@ -21,6 +21,7 @@ __device__ __forceinline__ int length_class(int length) {
 struct Range {
     int begin;
     int end;
+    bool is_wrong;  // of a row with a fault, which has no entries
 };
 
 // Row `row` of a compressed list (indptr and the like): [indptr[row], indptr[row + 1]) where that lies in order inside
@@ -34,16 +35,16 @@ __device__ __forceinline__ Range checked_range(const int* indptr, int row, int l
         record_fault(status, field, row + 1, end);
     else if (row == 0)
         record_fault(status, field, 0, begin);
-    return {0, 0};
+    return {0, 0, true};
 }
 
-// The position behind the last token of a request with pages; it must fit into an int. Past that it is not exact.
+// The position after the last token of a request with pages; it must fit into an int, beyond which it is not exact.
 __device__ __forceinline__ i64 end_position(i64 num_pages, int last_page_len, int page_size, int page_offset,
                                             int page_stride) {
     return clamp(page_offset + (num_pages - 1) * page_stride, 0, INT_LARGEST) * page_size + last_page_len;
 }
 
-// Where a row's entries go when `before` entries stand before them in a list of `limit`: what does not fit is cut off.
+// Where a row's entries go after `before` others in a list of `limit`: what does not fit is cut off.
 __device__ __forceinline__ Range placed(int row, i64 before, i64 count, int limit, Status* status) {
     if (before + count > limit && count > 0) record_fault(status, FAULT_MAX_PAGES, row, before + count);
     return {int(clamp(before, 0, limit)), int(clamp(before + count, 0, limit))};
@@ -93,7 +94,7 @@ __device__ __forceinline__ i64 scan_before(i64 value, i64& carry, i64* warp_tota
     }
     if (lane == 31) warp_totals[warp] = through;
     __syncthreads();
-    // 2. Over the totals of the warps: every warp for itself, which saves a barrier.
+    // 2. Over the totals of the warps: each warp does it, which saves a barrier.
     i64 totals = lane < warps ? warp_totals[lane] : 0;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {

@@ -1,9 +1,11 @@
 // tile_list: the work of a Hopper prefill, tile after tile, in the order of its requests (tiles.cu).
 //
-// The query heads of one KV head and the tokens of a request are packed into one axis of rows: packed row r is token
-// r / group_size, head r % group_size of the group. A tile is TILE_ROWS packed rows of a request and a KV head; its
-// tokens are taken in blocks of BLOCK, from the last one down, so that blocks with masked tokens come first. A tile that
-// no token is seen from has one block, all of it masked.
+// A tile is TILE_ROWS packed rows (page_table.cuh) of a request and a KV head; its
+// tokens are taken in blocks of BLOCK, from the last one down, so that blocks with masked tokens come first. A tile
+// whose rows see no token has one block, all of it masked.
+//
+// CTAs stay and claim tile after tile (persistent threads; CUTLASS's persistent tile scheduler, FlashAttention-3's
+// longest-first order for causal masks).
 #pragma once
 #include "convert.cuh"
 #include "page_table.cuh"
@@ -11,10 +13,10 @@
 constexpr int TILE_ROWS = 128;
 constexpr int BLOCK = HEAD_DIM > 128 ? 64 : 128;  // tokens
 constexpr int SECTION_BYTES = 6 << 20;            // of K and V: tiles that run together share what stays in L2
-constexpr int LAST_TILES = 528;                   // of a section that no other request follows: some for every SM
+constexpr int LAST_TILES = 528;                   // tiles of a launch's last section, at least: some for every SM
 
 struct TileList {
-    const Request* requests;  // [num_requests + 1] the longest first; behind them a sentinel without keys, whose
+    const Request* requests;  // [num_requests + 1] the longest first; the last record is a sentinel without keys, whose
                               // first_tile counts the tiles of all requests, first_query their rows
     Positions positions;
     FastDivide group_size;
@@ -32,22 +34,22 @@ struct __align__(16) Tile {
     int begin;      // tokens [begin, end) are seen by some row
     int end;
     int first_block;  // blocks first_block .. first_block + num_blocks - 1 hold them
-    int num_blocks;   // 0: no tile any more
+    int num_blocks;   // 0: there is no further tile
 };
 static_assert(sizeof(Tile) == 64, "as the kernel lays them out");
 
-// The smallest and the largest token of a tile's row; rows behind the last one see what that one sees.
+// The token of a tile's row; rows past the request's last one count as that one.
 __device__ __forceinline__ int token_of(const Tile& tile, int row, const FastDivide& group_size) {
     const int packed = tile.first_row + row, last = tile.num_rows - 1;
-    return divide(packed < last ? packed : last > 0 ? last : 0, group_size);
+    return packed_row(packed < last ? packed : last > 0 ? last : 0, group_size).token;
 }
 
-// How many pieces of work there are: the tiles of the planned rows, then those of the rows that q has behind them;
-// never more than such a q can have.
+// The number of pieces of work: the tiles of the planned rows, then those of the rows of q past them; never more than
+// such a q can have.
 __device__ __forceinline__ int count_work(const TileList& list) {
     const Request total = list.requests[list.num_requests];
-    const i64 rows_behind = list.q_rows > total.first_query ? list.q_rows - total.first_query : 0;
-    const i64 num_tiles = total.first_tile + (rows_behind * list.group_size.divisor + TILE_ROWS - 1) / TILE_ROWS;
+    const i64 rows_past = list.q_rows > total.first_query ? list.q_rows - total.first_query : 0;
+    const i64 num_tiles = total.first_tile + (rows_past * list.group_size.divisor + TILE_ROWS - 1) / TILE_ROWS;
     return int(num_tiles < list.num_tiles ? num_tiles : list.num_tiles) * list.num_kv_heads;
 }
 
@@ -73,8 +75,7 @@ __device__ __forceinline__ Tile find_tile(const TileList& list, int work, int nu
     }
     constexpr int SECTION_TOKENS = SECTION_BYTES / (4 * HEAD_DIM);
     u32 heads = request.kv_len > 0 ? SECTION_TOKENS / u32(request.kv_len) : list.num_kv_heads;
-    // The tiles of a section come longest first: too few of them leave SMs idle at the end of the launch (an H200, 8192
-    // tokens, 32/32 heads: 745.5 us in sections of one head, 722.0 so).
+    // The tiles of a section come longest first: a last section of few tiles leaves SMs idle (trial 207).
     const bool alone = num_work >= LAST_TILES && u32(num_work) == num_tiles * u32(list.num_kv_heads);
     const u32 least = alone ? (LAST_TILES + num_tiles - 1) / num_tiles : 1;
     heads = heads < least ? least : heads;

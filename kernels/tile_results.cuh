@@ -1,11 +1,9 @@
-// tile_results: what a warp has at the end of a tile, on its way to memory. Registers as in lazy_softmax.cuh.
+// tile_results: the way of a warp's results at the end of a tile to memory. Registers as in lazy_softmax.cuh.
 //
-// A warp has 16 rows. With -DTMA_OUT=1 it lays them where its rows of Q stood, and one TMA operation takes them from
-// there; the Q of the tile after next waits until they are gone. Where some rows stand nowhere the warp copies the others
-// itself. With -DTMA_OUT=0 (a float32 out, a group that boxes do not fit, other head_dims, short requests) results go from
-// registers to memory, 8 bytes at a time. (An H200, by TMA and not: 16 x 1024 250.8 us and 258.8, 64 x 128 on 2048 390.9
-// and 395.8, 32 x 512 178.7 and 188.5, but 64 x 128, tiles of one block, 72.3 and 62.3; with HEAD_DIM 64 16 x 1024 204.3
-// and 203.7.)
+// A warp has 16 rows. With -DTMA_OUT=1 it stores them over its rows of Q, and one TMA operation takes them from there;
+// the Q of the tile after next waits until they are gone. Where some of the 16 are padding the warp copies the others
+// itself. With -DTMA_OUT=0 (a float32 out, a group that boxes do not fit, other head_dims, short requests) results go
+// from registers to memory, 8 bytes at a time. Long tiles gain by TMA, tiles of one block lose (trial 203).
 #pragma once
 #include "attention_state.cuh"
 #include "block_layout.cuh"
@@ -13,59 +11,79 @@
 #include "hopper.cuh"
 #include "lazy_softmax.cuh"
 #include "mma.cuh"
+#include "scores.cuh"
 #include "tile_list.cuh"
 
 static_assert(TMA_OUT == 0 || TMA_OUT == 1 && HEAD_DIM == 128, "TMA_OUT must be 0 or, with HEAD_DIM 128, 1");
 
 struct Output {
-    void* out;       // [q_rows, num_qo_heads, HEAD_DIM] fp16/bf16 or, with TMA_OUT=0, float
-    float* lse;      // [q_rows, num_qo_heads] or null
-    i64 row_stride;  // strides of out in elements
+    void* out;           // [q_rows, num_qo_heads, HEAD_DIM] fp16/bf16 or, with TMA_OUT=0, float
+    float* lse;          // [q_rows, num_qo_heads] or null
+    const float* sinks;  // [num_qo_heads] with SINKS
+    i64 row_stride;      // strides of out in elements
     i64 head_stride;
     int num_qo_heads;
     int is_float32;
 };
 
-// Where a row of a tile stands in q, out and lse.
-struct RowPlace {
+// A row of a tile in q, out and lse.
+struct TileRow {
     i64 query;
     int head;
-    bool stands;  // or nowhere: it is behind the request's last one
+    bool is_valid;  // false for padding, behind the request's last row
 };
 
-__device__ __forceinline__ RowPlace place_of(const TileList& list, const Tile& tile, int row) {
-    const int packed = tile.first_row + row, token = divide(packed, list.group_size);
+__device__ __forceinline__ TileRow tile_row(const TileList& list, const Tile& tile, int row) {
+    const int packed = tile.first_row + row, token = divide(packed, list.group_size);  // see packed_row
     const int group_size = int(list.group_size.divisor);
     return {tile.request.first_query + token, tile.kv_head * group_size + packed - token * group_size,
             packed < tile.num_rows};
 }
 
-// 1 / sum of the thread's row `row`, 0 or 1; stores the log-sum-exp.
-__device__ __forceinline__ float end_row(const Output& to, const RowPlace& place, const Softmax& softmax, int row) {
+// The sinks of a thread's two rows. To be asked for some time before the rows end.
+struct Sinks {
+    float row[2];
+};
+
+__device__ __forceinline__ Sinks tile_sinks(const Output& to, const TileList& list, const Tile& tile, int first_row) {
+    Sinks sinks = {{-INF, -INF}};
+    if constexpr (SINKS) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row)
+            sinks.row[row] =
+                sink_of(to.sinks, tile_row(list, tile, first_row + 8 * row).head, is_request(tile.request));
+    }
+    return sinks;
+}
+
+// Ends the thread's row `row`, 0 or 1: stores its log-sum-exp, and returns what O is to be multiplied by.
+__device__ __forceinline__ float end_tile_row(const Output& to, const TileRow& at, const Softmax& softmax,
+                                              const Sinks& sinks, int row) {
     float total = softmax.sum[row];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
-    if (to.lse && (threadIdx.x & 3) == 0 && place.stands)
-        to.lse[place.query * to.num_qo_heads + place.head] = log_sum_exp(softmax.max[row], total);
-    return total == 0.f ? 0.f : __fdividef(1.f, total);
+    // Computed where it is used, as it keeps fewer registers.
+    auto end = [&] { return end_row<true>(softmax.max[row], total, sinks.row[row]); };
+    if (to.lse && (threadIdx.x & 3) == 0 && at.is_valid) to.lse[at.query * to.num_qo_heads + at.head] = end().lse();
+    return end().weight;
 }
 
 #if TMA_OUT
 struct Results {
-    // All that needs no O, while the last products are on their way.
+    // What needs no O, while the last products are under way.
     __device__ __forceinline__ void prepare(const Output& to, const TileList& list, const Tile& tile, int first_row,
-                                            const Softmax& softmax) {
+                                            const Softmax& softmax, const Sinks& sinks) {
         const int warp_row = first_row - (threadIdx.x & 31) / 4;
-        upper = end_row(to, place_of(list, tile, first_row), softmax, 0);
-        lower = end_row(to, place_of(list, tile, first_row + 8), softmax, 1);
-        const RowPlace first = place_of(list, tile, warp_row);
+        upper = end_tile_row(to, tile_row(list, tile, first_row), softmax, sinks, 0);
+        lower = end_tile_row(to, tile_row(list, tile, first_row + 8), softmax, sinks, 1);
+        const TileRow first = tile_row(list, tile, warp_row);
         query = int(first.query);
         head = first.head;
         rows_left = tile.num_rows - tile.first_row - warp_row;
     }
 
-    // O / sum. `rows` is where the warp's rows of Q stood: 16 lines for each 64 columns, swizzled. `map` is out in
-    // dimensions of 64 columns, heads, rows and pieces of 64 columns; a box of it is a warp's 16 rows.
+    // Stores O / sum. `rows` is the memory of the warp's rows of Q: 16 lines for each 64 columns, swizzled. `map` is
+    // out in dimensions of 64 columns, heads, rows and pieces of 64 columns; a box of it is a warp's 16 rows.
     __device__ __forceinline__ void take(const Output& to, const TensorMap* map, const TileList& list, const Tile& tile,
                                          int first_row, unsigned char* rows, const float (&o)[HEAD_DIM / 2]) {
         const int lane = threadIdx.x & 31, warp_row = first_row - lane / 4;
@@ -88,8 +106,8 @@ struct Results {
 #pragma unroll 1
             for (int i = lane; i < rows_left * CHUNKS; i += 32) {
                 const int row = i / CHUNKS, chunk = i % CHUNKS;
-                const RowPlace place = place_of(list, tile, warp_row + row);
-                u16* const target = static_cast<u16*>(to.out) + place.query * to.row_stride + place.head * to.head_stride;
+                const TileRow at = tile_row(list, tile, warp_row + row);
+                u16* const target = static_cast<u16*>(to.out) + at.query * to.row_stride + at.head * to.head_stride;
                 *reinterpret_cast<uint4*>(target + chunk * 8) = *reinterpret_cast<const uint4*>(
                     rows + chunk / 8 * WARP_PIECE_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16);
             }
@@ -100,7 +118,7 @@ struct Results {
     template <int quarter>
     __device__ __forceinline__ void store() const {}
 
-    // Waits until the place in shared memory may be overwritten.
+    // Waits until the rows in shared memory may be overwritten.
     __device__ __forceinline__ void leave() const {
         if ((threadIdx.x & 31) == 0) wait_sent();
     }
@@ -109,24 +127,24 @@ struct Results {
     static constexpr int WARP_PIECE_BYTES = 16 * 128;
 
     float upper, lower;  // 1 / sum of the thread's two rows
-    int query, head;     // where the warp's first row stands
-    int rows_left;       // of the request, from that one on
+    int query, head;     // of the warp's first row
+    int rows_left;       // of the request, from that row on
 };
 #else
 struct Results {
-    // All that needs no O, while the last products are on their way. The results before have been stored.
+    // What needs no O, while the last products are under way. The results of the tile before are stored by now.
     __device__ __forceinline__ void prepare(const Output& to, const TileList& list, const Tile& tile, int first_row,
-                                            const Softmax& softmax) {
+                                            const Softmax& softmax, const Sinks& sinks) {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-            const RowPlace place = place_of(list, tile, first_row + row * 8);
-            weight[row] = end_row(to, place, softmax, row);
-            const i64 at = place.query * to.row_stride + place.head * to.head_stride;
-            target[row] = place.stands ? static_cast<u16*>(to.out) + (to.is_float32 ? 2 * at : at) : nullptr;
+            const TileRow at = tile_row(list, tile, first_row + row * 8);
+            weight[row] = end_tile_row(to, at, softmax, sinks, row);
+            const i64 offset = at.query * to.row_stride + at.head * to.head_stride;
+            target[row] = at.is_valid ? static_cast<u16*>(to.out) + (to.is_float32 ? 2 * offset : offset) : nullptr;
         }
     }
 
-    // O / sum. 16-bit results are kept for later, float32 is written at once.
+    // Takes O / sum. 16-bit results are kept for later, float32 is stored at once.
     __device__ __forceinline__ void take(const Output& to, const TensorMap*, const TileList&, const Tile&, int,
                                          unsigned char*, const float (&o)[HEAD_DIM / 2]) {
         const int pair = threadIdx.x & 3;
@@ -143,7 +161,7 @@ struct Results {
                     make_float2(o[4 * i + 2 * row] * weight[row], o[4 * i + 2 * row + 1] * weight[row]);
             target[row] = nullptr;
         }
-        // Of two fragments side by side an even lane takes the first, an odd lane the second: 8 bytes each instead of 4.
+        // Of two neighbouring fragments an even lane takes the first, an odd lane the second: stores of 8 bytes, not 4.
         const bool odd = pair & 1;
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 16; ++i)
@@ -174,7 +192,7 @@ struct Results {
 
   private:
     u32 columns[HEAD_DIM / 4];  // 4 neighbouring columns of every 16, of the thread's two rows
-    u16* target[2] = {};        // null: the row stands nowhere, or is written already
+    u16* target[2] = {};        // null: the row is padding, or is stored already
     float weight[2];            // 1 / sum
 };
 #endif

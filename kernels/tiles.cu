@@ -6,11 +6,11 @@
 // in    requests  [max_batch_size + 1] Request    as plan_requests makes them (schedule.cu)
 // out   sorted    [max_batch_size + 1] Request    the last one holds the totals, as in requests
 //
-// A launch with many more tiles than SMs ends evenly when the long ones do not come last. What a tile costs is roughly
-// the number of tokens that it sees; requests are sorted by that to within an eighth, which is one counting sort.
-// Requests of one class come in any order: nobody's result depends on it.
+// A launch with many more tiles than SMs ends evenly when long tiles do not come last (longest processing time first).
+// A tile costs roughly the number of tokens that it sees; requests are sorted by that to within an eighth, which takes
+// one counting sort. Requests of one class come in any order: no result depends on it.
 //
-// One block. shared memory: [CLASSES] int, then SCAN_BYTES.
+// One block. Shared memory: [CLASSES] int, then SCAN_BYTES.
 #include "page_table.cuh"
 #include "table_rows.cuh"
 
@@ -33,27 +33,27 @@ __device__ __forceinline__ int class_of(const TilesParams& p, const Request& req
 
 extern "C" __global__ void __launch_bounds__(1024) plan_tiles(const __grid_constant__ TilesParams p) {
     extern __shared__ __align__(1024) unsigned char shared_memory[];
-    int* const places = reinterpret_cast<int*>(shared_memory);
+    int* const offsets = reinterpret_cast<int*>(shared_memory);
     i64* const warp_totals = reinterpret_cast<i64*>(shared_memory + CLASSES * 4);
 
     // 1. How many requests each class has, then how many come before it.
-    for (int i = threadIdx.x; i < CLASSES; i += blockDim.x) places[i] = 0;
+    for (int i = threadIdx.x; i < CLASSES; i += blockDim.x) offsets[i] = 0;
     __syncthreads();
     for (int row = threadIdx.x; row < p.max_batch_size; row += blockDim.x)
-        atomicAdd(&places[class_of(p, p.requests[row])], 1);
+        atomicAdd(&offsets[class_of(p, p.requests[row])], 1);
     __syncthreads();
     i64 before = 0;
     for (int chunk = 0; chunk < CLASSES; chunk += blockDim.x) {
         const int i = chunk + threadIdx.x;
-        const int place = int(scan_before(i < CLASSES ? places[i] : 0, before, warp_totals, Sum()));
-        if (i < CLASSES) places[i] = place;
+        const int offset = int(scan_before(i < CLASSES ? offsets[i] : 0, before, warp_totals, Sum()));
+        if (i < CLASSES) offsets[i] = offset;
     }
     __syncthreads();
 
-    // 2. Every request to its place.
+    // 2. Every request to its index in `sorted`.
     for (int row = threadIdx.x; row < p.max_batch_size; row += blockDim.x) {
         const Request request = p.requests[row];
-        p.sorted[atomicAdd(&places[class_of(p, request)], 1)] = request;
+        p.sorted[atomicAdd(&offsets[class_of(p, request)], 1)] = request;
     }
     __syncthreads();
 

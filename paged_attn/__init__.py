@@ -5,23 +5,24 @@ table = PageTable(indptr, indices, last_page_len, page_size=16)
 out = decode(q, kv, table)
 """
 
+from .append import append
 from .attention import (
     BatchDecodeWithPagedKVCache,
     BatchPrefillWithPagedKVCache,
-    append,
     decode,
-    merge_state,
-    merge_states,
     prefill,
     single_decode,
     single_prefill,
     status,
-    supports,
 )
 from .cache import PagedKVCache
 from .errors import LayoutMismatchError, OutOfPagesError, PageTableError
-from .layout import Layout, PagedKV
+from .layout import Layout
+from .merge import merge_state, merge_states
 from .page_table import PageTable
+from .paged_kv import PagedKV
+from .support import supports
+from .warm_up import warm_up
 
 __version__ = "0.1.0"
 
@@ -45,4 +46,5 @@ __all__ = [
     "single_prefill",
     "status",
     "supports",
+    "warm_up",
 ]

@@ -14,16 +14,22 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from . import attention, backends, interop, spec
+from . import backends, interop
+from .append import append
+from .checks import scalars, sequences, tables, tokens
 from .errors import OutOfPagesError
-from .layout import Layout, PagedKV, as_layout
+from .interop import Array
+from .layout import Layout, as_layout
 from .lifetimes import loan_of, reading
-from .page_table import PageTable, table_of_own_arrays
+from .page_lists import PageLists, resized
+from .page_table import PageTable
+from .paged_kv import PagedKV
+from .ragged import ranges
+from .support import supports
 
 # A sequence id is (generation << ROW_BITS) | row: a row that is used again gives another id, so a freed id stays freed.
 ROW_BITS = 32
@@ -35,121 +41,6 @@ NOT_LIVE = (
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """first[0], first[0]+1, ... (count[0] of them), first[1], first[1]+1, ... as one array [sum(count)]."""
-    if np.count_nonzero(count == 1) == count.size:  # a decode step: one of each
-        return first
-    end = count.cumsum()
-    return np.repeat(first - end + count, count) + np.arange(end[-1])
-
-
-def _resized(array: np.ndarray, size: int) -> np.ndarray:
-    """A copy of a 1-D array with `size` elements, zeros behind the old ones."""
-    copy = np.zeros(size, array.dtype)
-    copy[: array.size] = array
-    return copy
-
-
-class _PageLists:
-    """The page ids of every sequence, in one flat array (the arena) on the host, and a copy of it on the device.
-
-    Row r owns the extent page_ids[start[r] : start[r] + capacity[r]]; its pages are the first count[r] entries. A list
-    that outgrows its extent moves to a new one of twice the size it needs, behind all others; when there is no room
-    behind them, all lists move to a new arena. The device gets only the entries that changed, with the next table.
-    """
-
-    def __init__(self, backend: ModuleType, device: str) -> None:
-        self._backend, self._device = backend, device
-        self.start = np.zeros(0, np.int64)
-        self.capacity = np.zeros(0, np.int64)
-        self.count = np.zeros(0, np.int64)
-        self.page_ids = np.zeros(1, np.int32)
-        self._used = 0
-        self._changed = np.zeros(1, np.int32)  # [arena size]; the first _num_changed: entries the device has not seen
-        self._num_changed = 0  # above the arena's size: every entry may be one
-        self._device_page_ids = backend.empty((0,), np.dtype(np.int32), device)  # as large as the arena, or outgrown
-
-    def set_num_rows(self, num_rows: int) -> None:
-        resized = [_resized(x, num_rows) for x in (self.start, self.capacity, self.count)]
-        self.start, self.capacity, self.count = resized
-
-    def pages(self, row: int, first: int = 0, last: int | None = None) -> np.ndarray:
-        """Pages first to last (excluded) of one row, a view."""
-        start = self.start[row]
-        return self.page_ids[start + first : start + (self.count[row] if last is None else last)]
-
-    def last_pages(self, rows: np.ndarray) -> np.ndarray:
-        """The last page of each row, a copy; of a row without pages, anything."""
-        return self.page_ids.take(self.start[rows] + self.count[rows] - 1, mode="clip")
-
-    def stage(self, rows: np.ndarray, counts: np.ndarray, pages: np.ndarray) -> np.ndarray:
-        """Writes counts[i] pages behind the end of the list of rows[i], which does not hold them before `commit`.
-
-        `pages` has those of rows[0] first, then those of rows[1], ... Returns where they stand in page_ids.
-        """
-        held = self.count[rows]
-        self._make_room(rows, held + counts)
-        entries = _ranges(self.start[rows] + held, counts)
-        self.page_ids[entries] = pages
-        return entries
-
-    def commit(self, rows: np.ndarray, counts: np.ndarray, entries: np.ndarray) -> None:
-        """The lists of `rows` now hold the pages that were staged."""
-        self.count[rows] += counts
-        self._mark_changed(entries)
-
-    def replace_last_pages(self, rows: np.ndarray, pages: np.ndarray) -> None:
-        entries = self.start[rows] + self.count[rows] - 1
-        self.page_ids[entries] = pages
-        self._mark_changed(entries)
-
-    def write_table(self, rows: np.ndarray, indptr: np.ndarray, last_page_len: np.ndarray, out: PageTable) -> None:
-        """Writes the table of `rows` into `out`, after what the device has not seen of the lists."""
-        device_page_ids = self._device_page_ids
-        if device_page_ids.size != self.page_ids.size:  # the lists have moved since, so that all of them are changed
-            device_page_ids = self._backend.empty(self.page_ids.shape, self.page_ids.dtype, self._device)
-        is_known = self._num_changed <= self._changed.size
-        changed = self._changed[: self._num_changed] if is_known else np.arange(self._used, dtype=np.int32)
-        values = self.page_ids[changed]
-        self._backend.update_table(device_page_ids, changed, values, self.start[rows], indptr, last_page_len, out)
-        self._device_page_ids = device_page_ids
-        self._num_changed = 0
-
-    def _make_room(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Sees to it that rows[i] has a capacity of counts[i] or more. No list changes by it, but for its place."""
-        short = self.capacity[rows] < counts
-        if not short.any():
-            return
-        page_ids, changed, used = self.page_ids, self._changed, self._used
-        is_new = used + 2 * int(counts[short].sum()) > page_ids.size
-        if is_new:
-            wanted = self.count.copy()
-            wanted[rows] = counts
-            rows, counts, used = np.arange(wanted.size), wanted, 0
-            size = max(page_ids.size, 4 * int(counts.sum()))  # at least half stays free: moving is amortised
-            page_ids, changed = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        else:
-            rows, counts = rows[short], counts[short]
-        held = self.count[rows]
-        end = used + np.cumsum(2 * counts)
-        start = end - 2 * counts
-        entries = _ranges(start, held)
-        page_ids[entries] = self.page_ids[_ranges(self.start[rows], held)]
-
-        # All is computed; from here on nothing raises.
-        self.page_ids, self._changed, self._used = page_ids, changed, int(end[-1])
-        if is_new:
-            self._num_changed = 0
-        self.start[rows], self.capacity[rows] = start, 2 * counts
-        self._mark_changed(entries)
-
-    def _mark_changed(self, entries: np.ndarray) -> None:
-        end = self._num_changed + entries.size
-        if end <= self._changed.size:
-            self._changed[self._num_changed : end] = entries
-        self._num_changed = end
 
 
 _NONE = np.zeros(0, np.int64)
@@ -164,7 +55,7 @@ class _Reservation(NamedTuple):
     pages: np.ndarray = _NONE  # all that are taken: those that lists grow by, then `copies`
     rows_growing: np.ndarray = _NONE
     added: np.ndarray = _NONE  # pages that each of rows_growing grows by
-    staged: np.ndarray = _NONE  # where those stand in the lists
+    staged: np.ndarray = _NONE  # the indices of those in the lists
     rows_copying: np.ndarray = _NONE  # whose last page gives way to a copy
     copied: np.ndarray = _NONE  # that page of each
     copies: np.ndarray = _NONE
@@ -192,10 +83,14 @@ def _one_thread_at_a_time(method: _Method) -> _Method:
 class PagedKVCache:
     """Pages of K and V for many sequences and layers, with sharing of prefixes by copy-on-write.
 
-    num_pages, page_size, num_kv_heads, head_dim: the extents of every layer's pool; page_size counts tokens.
-    layout: Layout or "NHD" / "HND". dtype: what K and V are stored in ("float16", "bfloat16", "float32", ...).
-    num_layers: layers that share the page lists; a page id means the same page in each of them.
-    device: "cpu", "cuda:<i>", ...; None is the current CUDA device if there is one, else the CPU.
+    Parameters
+    ----------
+    num_pages, page_size, num_kv_heads, head_dim: ints, the extents of every layer's pool; page_size counts tokens.
+    layout: Layout or "NHD" or "HND"; it has no default.
+    dtype: what K and V are stored in, "float16", "bfloat16", "float32", "float64" or such a NumPy dtype; no default.
+    v_head_dim: int, the last axis of V. Default None: head_dim.
+    num_layers: int, layers that share the page lists; a page id means the same page in each of them. Default 1.
+    device: "cpu", "cuda", "cuda:1", ... Default None: the current CUDA device where there is one, else the CPU.
 
     A sequence is the int that `new_sequence` or `fork` returned. A batch of them, `seqs`, is a list of such ints or an
     integer array [batch], without repetition. One that was freed, or is none of this cache, is a ValueError.
@@ -217,28 +112,38 @@ class PagedKVCache:
         *,
         layout: Layout | str,
         dtype: Any,
+        v_head_dim: int | None = None,
         num_layers: int = 1,
         device: Any = None,
     ) -> None:
-        num_pages, page_size, num_kv_heads, head_dim, num_layers = (
-            spec.as_int(value, name, minimum=1)
+        num_pages, page_size, num_kv_heads, head_dim, v_head_dim, num_layers = (
+            scalars.as_int(value, name, minimum=1)
             for value, name in (
                 (num_pages, "num_pages"),
                 (page_size, "page_size"),
                 (num_kv_heads, "num_kv_heads"),
                 (head_dim, "head_dim"),
+                (head_dim if v_head_dim is None else v_head_dim, "v_head_dim"),
                 (num_layers, "num_layers"),
             )
         )
         layout, dtype = as_layout(layout), interop.as_dtype(dtype)
         self._device = interop.resolve_device(device)
         self._backend = backends.of(self._device)
-        support = attention.supports("append", device=self._device, dtype=dtype, head_dim=head_dim)
+        support = supports("append", device=self._device, dtype=dtype, head_dim=head_dim, v_head_dim=v_head_dim)
         if not support:
             raise NotImplementedError(support.reason)
-        page = (page_size, num_kv_heads, head_dim) if layout is Layout.NHD else (num_kv_heads, page_size, head_dim)
-        self._storage = self._backend.zeros((num_layers, num_pages, 2, *page), dtype, self._device)
-        self._layers = tuple(PagedKV.combined(self._storage[i], layout=layout) for i in range(num_layers))
+        rows = (page_size, num_kv_heads) if layout is Layout.NHD else (num_kv_heads, page_size)
+        k_size, v_size = page_size * num_kv_heads * head_dim, page_size * num_kv_heads * v_head_dim
+        self._storage = self._backend.zeros((num_layers, num_pages, k_size + v_size), dtype, self._device)
+        self._layers = tuple(
+            PagedKV(
+                pages[:, :k_size].reshape(num_pages, *rows, head_dim),
+                pages[:, k_size:].reshape(num_pages, *rows, v_head_dim),
+                layout=layout,
+            )
+            for pages in (self._storage[i] for i in range(num_layers))
+        )
         self._num_pages, self._page_size = num_pages, page_size
 
         self._free_pages = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack: the first _num_free are free
@@ -246,7 +151,7 @@ class PagedKVCache:
         self._references = np.zeros(num_pages, np.int32)
         self._num_references = 0  # their sum
 
-        self._lists = _PageLists(self._backend, self._device)
+        self._lists = PageLists(self._backend, self._device)
         self._length = np.zeros(0, np.int64)  # [rows] tokens, reserved ones included
         self._live_id = np.zeros(0, np.int64)  # [rows] the id of the sequence in this row, -1 where there is none
         self._unused_ids: list[int] = []  # the ids that free rows give next; the last comes first
@@ -254,9 +159,15 @@ class PagedKVCache:
         self._set_num_rows(16)
         self._in_use = threading.Lock()  # held by the call that a thread is in
 
+    def __repr__(self) -> str:
+        return (
+            f"PagedKVCache({len(self._layers)} x {self._layers[0]}: {np.count_nonzero(self._live_id >= 0)} sequences, "
+            f"{self._num_free} pages free)"
+        )
+
     @property
     def layers(self) -> tuple[PagedKV, ...]:
-        """One PagedKV a layer, always the same objects: views of one array [num_layers, num_pages, 2, ...], K first."""
+        """One PagedKV a layer, always the same objects: views of one [num_layers, num_pages, K and V of a page]."""
         return self._layers
 
     @property
@@ -282,7 +193,10 @@ class PagedKVCache:
         return self._device
 
     def seq_len(self, seq: int) -> int:
-        """Tokens of a sequence, reserved ones included. It holds ceil(seq_len / page_size) pages."""
+        """Tokens of a sequence, reserved ones included. It holds ceil(seq_len / page_size) pages.
+
+        seq: int, the sequence.
+        """
         return int(self._length[self._row(seq)])
 
     @_one_thread_at_a_time
@@ -294,11 +208,13 @@ class PagedKVCache:
 
     @_one_thread_at_a_time
     def fork(self, seq: int, length: int | None = None) -> int:
-        """A new sequence that begins with the first `length` tokens of `seq` (None: all) and shares their pages.
+        """A new sequence that begins with the first tokens of another one and shares their pages.
 
-        It takes no page; whoever writes first into a partly filled page that is shared takes a copy of it then.
+        seq: int, the other one.
+        length: int in [0, seq_len(seq)], how many tokens. Default None: all.
+
+        It takes no page; the first write into a partly filled page that is shared takes a copy of it.
         Tokens of `seq` that are reserved must have been written (in every layer) before either side reserves again.
-        ValueError if length is not in [0, seq_len(seq)].
         """
         row = self._row(seq)
         length = self._check_length(seq, row, length)
@@ -315,9 +231,10 @@ class PagedKVCache:
 
     @_one_thread_at_a_time
     def truncate(self, seq: int, length: int) -> None:
-        """Drops the tokens of `seq` from `length` on, and the pages that only they needed.
+        """Drop the last tokens of a sequence, and the pages that only they needed.
 
-        ValueError if length is not in [0, seq_len(seq)].
+        seq: int, the sequence.
+        length: int in [0, seq_len(seq)], the tokens that stay.
         """
         row = self._row(seq)
         length = self._check_length(seq, row, length)
@@ -329,7 +246,10 @@ class PagedKVCache:
 
     @_one_thread_at_a_time
     def free(self, seq: int) -> None:
-        """Ends `seq`: pages that no other sequence holds become free, and the id is refused from now on."""
+        """End a sequence: pages that no other one holds become free, and the id is refused from now on.
+
+        seq: int, the sequence.
+        """
         row = self._row(seq)
         pages = self._lists.pages(row).copy()
         self._batch = None
@@ -341,11 +261,14 @@ class PagedKVCache:
 
     @_one_thread_at_a_time
     def reserve(self, seqs: Sequence[int] | np.ndarray, counts: int | Sequence[int] | np.ndarray) -> Any:
-        """Makes each sequence counts[i] tokens longer and says where they go.
+        """Make sequences longer: slots int64 [sum(counts)] on the cache's device, the tokens of seqs[0] first.
 
-        counts: one int for all sequences, or one for each. Returns slots int64 [sum(counts)] on the cache's device, the
-        tokens of seqs[0] first, for `write` in every layer; slot = page * page_size + offset.
-        Takes pages as needed. A sequence whose last page is partly filled and shared gets a copy of it (all layers);
+        The slots are for `write` in every layer; slot = page * page_size + offset.
+
+        seqs: ints [batch], the sequences, without repetition.
+        counts: int or ints [batch], the tokens that each sequence gets.
+
+        It takes pages as needed. A sequence whose last page is partly filled and shared gets a copy of it (all layers);
         where all sequences that share it are in the batch, the longest of them (of several, the last) keeps the
         original.
         OutOfPagesError (with .wanted and .free) if the pool cannot give that many pages.
@@ -356,21 +279,32 @@ class PagedKVCache:
         return reserved.slots
 
     @_one_thread_at_a_time
-    def write(self, slots: Any, k: Any, v: Any, layer: int = 0) -> None:
-        """Writes k, v [tokens, num_kv_heads, head_dim] into slots [tokens] of one layer, int64 or int32; -1 skips."""
-        layer = spec.as_int(layer, "layer", minimum=-(2**31))
+    def write(self, slots: Array, k: Array, v: Array, layer: int = 0) -> None:
+        """Write new tokens into one layer.
+
+        slots: int64 or int32 [tokens], as `reserve` returns them; -1 skips the token.
+        k: [tokens, num_kv_heads, head_dim], of the cache's dtype and on its device.
+        v: [tokens, num_kv_heads, v_head_dim].
+        layer: int in [0, num_layers). Default 0.
+        """
+        layer = scalars.as_int(layer, "layer", minimum=-(2**31))
         if not 0 <= layer < len(self._layers):
             raise ValueError(
                 f"layer is {layer}, which is no layer of a cache with num_layers={len(self._layers)}; "
                 f"pass an int in [0, {len(self._layers)})"
             )
-        attention.append(self._layers[layer], slots, k, v)
+        append(self._layers[layer], slots, k, v)
 
     @_one_thread_at_a_time
     def append(
-        self, seqs: Sequence[int] | np.ndarray, counts: int | Sequence[int] | np.ndarray, k: Any, v: Any
+        self, seqs: Sequence[int] | np.ndarray, counts: int | Sequence[int] | np.ndarray, k: Array, v: Array
     ) -> None:
-        """`reserve` and `write` in one, for a cache of one layer: k, v [sum(counts), num_kv_heads, head_dim].
+        """`reserve` and `write` in one, for a cache of one layer.
+
+        seqs: ints [batch], the sequences, without repetition.
+        counts: int or ints [batch], the tokens that each sequence gets.
+        k: [sum(counts), num_kv_heads, head_dim], of the cache's dtype and on its device.
+        v: [sum(counts), num_kv_heads, v_head_dim].
 
         Errors are those of `reserve` and `write`.
         """
@@ -382,21 +316,23 @@ class PagedKVCache:
         rows = self._rows(seqs)
         counts = self._counts(counts, rows.size)
         native_k, native_v = interop.native(k, "k"), interop.native(v, "v")
-        spec.check_new_tokens(self._layers[0], native_k, native_v, int(counts.sum()))
+        tokens.check_new_tokens(self._layers[0], native_k, native_v, int(counts.sum()))
         reserved = self._prepare(rows, counts)
         with reading(loan_of((native_k, k), (native_v, v))):
-            attention.append(self._layers[0], reserved.slots, native_k, native_v)  # where nobody's tokens are
+            append(self._layers[0], reserved.slots, native_k, native_v)  # into slots that hold no token yet
         self._commit(reserved)
 
     @_one_thread_at_a_time
     def page_table(self, seqs: Sequence[int] | np.ndarray, out: PageTable | None = None) -> PageTable:
         """The page table of a batch of sequences, reserved tokens included; row i is seqs[i].
 
-        out=None: a table in arrays of its own, on the cache's device.
-        out: a table of PageTable.empty, whose arrays are written instead: their lengths are its capacity, and their
-        addresses and shapes the same in every step. What is returned is a view of the first len(seqs) rows; `out`
-        itself, whose rows past the batch are then empty, is what a CUDA graph plans. Entries of `indices` from
-        indptr[-1] on mean nothing. PageTableError if the batch has more rows or pages than `out` has room for.
+        seqs: ints [batch], the sequences, without repetition.
+        out: a table of PageTable.empty that is written; the lengths of its arrays are its capacity, and their addresses
+            and shapes the same in every step. Default None: a table in new arrays, on the cache's device.
+
+        With `out` a view of its first len(seqs) rows is returned; `out` itself, whose rows past the batch are then
+        empty, is what a CUDA graph plans. Entries of `indices` from indptr[-1] on mean nothing. PageTableError if the
+        batch has more rows or pages than `out` has room for.
         """
         rows = self._rows(seqs)
         num_pages = self._lists.count[rows]
@@ -408,7 +344,7 @@ class PagedKVCache:
             table = self._new_table(rows.size, int(indptr[-1]))
             self._lists.write_table(rows, indptr, last_page_len, table)
             return table
-        spec.check_table_out(out, self._page_size, self._device, rows.size, int(indptr[-1]))
+        tables.check_table_out(out, self._page_size, self._device, rows.size, int(indptr[-1]))
         self._lists.write_table(rows, indptr, last_page_len, out)
         return self._table_of(out.indptr[: rows.size + 1], out.indices, out.last_page_len[: rows.size])
 
@@ -420,10 +356,10 @@ class PagedKVCache:
         )
 
     def _table_of(self, indptr: Any, indices: Any, last_page_len: Any) -> PageTable:
-        return table_of_own_arrays(indptr, indices, last_page_len, self._page_size, self._device)
+        return PageTable.of_own_arrays(indptr, indices, last_page_len, self._page_size, self._device)
 
     def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> _Reservation:
-        """All of a reservation that may raise. Pages that it takes are free, and entries that it writes nobody's."""
+        """All of a reservation that may raise. It takes free pages, and writes entries of no list."""
         lists, page_size = self._lists, self._page_size
         length, held = self._length[rows], lists.count[rows]
         longer = length + counts
@@ -442,7 +378,7 @@ class PagedKVCache:
         page = lists.last_pages(rows)
         copied = page[copying]
         page[copying] = copies
-        position = _ranges(length, counts)
+        position = ranges(length, counts)
         number = position // page_size  # of the token's page in its sequence
         if np.count_nonzero(counts == 1) == counts.size:  # a decode step: the quick way to the same
             page[growing] = new_pages
@@ -482,7 +418,7 @@ class PagedKVCache:
     def _copying(self, rows: np.ndarray, length: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Which of the rows, `length` tokens long and about to get `counts` more, must first copy their last page.
 
-        Returns their places in `rows`.
+        Returns their indices in `rows`.
         """
         if self._num_references == self._num_pages - self._num_free:  # no page is shared
             return _NONE
@@ -493,7 +429,7 @@ class PagedKVCache:
             return writers[:0]
         writers, pages = writers[is_shared], pages[is_shared]
         shared, group, num_writers = np.unique(pages, return_inverse=True, return_counts=True)
-        # The longest writes behind the tokens of all others, so that even a call that fails later has hurt nobody.
+        # The longest writes behind the tokens of all others, so that a call that fails later harms none of them.
         by_length = np.argsort(length[writers], kind="stable")
         keeper = np.zeros(shared.size, np.int64)
         keeper[group[by_length]] = by_length  # of several values for one element NumPy keeps the last
@@ -502,7 +438,7 @@ class PagedKVCache:
         return writers[~keeps_original]
 
     def _release(self, pages: np.ndarray) -> None:
-        """One sequence lets go of these pages; those that nobody else holds become free."""
+        """One sequence releases these pages; those that no other sequence holds become free."""
         self._references[pages] -= 1
         self._num_references -= pages.size
         freed = pages[self._references[pages] == 0]
@@ -513,7 +449,7 @@ class PagedKVCache:
         """Makes room for more sequences; the rows so far stay."""
         old = self._length.size
         self._lists.set_num_rows(num_rows)
-        length, live_id = _resized(self._length, num_rows), _resized(self._live_id, num_rows)
+        length, live_id = resized(self._length, num_rows), resized(self._live_id, num_rows)
         live_id[old:] = -1
         self._unused_ids += range(num_rows - 1, old - 1, -1)
         self._length, self._live_id = length, live_id
@@ -535,7 +471,7 @@ class PagedKVCache:
 
     def _row(self, seq: int) -> int:
         """The row of a live sequence."""
-        seq = spec.as_int(seq, "seq", minimum=0, maximum=2**63 - 1)
+        seq = scalars.as_int(seq, "seq", minimum=0, maximum=2**63 - 1)
         row = seq & ROW_MASK
         if row >= self._live_id.size or self._live_id[row] != seq:
             raise ValueError(f"seq is {seq}, {NOT_LIVE}")
@@ -543,11 +479,11 @@ class PagedKVCache:
 
     def _rows(self, seqs: Sequence[int] | np.ndarray) -> np.ndarray:
         """The rows int64 [batch] of live, distinct sequences."""
-        ids = spec.as_sequences(seqs)
+        ids = sequences.as_sequences(seqs)
         content = ids.tobytes()
         if self._batch is not None and self._batch[0] == content:  # ids stay live until free()
             return self._batch[1]
-        spec.check_distinct(ids)
+        sequences.check_distinct(ids)
         rows = ids & ROW_MASK
         # A clipped row never has the id that was asked for; free rows have -1, which a caller could ask for.
         live = (self._live_id.take(rows, mode="clip") == ids) & (ids >= 0)
@@ -560,14 +496,14 @@ class PagedKVCache:
     def _counts(self, counts: int | Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:
         """counts int64 [batch]."""
         if np.ndim(counts) == 0:
-            return np.full(batch_size, spec.as_int(counts, "counts", minimum=0))
-        return spec.check_counts(counts, batch_size)
+            return np.full(batch_size, scalars.as_int(counts, "counts", minimum=0))
+        return sequences.check_counts(counts, batch_size)
 
     def _check_length(self, seq: int, row: int, length: int | None) -> int:
         seq_len = int(self._length[row])
         if length is None:
             return seq_len
-        length = spec.as_int(length, "length", minimum=0)
+        length = scalars.as_int(length, "length", minimum=0)
         if length > seq_len:
             raise ValueError(
                 f"length is {length}, but sequence {seq} has {seq_len} tokens; pass at most {seq_len}, "

@@ -1,7 +1,8 @@
 """From ``kernels/*.cu`` to a function that can be launched.
 
-A kernel is known by the name of its ``extern "C" __global__`` function. Its text is flattened (quoted includes are put
-in place), compiled by CuPy's own ``RawModule``, and launched with one struct of parameters, which is filled by name.
+A kernel is known by the name of its ``extern "C" __global__`` function. The text of its file is flattened (quoted
+includes are put in place), compiled by CuPy's own ``RawModule`` for a ``Recipe``, and launched with one struct of
+parameters, which is filled by name.
 CuPy and the driver are imported inside functions only.
 """
 
@@ -9,9 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import re
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from . import install
+from .card import card_of
+from .lifetimes import capture_of_others
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _INCLUDE = re.compile(r'\s*#\s*include\s*"([^"]+)"')
@@ -122,13 +127,13 @@ def params_dtype(source: str, struct: str) -> np.dtype[np.void]:
     known: dict[str, tuple[np.dtype[Any], int]] = {
         kind: (np.dtype(code), np.dtype(code).itemsize) for kind, code in _SCALARS.items()
     }
-    faults: dict[str, str] = {}  # a struct that lives on the device only may hold what it likes
+    faults: dict[str, str] = {}  # not of structs that live on the device only
     for given_alignment, name, body in _STRUCT.findall(_COMMENT.sub("", source)):
         fields: dict[str, list[Any]] = {"names": [], "formats": [], "offsets": []}
         end, alignment = 0, int(given_alignment or 1)
         if directive := re.search(r"#.*", body):
             faults[name] = (
-                f"{directive[0].strip()!r} stands among its fields, and the host would not know which of them the "
+                f"{directive[0].strip()!r} is among its fields, and the host would not know which of them the "
                 f"compiler sees; keep every field in every build"
             )
         elif name in known or name in faults:
@@ -198,6 +203,21 @@ def fast_divide(divisor: int) -> tuple[int, int, int]:
 # --- 3. the function and its launches --------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a kernel is compiled and launched: all but its parameters, the grid and the stream."""
+
+    kernel: str
+    constants: tuple[tuple[str, int], ...] = ()  # -D
+    threads: int | tuple[int, ...]  # of a block
+    shared_bytes: int = 0  # dynamic shared memory of a block
+    cluster: int = 1  # neighbouring blocks that start together
+
+    @property
+    def num_threads(self) -> int:
+        return self.threads if isinstance(self.threads, int) else math.prod(self.threads)
+
+
 class _LaunchAttribute(ctypes.Structure):
     """``CUlaunchAttribute`` of cuda.h; ``value`` is a union of 64 bytes."""
 
@@ -234,7 +254,7 @@ def _launch_function() -> Any:
 class Launch:
     """A launch that is prepared once and repeated: only ``params``, the grid and the stream change.
 
-    ``params`` is the launch's own structured array; what stands there when it is called is what the kernel gets.
+    ``params`` is a structured array; the kernel gets what is stored there when the launch is called.
     ``cluster`` is the number of neighbouring blocks that start together on one part of the card (above 1: compute
     capability 9.0 and later); it divides the grid.
     """
@@ -252,7 +272,7 @@ class Launch:
             self._config.attributes, self._config.num_attributes = ctypes.addressof(self._cluster), 1
         self._arguments = (ctypes.c_void_p * 1)(params.ctypes.data)
         self._launch = _launch_function()
-        self._place: tuple[int, ...] | None = None  # the stream and the grid that stand in the config
+        self._configured_for: tuple[int, ...] | None = None  # the stream and the grid written to the config
         # Plain addresses are the cheapest arguments that ctypes knows.
         self._config_address = ctypes.addressof(self._config)
         self._arguments_address = ctypes.addressof(self._arguments)
@@ -279,11 +299,11 @@ class Launch:
 
     def __call__(self, stream: int, grid_x: int, grid_y: int = 1, grid_z: int = 1) -> None:
         """Launches on ``stream`` (its address, ``cupy.cuda.Stream.ptr``). The kernel's device is the current one."""
-        place = stream, grid_x, grid_y, grid_z
-        if place != self._place:  # the fields of a ctypes structure are slow
+        wanted = stream, grid_x, grid_y, grid_z
+        if wanted != self._configured_for:  # the fields of a ctypes structure are slow
             config = self._config
-            config.stream, config.grid_x, config.grid_y, config.grid_z = place
-            self._place = place
+            config.stream, config.grid_x, config.grid_y, config.grid_z = wanted
+            self._configured_for = wanted
         error = self._launch(self._config_address, self.kernel.function_pointer, self._arguments_address, None)
         if error:
             self._recover(error)
@@ -304,18 +324,14 @@ class Kernel:
     ``dtype`` is that of its parameters, ``function_pointer`` the driver's ``CUfunction``.
     """
 
-    def __init__(self, name: str, device: str, shared_bytes: int, defines: Mapping[str, Any]) -> None:
-        import cupy
-
-        _check_nvrtc()
+    def __init__(self, name: str, device: str, shared_bytes: int, constants: tuple[tuple[str, int], ...]) -> None:
         source = load_source(name)
         self.name = name
         self.device_index = int(device.removeprefix("cuda:"))
         self.shared_bytes = shared_bytes
         self.dtype = params_dtype(source, params_name(source, name))
-        with cupy.cuda.Device(self.device_index) as current:
-            arch = "sm_90a" if current.compute_capability == "90" else None
-            module = cupy.RawModule(code=source, options=options(arch, **defines))
+        module = _module(kernel_files()[name], device, constants)
+        with _device(device), capture_of_others():  # which a module that is loaded does not disturb
             self._function = module.get_function(name)  # keeps the module loaded
             if shared_bytes > 48 * 1024:  # what a launch gets without asking
                 self._function.max_dynamic_shared_size_bytes = shared_bytes
@@ -343,13 +359,37 @@ class Kernel:
 
 
 @cache
-def kernel(name: str, device: str, *, shared_bytes: int = 0, **defines: Any) -> Kernel:
-    """Kernel ``name`` compiled for ``device`` ("cuda:0") with the constants ``defines``; the same object every time.
+def _module(path: Path, device: str, constants: tuple[tuple[str, int], ...]) -> Any:
+    """A file of kernels, compiled once a device and set of constants."""
+    import cupy
 
-    ``shared_bytes`` is the dynamic shared memory of its launches. Raises ImportError where CuPy or an NVRTC of 12.9 or
-    later is missing, with the command that installs it.
+    _check_nvrtc()
+    with _device(device):
+        given = options(card_of(device).arch, **dict(constants))
+        return cupy.RawModule(code=load_source(path.name), options=given)
+
+
+def kernel(recipe: Recipe, device: str) -> Kernel:
+    """The kernel of a recipe compiled for ``device`` ("cuda:0"); the same object every time.
+
+    Raises ImportError where CuPy or an NVRTC of 12.9 or later is missing, with the command that installs it.
     """
-    return Kernel(name, device, shared_bytes, defines)
+    return _kernel(recipe.kernel, device, recipe.shared_bytes, recipe.constants)
+
+
+_kernel = cache(Kernel)
+
+
+def prepare(recipe: Recipe, device: str, fields: Mapping[str, Any]) -> Launch:
+    """A launch whose parameters are `fields` by name, and zero for the rest."""
+    made = kernel(recipe, device)
+    return Launch(made, recipe.threads, made.params(fields), recipe.cluster)
+
+
+def _device(device: str) -> Any:
+    import cupy
+
+    return cupy.cuda.Device(int(device.removeprefix("cuda:")))
 
 
 def _extent(extent: int | tuple[int, ...]) -> tuple[int, ...]:

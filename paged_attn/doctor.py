@@ -10,7 +10,6 @@ import argparse
 import ctypes
 import functools
 import importlib.metadata
-import itertools
 import platform
 import shlex
 import sys
@@ -29,14 +28,16 @@ from rich.table import Table
 from rich.text import Text
 
 import paged_attn as pa
-from paged_attn import compile, install, planner
+from paged_attn import compile, install
+from paged_attn.card import A100, H100, Card, card_of
+from paged_attn.compile import Recipe
 from paged_attn.install import BINDINGS, CUPY, TOOLKIT
+from paged_attn.warm_up import OPS, Shapes, needed_recipes
 
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 OUT_TOLERANCE = {"float16": 2e-3, "bfloat16": 1e-2}  # ||error|| / ||reference|| of one check
 HEAD_DIM, NUM_QO_HEADS, NUM_KV_HEADS = 128, 8, 2
-ARCHITECTURES = ("sm_80", "sm_90a")  # what is compiled where there is no card
-HOPPER_FILES = ("prefill_hopper.cu",)  # for sm_90a alone
+CARDS = (A100, H100)  # what kernels are compiled for where there is no card
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
@@ -60,11 +61,11 @@ class Finding:
 
 
 Probe = Callable[[], list[Finding]]
-Say = Callable[[str], None]  # told what is looked at next
+Say = Callable[[str], None]  # gets the name of what is looked at next
 
 
-def nobody(name: str) -> None:
-    """For whoever does not want to hear."""
+def in_silence(name: str) -> None:
+    """A Say that says nothing."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -104,7 +105,7 @@ def reason(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class Card:
+class FoundCard:
     name: str
     compute_capability: tuple[int, int]
     memory_bytes: int
@@ -113,10 +114,10 @@ class Card:
 @dataclass(frozen=True)
 class Driver:
     cuda: tuple[int, int]  # the newest CUDA that it runs
-    cards: tuple[Card, ...]
+    cards: tuple[FoundCard, ...]
 
 
-def found(say: Say = nobody) -> Iterator[Finding]:
+def found(say: Say = in_silence) -> Iterator[Finding]:
     probes: dict[str, Probe] = {
         "paged_attn": find_paged_attn,
         "Python": find_python,
@@ -189,7 +190,7 @@ def read_driver() -> Driver:
         check("cuDeviceGetName", library.cuDeviceGetName(name, len(name), device))
         check("cuDeviceTotalMem", library.cuDeviceTotalMem_v2(ctypes.byref(memory), device))
         major, minor = (ask("cuDeviceGetAttribute", attribute, device) for attribute in (75, 76))
-        cards.append(Card(name.value.decode(), (major, minor), memory.value))
+        cards.append(FoundCard(name.value.decode(), (major, minor), memory.value))
     return Driver((version // 1000, version % 1000 // 10), tuple(cards))
 
 
@@ -218,7 +219,7 @@ def find_runtime() -> list[Finding]:
     try:
         from cupy.cuda import runtime
     except Exception:  # find_cupy says which
-        return [Finding("CUDA runtime", Verdict.NOTE, "not looked for: it is CuPy that loads it")]
+        return [Finding("CUDA runtime", Verdict.NOTE, "not looked for: CuPy loads it")]
     try:
         number = runtime.runtimeGetVersion()
     except Exception as error:
@@ -237,7 +238,7 @@ def find_nvrtc() -> list[Finding]:
     try:
         version = nvrtc_version()
     except ImportError:
-        text = "not looked for: it is CuPy that loads it, or cuda.bindings where there is no card"
+        text = "not looked for: CuPy loads it, or cuda.bindings where there is no card"
         return [Finding("NVRTC", Verdict.NOTE, text, compiler_command())]
     except Exception as error:
         return [Finding("NVRTC", Verdict.BAD, f"none ({reason(error)})", command)]
@@ -261,9 +262,9 @@ def nvrtc_version() -> tuple[int, ...]:
 
 def find_support() -> list[Finding]:
     try:
-        import cupy  # noqa: F401 (without it there is nobody to ask)
+        import cupy  # noqa: F401 (without it nothing can be asked)
     except Exception:
-        return [Finding("GPU support", Verdict.NOTE, "not asked for: it is CuPy that knows the card")]
+        return [Finding("GPU support", Verdict.NOTE, "not asked for: CuPy knows the card")]
     support = pa.supports("decode", device="cuda")
     text = "the current card can run the kernels" if support else support.reason
     return [Finding("GPU support", Verdict.GOOD if support else Verdict.BAD, text)]
@@ -337,24 +338,21 @@ def on_card() -> bool:
 # -- 2. what compiles --------------------------------------------------------------------------------------------------
 
 
-def kernels(say: Say = nobody) -> Iterator[Finding]:
-    """One finding a .cu file: on a card its kernels are built as a launch would, elsewhere for ARCHITECTURES."""
+def kernels(say: Say = in_silence) -> Iterator[Finding]:
+    """One finding a .cu file: on a card its kernels are built as a launch would, elsewhere for CARDS."""
     try:
-        names = sorted(compile.kernel_files(), key=lambda name: compile.kernel_files()[name])
+        files = sorted({path.name for path in compile.kernel_files().values()})
     except Exception as error:
         yield Finding("kernels/*.cu", Verdict.BAD, reason(error))
         return
-    for path, family in itertools.groupby(names, key=lambda name: compile.kernel_files()[name]):
-        say(f"compiling {path.name}")
-        yield from attempt(path.name, functools.partial(compile_family, path.name, list(family)))
+    for file in files:
+        say(f"compiling {file}")
+        yield from attempt(file, functools.partial(compile_family, file))
 
 
-def compile_family(file: str, names: list[str]) -> list[Finding]:
-    architectures = ("sm_90a",) if file in HOPPER_FILES else ARCHITECTURES
+def compile_family(file: str) -> list[Finding]:
     if on_card():
-        if file in HOPPER_FILES and cupy_capability() != "90":
-            return [Finding(file, Verdict.NOTE, "not needed: this card is no Hopper, other kernels serve it")]
-        return [compile_for_card(file, names)]
+        return [compile_for_card(file)]
     try:
         from cuda.bindings import nvrtc
     except ImportError:
@@ -365,30 +363,50 @@ def compile_family(file: str, names: list[str]) -> list[Finding]:
     except Exception as error:
         text = f"not checked: there is no usable card, and no NVRTC ({reason(error)})"
         return [Finding(file, Verdict.NOTE, text, compiler_command())]
-    start = time.perf_counter()
-    variants = {compile.define_options(constants): constants for name in names for constants in typical_constants(name)}
-    for constants, arch in itertools.product(variants.values(), architectures):  # one text holds all kernels of a file
-        compile_without_card(nvrtc, file, compile.options(arch, **constants))
-    text = f"compiles for {' and '.join(architectures)} in {time.perf_counter() - start:.1f} s: {', '.join(names)}"
+    start, architectures, names = time.perf_counter(), [], set()
+    for card in CARDS:
+        needed = typical_recipes(file, card)
+        arch = card.arch or f"sm_{card.compute_capability}"
+        for constants in {recipe.constants for recipe in needed}:  # one text holds all kernels of a file
+            compile_without_card(nvrtc, file, compile.options(arch, **dict(constants)))
+        architectures += [arch] if needed else []
+        names |= {recipe.kernel for recipe in needed}
+    seconds = time.perf_counter() - start
+    text = f"compiles for {' and '.join(architectures)} in {seconds:.1f} s: {', '.join(sorted(names))}"
     return [Finding(file, Verdict.NOTE, text)]
 
 
-def cupy_capability() -> str:
+def compile_for_card(file: str) -> Finding:
     import cupy
 
-    return str(cupy.cuda.Device().compute_capability)
+    start, gpu = time.perf_counter(), cupy.cuda.Device()
+    device = f"cuda:{gpu.id}"
+    needed = typical_recipes(file, card_of(device))
+    if not needed:
+        return Finding(file, Verdict.NOTE, "not needed: other kernels serve this card")
+    for recipe in needed:
+        compile.kernel(recipe, device)
+    capability, seconds = int(gpu.compute_capability) / 10, time.perf_counter() - start
+    names = ", ".join(sorted({recipe.kernel for recipe in needed}))
+    return Finding(file, Verdict.GOOD, f"ready for compute capability {capability} in {seconds:.1f} s: {names}")
 
 
-def compile_for_card(file: str, names: list[str]) -> Finding:
-    import cupy
-
-    start, device = time.perf_counter(), cupy.cuda.Device()
-    for name in names:
-        for constants in typical_constants(name):
-            compile.kernel(name, f"cuda:{device.id}", shared_bytes=constants.get("SHARED_BYTES", 0), **constants)
-    capability, seconds = int(device.compute_capability) / 10, time.perf_counter() - start
-    text = f"ready for compute capability {capability} in {seconds:.1f} s: {', '.join(names)}"
-    return Finding(file, Verdict.GOOD, text)
+def typical_recipes(file: str, card: Card) -> list[Recipe]:
+    """What the checks below, or any model with their shapes, need of a file on a card."""
+    models = [
+        Shapes(
+            num_qo_heads=NUM_QO_HEADS,
+            num_kv_heads=NUM_KV_HEADS,
+            head_dim=HEAD_DIM,
+            v_head_dim=HEAD_DIM,
+            dtype=dtype,
+            page_size=Batch.page_size,
+            max_batch_size=3,
+        )
+        for dtype in DTYPES
+    ]
+    needed = (recipe for op in OPS for model in models for recipe in needed_recipes(op, model, card))
+    return [recipe for recipe in dict.fromkeys(needed) if compile.kernel_files()[recipe.kernel].name == file]
 
 
 def compile_without_card(nvrtc: Any, file: str, options: tuple[str, ...]) -> None:
@@ -401,29 +419,6 @@ def compile_without_card(nvrtc: Any, file: str, options: tuple[str, ...]) -> Non
         nvrtc.nvrtcGetProgramLog(program, log)
         raise RuntimeError(log.decode().strip("\0 ") or str(result))
     nvrtc.nvrtcDestroyProgram(program)
-
-
-def typical_constants(name: str) -> list[dict[str, Any]]:
-    """The constants that the checks below, or any model with their shapes, have a kernel compiled with."""
-    kinds = [{"HEAD_DIM": HEAD_DIM, "BFLOAT16": dtype == ml_dtypes.bfloat16} for dtype in DTYPES]
-    if name == "append":
-        return [{"HEAD_DIM": HEAD_DIM}]
-    if name == "decode":
-        decode = planner.decode_shape(1, NUM_QO_HEADS // NUM_KV_HEADS, HEAD_DIM)
-        constants = {"SOFT_CAP": False, "COLUMNS": decode.columns, "WARPS": decode.warps, "STAGES": decode.stages}
-        return [kind | constants | {"SHARED_BYTES": decode.shared_bytes} for kind in kinds]
-    if name == "prefill":
-        prefill = planner.prefill_shape(HEAD_DIM)
-        constants = {"SOFT_CAP": False, "TILE_ROWS": prefill.tile_rows, "SHARED_BYTES": prefill.shared_bytes}
-        return [kind | constants for kind in kinds]
-    if name == "prefill_hopper":
-        hopper = planner.prefill_hopper_shape(HEAD_DIM)
-        assert hopper is not None
-        constants = {"SOFT_CAP": False, "GATHER": False, "SHARED_BYTES": hopper.shared_bytes}
-        return [kind | constants | {"TMA_OUT": tma_out} for kind in kinds for tma_out in (False, True)]
-    if name in ("merge_state", "merge_states"):
-        return [kind | {"VEC": 8, "V_FLOAT32": False, "OUT_FLOAT32": False} for kind in kinds]
-    return [{}]
 
 
 # -- 3. what is right --------------------------------------------------------------------------------------------------
@@ -518,7 +513,7 @@ CHECKS = {
 }
 
 
-def checks(say: Say = nobody) -> Iterator[Finding]:
+def checks(say: Say = in_silence) -> Iterator[Finding]:
     """Each public function on the card against NumPy; without a card, that it runs on NumPy."""
     for name, check in CHECKS.items():
         say(name)

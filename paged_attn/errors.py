@@ -51,7 +51,7 @@ class PageTableError(ValueError):
     ----------
     field: name of the array (one of FAULT_FIELDS), or None.
     index: the request or the entry of that array, or None.
-    value: what stood there, or None.
+    value: the value of that entry, or None.
     """
 
     def __init__(
@@ -87,5 +87,5 @@ def fault_error(field_code: int, index: int, value: int) -> PageTableError:
         raise ValueError(f"field_code is {field_code}, which is no fault code; codes are 1..{len(FAULT_FIELDS) - 1}")
     field = FAULT_FIELDS[field_code]
     remedy = _REMEDIES.get(field, f"correct {field} at {index}; its row was made without what is wrong")
-    place = f"{field} of the call" if field.startswith("max_") else f"{field}[{index}]"
-    return PageTableError(f"{place} is {value}, but {_RULES[field]}; {remedy}", field=field, index=index, value=value)
+    entry = f"{field} of the call" if field.startswith("max_") else f"{field}[{index}]"
+    return PageTableError(f"{entry} is {value}, but {_RULES[field]}; {remedy}", field=field, index=index, value=value)

@@ -1,14 +1,15 @@
-"""Objects whose attributes are set once: what was derived and checked when they were made stays true."""
+"""Objects whose attributes are set once: what was checked when they were made stays true."""
 
+from functools import cached_property
 from typing import Any
-
-set_once = object.__setattr__  # what __init__ of a Frozen class sets its attributes by
 
 
 class Frozen:
-    """A class with __slots__ whose attributes can be read only; reading costs nothing extra."""
+    """A class whose attributes are read only. What it derives from them are cached properties."""
 
-    __slots__ = ()
+    def _set(self, **attributes: Any) -> None:
+        """Set attributes of an object that nothing has derived from yet."""
+        vars(self).update(attributes)
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind = type(self).__name__
@@ -19,7 +20,10 @@ class Frozen:
     def __delattr__(self, name: str) -> None:
         self.__setattr__(name, None)
 
-    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
-        """What copy and pickle restore."""
-        for name, value in state[1].items():
-            set_once(self, name, value)
+    def __getstate__(self) -> dict[str, Any]:
+        """What copy and pickle take: a copy has other arrays, and derives anew from them."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not isinstance(getattr(type(self), name, None), cached_property)
+        }

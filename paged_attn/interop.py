@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -26,7 +26,7 @@ _BFLOAT16 = FLOAT_DTYPES["bfloat16"]
 _METADATA = {
     **dict.fromkeys(("indptr", "indices", "last_page_len", "page_offset", "total_len", "qo_indptr"), "int32"),
     **dict.fromkeys(("block_table", "seq_lens", "batch_indices", "positions"), "int32"),
-    **dict.fromkeys(("lse", "s", "s_a", "s_b"), "float32"),
+    **dict.fromkeys(("lse", "sinks", "s", "s_a", "s_b"), "float32"),
     "slots": "int64",
 }
 """The dtypes of arguments that always have the same one; others are of FLOAT_DTYPES."""
@@ -74,7 +74,7 @@ _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
 
 
-class _Bits:
+class _Bfloat16AsUint16:
     """A DLPack producer that hands out another one's capsule with bfloat16 relabelled as uint16: no copy.
 
     The capsule owns its description of the tensor until it is consumed, so that changing the label in it is safe.
@@ -88,11 +88,11 @@ class _Bits:
     def __dlpack_device__(self) -> tuple[int, int]:
         return self._producer.__dlpack_device__()
 
-    def __dlpack__(self, **wishes: Any) -> Any:
+    def __dlpack__(self, **options: Any) -> Any:
         try:
-            capsule = self._producer.__dlpack__(**wishes)
+            capsule = self._producer.__dlpack__(**options)
         except TypeError:  # a producer of DLPack before 1.0 knows `stream` only
-            capsule = self._producer.__dlpack__(**{name: wishes[name] for name in wishes if name == "stream"})
+            capsule = self._producer.__dlpack__(**{name: options[name] for name in options if name == "stream"})
         if _is_capsule_named(capsule, b"dltensor_versioned"):
             managed = _ManagedVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
             tensor, self.read_only = managed.tensor, bool(managed.flags & _READ_ONLY)
@@ -105,6 +105,12 @@ class _Bits:
 
 # --------------------------------------------------------------------------------------------------------------------
 # In and out
+
+
+class Array(Protocol):
+    """An array of any library that paged_attn takes: NumPy, CuPy, JAX, or another with DLPack."""
+
+    def __dlpack__(self, *args: Any, **options: Any) -> Any: ...
 
 
 def native(x: Any, name: str, *, writable: bool = False) -> Any:
@@ -163,31 +169,31 @@ def _from_dlpack(x: Any, name: str, writable: bool) -> Any:
             f"{name} lives on a device of DLPack type {device_type}, and paged_attn knows the CPU and CUDA; "
             f"move {name} to one of them"
         )
-    bits, device, take = _Bits(x), contextlib.nullcontext(), np.from_dlpack
+    producer, device, take = _Bfloat16AsUint16(x), contextlib.nullcontext(), np.from_dlpack
     if device_type in _CUDA_DEVICES:
         cupy = cupy_for(f"{name} lives on a GPU")
         device, take = cupy.cuda.Device(device_id), cupy.from_dlpack
         if cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream(device_id).ptr):
             raise TypeError(
                 f"{name} ({type(x).__module__}.{type(x).__qualname__}) is to be taken by DLPack while the stream is "
-                f"capturing a CUDA graph, and its library would have the stream wait for its own, which ends the "
+                f"capturing a CUDA graph, and its library would have the stream wait for another, which ends the "
                 f"capture; take it before, {name} = cupy.from_dlpack({name}), and keep that"
             )
     try:
         with device:
-            array = take(bits)
+            array = take(producer)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         dtype = str(getattr(x, "dtype", "")).rpartition(".")[2]
         if dtype and dtype not in (*FLOAT_DTYPES, wanted):
             rule = wanted if name in _METADATA else f"one of {', '.join(FLOAT_DTYPES)}"
             raise TypeError(f"{name} must be {rule}, got {dtype}; pass {name}.astype(np.{wanted})") from error
         raise TypeError(f"{name} cannot be taken by DLPack ({error}); pass a NumPy or CuPy array") from error
-    if writable and (bits.read_only or (isinstance(array, np.ndarray) and not array.flags.writeable)):
+    if writable and (producer.read_only or (isinstance(array, np.ndarray) and not array.flags.writeable)):
         raise ValueError(
             f"{name} ({type(x).__module__}.{type(x).__qualname__}) does not say by DLPack that it may be written; "
             f"pass a NumPy or CuPy array"
         )
-    return array.view(_BFLOAT16) if bits.was_bfloat16 else array
+    return array.view(_BFLOAT16) if producer.was_bfloat16 else array
 
 
 def to_caller(result: Any, like: Any) -> Any:
@@ -247,13 +253,22 @@ def device_of(array: Any) -> str:
 
 
 def address_of(array: Any) -> int:
-    """Where a CuPy array begins; 0 for a NumPy array, whose address nobody asks for."""
+    """Where a CuPy array begins; 0 for a NumPy array."""
     return 0 if isinstance(array, np.ndarray) else int(array.data.ptr)
 
 
 def on_device_of(array: Any) -> Any:
     """`with on_device_of(array)`: its GPU is the current one; nothing for an array on the CPU."""
     return contextlib.nullcontext() if isinstance(array, np.ndarray) else array.device
+
+
+def current_stream(device: str) -> tuple[Any, int]:
+    """CuPy's current stream of a GPU and its address; None and 0 on the CPU, where a call returns when its work is
+    done."""
+    if device == "cpu":
+        return None, 0
+    stream = sys.modules["cupy"].cuda.get_current_stream(int(device.removeprefix("cuda:")))
+    return stream, stream.ptr
 
 
 def namespace(array: Any) -> ModuleType:

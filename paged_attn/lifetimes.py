@@ -1,10 +1,10 @@
-"""Who keeps what alive: memory that a kernel reads or writes stays until the kernel is over, and nobody waits for it.
+"""Who keeps what alive: memory that a kernel reads or writes stays until the kernel is over, without a wait.
 
 Launches are asynchronous, so an argument may lose its last reference while a kernel still reads it. Memory of CuPy's
 pool is safe: the pool gives a block to later work of the same stream only. Two kinds are not, and are kept here:
 
-- What another library lent us by DLPack (`Loan`). JAX gives a temporary's memory to its next operation, on a stream of
-  its own that does not wait for ours.
+- What another library lent us by DLPack (`Loan`). JAX gives a temporary's memory to its next operation, on a stream
+  that does not wait for ours.
 - What a CUDA graph holds the addresses of (`keep_with_graph`). Its kernels run again at every replay, for as long as
   the graph exists.
 
@@ -58,7 +58,7 @@ class Loan:
                     keep_with_graph(stream.ptr, self._views)
                     self._last_capture = capture
                 return
-            # Every thread has a default stream of its own, and all of them have one address.
+            # Each thread has another default stream, and all of these have one address.
             key = stream.ptr, threading.get_ident() if stream.ptr == _PER_THREAD_STREAM else 0
             if key not in self._events:
                 with capture_of_others():
@@ -72,7 +72,7 @@ class Loan:
             release_finished()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()  # the arrays of a deep copy, or of a pickle, are its own
+        return type(None), ()  # the arrays of a deep copy, or of a pickle, are not lent
 
 
 _waiting: deque[tuple[list[Any], list[Any]]] = deque()  # events, and what is dropped when all of them are over
@@ -115,13 +115,13 @@ def release_finished() -> None:
                     break
                 if not all(event.done for event in events):
                     busy.append((events, views))
-        _waiting.extend(busy)  # behind the others, so that one stream that is stuck holds up nobody
+        _waiting.extend(busy)  # behind the others, so that one stream that is stuck holds up no other
     for _ in range(min(len(_kept), MOST_BUSY)):
         try:
             semaphore, kept = _kept.popleft()
         except IndexError:
             break
-        if _libc().sem_trywait(semaphore):  # nobody has posted it: the graph exists
+        if _libc().sem_trywait(semaphore):  # it has not been posted: the graph exists
             _kept.append((semaphore, kept))
         else:
             _idle_semaphores.append(semaphore)
@@ -129,7 +129,7 @@ def release_finished() -> None:
 
 # --- 2. memory that a graph knows -------------------------------------------------------------------------------------
 
-# CUDA calls a function when the last graph that holds a "user object" is gone, on a thread of its own, where neither
+# CUDA calls a function when the last graph that holds a "user object" is gone, on another thread, where neither
 # Python nor CUDA may be called. sem_post of the C library is such a function: it leaves a mark that we find later.
 _kept: deque[tuple[int, Any]] = deque()  # the address of a semaphore, and what stays until it is posted
 _idle_semaphores: list[int] = []
@@ -141,7 +141,7 @@ _SEMAPHORE_BYTES = 64  # sem_t has 32 at most
 
 
 def capture_id(stream: int) -> int:
-    """A number for the capture that the stream is in, other than that of any other capture."""
+    """A number that identifies the capture that the stream is in."""
     return _capture(stream)[0]
 
 

@@ -1,31 +1,32 @@
-"""Which pages hold the tokens of each request: three int32 arrays, and where the pages stand in their sequences."""
+"""PageTable: which pages hold the tokens of each request, and at which positions of their sequences."""
 
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from . import backends, spec
-from .frozen import Frozen, set_once
-from .interop import device_of, is_writable, native, resolve_device
-from .lifetimes import Loan, loan_of, reading
+from . import backends
+from .checks import scalars, tables
+from .holders import TableArrays
+from .interop import Array, device_of, is_writable, native, resolve_device
+from .lifetimes import loan_of, reading
 
 _INT32 = np.dtype(np.int32)
 
 
-class PageTable(Frozen):
+class PageTable(TableArrays):
     """The pages of a batch of requests. It holds the arrays that it is given, without a copy; attributes are read-only.
 
     Parameters
     ----------
     indptr: int32 [batch_size + 1]. Request i has the pages indices[indptr[i] : indptr[i + 1]].
-    indices: int32 [at least indptr[-1]]. Page ids; what stands past indptr[-1] is never read.
+    indices: int32 [at least indptr[-1]]. Page ids; entries past indptr[-1] are never read.
     last_page_len: int32 [batch_size]. Tokens in the last page, in [1, page_size] where there is a page.
-    page_size: tokens a page.
-    page_offset: None or int32 [batch_size]. Page j of request i holds the tokens of its sequence from position
-        (page_offset[i] + j * page_stride) * page_size on; None is 0, the plain table.
-    page_stride: 1, or n for a table that holds every n-th page of a sequence.
-    total_len: None or int32 [batch_size]. The length from which masks count; None is seq_lens.
+    page_size: int, tokens a page.
+    page_offset: int32 [batch_size]. Page j of request i holds the tokens of its sequence from position
+        (page_offset[i] + j * page_stride) * page_size on. Default None: 0, the plain table.
+    page_stride: int. Default 1; n for a table that holds every n-th page of a sequence.
+    total_len: int32 [batch_size]. The length from which masks count. Default None: seq_lens.
 
     Arrays are NumPy, CuPy, JAX or others with `__dlpack__`, all on one device. Their values are checked where they are
     used: NumPy arrays before anything is launched, device arrays by the kernels.
@@ -36,107 +37,85 @@ class PageTable(Frozen):
     TypeError: dtypes other than int32, and arrays on different devices.
     """
 
-    indptr: Any
-    indices: Any
-    last_page_len: Any
-    page_size: int
-    page_offset: Any
-    page_stride: int
-    total_len: Any
-    batch_size: int
-    device: str
-    loan: Loan | None
-    writable: bool  # whether a cache, or split, may write it as its `out`
-    __slots__ = (
-        "batch_size",
-        "device",
-        "indices",
-        "indptr",
-        "last_page_len",
-        "loan",
-        "page_offset",
-        "page_size",
-        "page_stride",
-        "total_len",
-        "writable",
-    )
-
     def __init__(
         self,
-        indptr: Any,
-        indices: Any,
-        last_page_len: Any,
+        indptr: Array,
+        indices: Array,
+        last_page_len: Array,
         *,
         page_size: int,
-        page_offset: Any = None,
+        page_offset: Array | None = None,
         page_stride: int = 1,
-        total_len: Any = None,
+        total_len: Array | None = None,
     ) -> None:
-        given = indptr, indices, last_page_len, page_offset, total_len
-        indptr, indices = native(indptr, "indptr"), native(indices, "indices")
-        last_page_len = native(last_page_len, "last_page_len")
-        page_offset = None if page_offset is None else native(page_offset, "page_offset")
-        total_len = None if total_len is None else native(total_len, "total_len")
-        spec.check_table_arrays(indptr, indices, last_page_len, page_size, page_offset, page_stride, total_len)
-        # What keeps arrays that came by DLPack until the kernels that read them are over.
-        loan = loan_of(*zip((indptr, indices, last_page_len, page_offset, total_len), given, strict=True))
-        self._set(indptr, indices, last_page_len, int(page_size), device_of(indptr))
-        set_once(self, "page_offset", page_offset)
-        set_once(self, "page_stride", int(page_stride))
-        set_once(self, "total_len", total_len)
-        set_once(self, "loan", loan)
-        arrays = zip(given, (indptr, indices, last_page_len, page_offset, total_len), strict=True)
-        set_once(self, "writable", all(array is None or is_writable(mine, array) for mine, array in arrays))
+        given = {
+            "indptr": indptr,
+            "indices": indices,
+            "last_page_len": last_page_len,
+            "page_offset": page_offset,
+            "total_len": total_len,
+        }
+        arrays = {name: None if array is None else native(array, name) for name, array in given.items()}
+        tables.check_table_arrays(**arrays, page_size=page_size, page_stride=page_stride)
+        pairs = list(zip(arrays.values(), given.values(), strict=True))
+        self._set(
+            **arrays,
+            page_size=int(page_size),
+            page_stride=int(page_stride),
+            writable=all(array is None or is_writable(mine, array) for array, mine in pairs),
+            loan=loan_of(*pairs),
+        )
 
-    def _set(self, indptr: Any, indices: Any, last_page_len: Any, page_size: int, device: str) -> None:
-        """All attributes, those of a plain table, of native arrays that are right."""
-        set_once(self, "indptr", indptr)
-        set_once(self, "indices", indices)
-        set_once(self, "last_page_len", last_page_len)
-        set_once(self, "page_size", page_size)
-        set_once(self, "page_offset", None)
-        set_once(self, "page_stride", 1)
-        set_once(self, "total_len", None)
-        set_once(self, "batch_size", last_page_len.shape[0])
-        set_once(self, "device", device)
-        set_once(self, "loan", None)
-        set_once(self, "writable", True)
+    @classmethod
+    def of_own_arrays(cls, indptr: Any, indices: Any, last_page_len: Any, page_size: int, device: str) -> "PageTable":
+        """A plain table of native arrays that paged_attn has made. Checks would take as long as all the rest."""
+        table = cls.__new__(cls)
+        table._set(indptr=indptr, indices=indices, last_page_len=last_page_len, page_size=page_size, device=device)
+        return table
 
     @classmethod
     def empty(cls, max_batch_size: int, max_pages: int, *, page_size: int, device: Any = None) -> "PageTable":
-        """A table of max_batch_size requests without a page, with room for max_pages: for `out=`.
+        """A table of requests without a page, for `out=` of a cache's page_table.
 
-        device: None is the current CUDA device where CuPy sees one, else the CPU.
+        max_batch_size: int, the rows that it has.
+        max_pages: int, the entries of indices: room for the pages of all requests together.
+        page_size: int, tokens a page.
+        device: "cpu", "cuda", "cuda:1", ... Default None: the current CUDA device where there is one, else the CPU.
         """
-        spec.as_int(max_batch_size, "max_batch_size", minimum=0)
-        spec.as_int(max_pages, "max_pages", minimum=0)
-        spec.as_int(page_size, "page_size", minimum=1)
+        scalars.as_int(max_batch_size, "max_batch_size", minimum=0)
+        scalars.as_int(max_pages, "max_pages", minimum=0)
+        scalars.as_int(page_size, "page_size", minimum=1)
         return cls(*_zeros(resolve_device(device), max_batch_size + 1, max_pages, max_batch_size), page_size=page_size)
 
     @classmethod
-    def from_block_table(cls, block_table: Any, seq_lens: Any, *, page_size: int) -> "PageTable":
-        """The table of the dense form: block_table int32 [batch, max_pages_per_seq], seq_lens int32 [batch].
+    def from_block_table(cls, block_table: Array, seq_lens: Array, *, page_size: int) -> "PageTable":
+        """The table of the dense form, on the device of block_table.
 
-        Row i begins with the page ids of request i; what stands past its last page is not read.
+        block_table: int32 [batch, max_pages_per_seq]; row i begins with the page ids of request i, and entries past its
+            last page are not read.
+        seq_lens: int32 [batch], tokens of each request.
+        page_size: int, tokens a page.
         """
-        spec.as_int(page_size, "page_size", minimum=1)
-        given = block_table, seq_lens
-        block_table, seq_lens = native(block_table, "block_table"), native(seq_lens, "seq_lens")
-        spec.check_block_table(block_table, seq_lens, page_size)
-        batch_size, max_pages_per_seq = block_table.shape
-        device = device_of(block_table)
+        scalars.as_int(page_size, "page_size", minimum=1)
+        pages, lengths = native(block_table, "block_table"), native(seq_lens, "seq_lens")
+        tables.check_block_table(pages, lengths, page_size)
+        batch_size, max_pages_per_seq = pages.shape
+        device = device_of(pages)
         arrays = _zeros(device, batch_size + 1, batch_size * max_pages_per_seq, batch_size)
         table = cls(*arrays, page_size=page_size)
         if batch_size:
-            with reading(loan_of((block_table, given[0]), (seq_lens, given[1]))):
-                backends.of(device).from_block_table(block_table, seq_lens, table.page_size, table)
+            with reading(loan_of((pages, block_table), (lengths, seq_lens))):
+                backends.of(device).from_block_table(pages, lengths, table.page_size, table)
         return table
 
     def to_block_table(self, max_pages_per_seq: int) -> Any:
-        """The dense form: int32 [batch_size, max_pages_per_seq], -1 where there is no page."""
-        spec.as_int(max_pages_per_seq, "max_pages_per_seq", minimum=0)
-        spec.check_table_values(self, None)
-        spec.check_block_width(self, max_pages_per_seq)
+        """The dense form: int32 [batch_size, max_pages_per_seq], -1 where there is no page.
+
+        max_pages_per_seq: int, at least the pages of the longest request.
+        """
+        scalars.as_int(max_pages_per_seq, "max_pages_per_seq", minimum=0)
+        tables.check_table_values(self)
+        tables.check_block_width(self, max_pages_per_seq)
         with reading(self.loan):
             return self._backend.to_block_table(self, max_pages_per_seq)
 
@@ -150,56 +129,49 @@ class PageTable(Frozen):
         """Cut every sequence into num_chunks runs of pages: one table of num_chunks * batch_size rows.
 
         Row c * batch_size + i is chunk c of request i, page-aligned and possibly empty, with its page_offset and
-        total_len, so that attention over it gives a partial result for merge_states. Nothing is read back.
+        total_len, so that attention over it gives a partial result for merge_states (which takes the sinks, too).
+        Nothing is read back.
 
-        out: the table that an earlier split of a batch of this size returned; written instead of a new one. Its arrays
-            overlap neither each other nor those of this table.
+        num_chunks: int, at least 1.
+        out: the table that an earlier split of a batch of this size returned, which is written. Its arrays overlap
+            neither each other nor those of this table. Default None: a new one.
         """
-        spec.as_int(num_chunks, "num_chunks", minimum=1)
-        spec.check_table_values(self, None)
+        scalars.as_int(num_chunks, "num_chunks", minimum=1)
+        tables.check_table_values(self)
         rows = num_chunks * self.batch_size
         if out is None:
-            indptr, indices, last_page_len, page_offset, total_len = _zeros(
-                self.device, rows + 1, self.indices.shape[0], rows, rows, rows
-            )
-            out = PageTable(
-                indptr,
-                indices,
-                last_page_len,
-                page_size=self.page_size,
-                page_offset=page_offset,
-                page_stride=self.page_stride,
-                total_len=total_len,
-            )
+            *plain, page_offset, total_len = _zeros(self.device, rows + 1, self.indices.shape[0], rows, rows, rows)
+            positions = {"page_offset": page_offset, "page_stride": self.page_stride, "total_len": total_len}
+            out = PageTable(*plain, page_size=self.page_size, **positions)
         else:
-            spec.check_split_out(out, self, num_chunks)
+            tables.check_split_out(out, self, num_chunks)
+        out._set(is_split=True)
         if rows:
             with reading(self.loan, out.loan):
                 self._backend.split_table(self, num_chunks, out)
         return out
 
-    def slots(self, batch_indices: Any, positions: Any) -> Any:
+    def slots(self, batch_indices: Array, positions: Array) -> Any:
         """Where tokens are stored: int64 [n], page * page_size + offset, as `append` takes them.
 
-        Parameters
-        ----------
-        batch_indices: int32 [n]. The request of each token.
-        positions: int32 [n]. Its position in the whole sequence; slot -1 where this table does not hold its page.
+        batch_indices: int32 [n], the request of each token.
+        positions: int32 [n], its position in the whole sequence; slot -1 where this table does not hold its page.
         """
-        given = batch_indices, positions
-        batch_indices, positions = native(batch_indices, "batch_indices"), native(positions, "positions")
-        spec.check_table_values(self, None)
-        spec.check_token_places(batch_indices, positions, self)
+        rows, offsets = native(batch_indices, "batch_indices"), native(positions, "positions")
+        tables.check_table_values(self)
+        tables.check_token_positions(rows, offsets, self)
         upload = self._backend.to_backend
-        with reading(self.loan, loan_of((batch_indices, given[0]), (positions, given[1]))):
-            return self._backend.table_slots(self, upload(batch_indices, self.device), upload(positions, self.device))
+        with reading(self.loan, loan_of((rows, batch_indices), (offsets, positions))):
+            return self._backend.table_slots(self, upload(rows, self.device), upload(offsets, self.device))
 
     def validate(self, num_pages: int) -> "Validation":
-        """Check every value against a pool of num_pages pages: a host table at once, a device table by a kernel.
+        """Check every value against a pool: a host table at once, a device table by a kernel.
+
+        num_pages: int, the pages of the pool.
 
         Nothing waits for the device, so that a CUDA graph can hold it; Validation.raise_if_bad does.
         """
-        spec.as_int(num_pages, "num_pages", minimum=0)
+        scalars.as_int(num_pages, "num_pages", minimum=0)
         with reading(self.loan):
             return Validation(self._backend, self._backend.check_table(self, num_pages))
 
@@ -208,14 +180,11 @@ class PageTable(Frozen):
         return backends.of(self.device)
 
     def __repr__(self) -> str:
-        return f"PageTable(batch_size={self.batch_size}, page_size={self.page_size}, device={self.device!r})"
-
-
-def table_of_own_arrays(indptr: Any, indices: Any, last_page_len: Any, page_size: int, device: str) -> PageTable:
-    """A plain table of native arrays that paged_attn has made itself. Checks would take as long as all the rest."""
-    table = PageTable.__new__(PageTable)
-    table._set(indptr, indices, last_page_len, page_size, device)
-    return table
+        return (
+            f"PageTable(batch_size={self.batch_size}, max_pages={self.indices.shape[0]}, page_size={self.page_size}, "
+            f"{'' if self.page_stride == 1 else f'page_stride={self.page_stride}, '}"
+            f"{'is_split=True, ' if self.is_split else ''}device={self.device!r})"
+        )
 
 
 class Validation:

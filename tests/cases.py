@@ -42,6 +42,7 @@ class Case:
     page_stride: int = 1
     total_lens: tuple[int, ...] | None = None
     given_scale: float | None = None  # sm_scale, where it is not the default
+    v_dim: int | None = None  # v_head_dim, where it is not head_dim
     sinks: bool = False  # run() gets a sink a head
 
     def __str__(self) -> str:
@@ -54,6 +55,10 @@ class Case:
     @property
     def is_decode(self) -> bool:
         return self.q_lens is None
+
+    @property
+    def v_head_dim(self) -> int:
+        return self.head_dim if self.v_dim is None else self.v_dim
 
     @property
     def queries(self) -> tuple[int, ...]:
@@ -137,7 +142,7 @@ def build(case: Case, *, needle: int | None = None, scores: str | None = None) -
 
     q = normal(sum(case.queries), case.num_qo_heads, dim)
     k = [normal(kv_len, heads, dim) for kv_len in case.kv_lens]
-    v = [normal(kv_len, heads, dim) for kv_len in case.kv_lens]
+    v = [normal(kv_len, heads, case.v_head_dim) for kv_len in case.kv_lens]
     if needle is not None:
         q[..., 0] = 4
         for keys, values in zip(k, v, strict=True):
@@ -154,8 +159,8 @@ def build(case: Case, *, needle: int | None = None, scores: str | None = None) -
     num_pages = int(indptr[-1]) + UNUSED_PAGES
     page_ids = random.permutation(num_pages)[: indptr[-1]]
     pools = []
-    for dense in (k, v):
-        pool = np.full((num_pages, page_size, heads, dim), np.nan, dtype)
+    for dense, pool_dim in ((k, dim), (v, case.v_head_dim)):
+        pool = np.full((num_pages, page_size, heads, pool_dim), np.nan, dtype)
         for request, tokens in enumerate(dense):
             for page in range(pages[request]):
                 piece = tokens[page * page_size : (page + 1) * page_size]
@@ -183,7 +188,7 @@ def build(case: Case, *, needle: int | None = None, scores: str | None = None) -
 def some_sinks(num_qo_heads: int) -> np.ndarray:
     """A sink a head, float32: about as large as a row's lse; in turn none (-inf), negligible, and above all scores."""
     sinks = np.random.default_rng(num_qo_heads).normal(3, 2, num_qo_heads).astype(np.float32)
-    for first, sink in ((1, -np.inf), (3, -30), (5, 30)):
+    for first, sink in ((1, -np.inf), (3, -30), (5, 8)):
         sinks[first::8] = sink
     return sinks
 
@@ -307,8 +312,8 @@ def _shape_far_scores(case: Case, scores: str, random: np.random.Generator, rows
 
 
 def needle_values(case: Case) -> np.ndarray:
-    """The values of a needle, [head_dim]: unlike those of any other token."""
-    return 1 + np.arange(case.head_dim) % 7
+    """The values of a needle, [v_head_dim]: unlike those of any other token."""
+    return 1 + np.arange(case.v_head_dim) % 7
 
 
 # -- closeness ---------------------------------------------------------------------------------------------------------
@@ -476,6 +481,20 @@ def _prefill_cases() -> Iterable[Case]:
     yield Case("soft_cap_tail", (200, 90), q_lens=(64, 90), logits_soft_cap=2.0, head_dim=80)
 
 
+def _v_dim_cases() -> Iterable[Case]:
+    for head_dim, v_dim in ((192, 128), (64, 128)):
+        for layout, page_size, dtype in (("NHD", 16, "bfloat16"), ("HND", 3, "float16")):
+            yield Case(
+                f"dim{head_dim}_{v_dim}_{layout}", _ragged(page_size), head_dim=head_dim, v_dim=v_dim, layout=layout,
+                page_size=page_size, dtype=dtype, sinks=layout == "HND",
+            )  # fmt: skip
+
+
+V_DIMS = tuple(_v_dim_cases()) + tuple(
+    replace(case, name=f"{case.name}_prefill", q_lens=tuple((7, 1, 0, 33)[i % 4] for i in range(case.batch_size)))
+    for case in _v_dim_cases()
+)
+
 DECODE = tuple(replace(case, name=f"decode_{case.name}") for case in _decode_cases())
 PREFILL = tuple(replace(case, name=f"prefill_{case.name}") for case in _prefill_cases())
 
@@ -491,6 +510,8 @@ _SINKS = (
     Case("group3", _ragged(3), num_qo_heads=6, page_size=3, sinks=True),
     Case("dim256", _ragged(16), head_dim=256, layout="HND", sinks=True),
     Case("float32", _ragged(16), dtype="float32", sinks=True),
+    Case("empty", (0, 0), sinks=True),
+    Case("hidden", (100, 3), window_left=0, layout="HND", dtype="bfloat16", sinks=True),
 )
 SINKS = (
     *(replace(case, name=f"decode_sinks_{case.name}") for case in _SINKS),

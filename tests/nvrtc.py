@@ -5,23 +5,32 @@ for one architecture. Layouts, windows, positions, page and group sizes are run-
 features only the soft cap is a constant. Texts without constants are compiled once an architecture.
 """
 
+import functools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from paged_attn import compile as kernels
-from paged_attn import planner
+from paged_attn import recipes
+from paged_attn.card import H100, Card
+from paged_attn.compile import Recipe
+from tests.cases import DTYPES, Case
+from tests.specs import decode_recipe, spec_of
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 HEAD_DIMS = (64, 80, 128, 256)
-OTHER_HEAD_DIMS = (16, 32, 96, 112)  # on an H100 only
+MIXED_DIMS = ((192, 128), (64, 128))  # of K and of V, in append and prefill
+OTHER_HEAD_DIMS = (16, 32, 96, 112)  # on an H100 only, as are V_HEAD_DIMs that differ from HEAD_DIM
 
 # What CuPy adds to compile.options() for every kernel, beside the architecture.
 CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 
 # The most registers that a thread of each kernel may take on any card: one number, or one for each (HEAD_DIM, COLUMNS)
-# of decode and each HEAD_DIM of the prefills. A thread can have 255, and 65536 are for all threads of an SM:
+# of decode, with V_HEAD_DIM where that is another, and each HEAD_DIM of the prefills. A thread can have 255, and 65536
+# are for all threads of an SM:
 #   blocks of 256   40: six of them on an SM   64: four   128: two   255: one
 #   blocks of 1024  64: one                    blocks of 128   168: three   255: two
 REGISTERS: dict[str, int | dict[Any, int]] = {
@@ -34,14 +43,14 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
     "decode": {
         (16, 8): 128, (32, 8): 128, (64, 8): 128, (80, 8): 128, (96, 8): 128, (112, 8): 128, (128, 8): 128,
         (64, 16): 160, (96, 16): 200, (80, 16): 184, (112, 16): 208, (128, 16): 128, (64, 24): 200, (64, 32): 240,
-        (256, 8): 240,
+        (256, 8): 240, (192, 8, 128): 240, (64, 8, 128): 128, (64, 16, 128): 200,
     },
     "merge_state": 40,
     "merge_states": 64,
     "plan_requests": 64,
     "plan_splits": 64,
     "plan_tiles": 64,
-    "prefill": {16: 168, 32: 168, 64: 255, 80: 255, 96: 255, 112: 255, 128: 255, 256: 255},
+    "prefill": {16: 168, 32: 168, 64: 255, 80: 255, 96: 255, 112: 255, 128: 255, 192: 255, 256: 255},
     "prefill_hopper": dict.fromkeys((64, 80, 96, 112, 128, 256), 168),  # at launch; warps then trade them
     "seq_lens": 40,
     "split_pages": 40,
@@ -57,7 +66,10 @@ def register_limit(kernel: str, constants: Mapping[str, Any]) -> int:
     if isinstance(limit, int):
         return limit
     head_dim = constants["HEAD_DIM"]
-    return limit[(head_dim, constants["COLUMNS"]) if "COLUMNS" in constants else head_dim]
+    if "COLUMNS" not in constants:
+        return limit[head_dim]
+    v_head_dim = constants["V_HEAD_DIM"]
+    return limit[(head_dim, constants["COLUMNS"], v_head_dim)[: 2 if v_head_dim == head_dim else 3]]
 
 
 @dataclass(frozen=True)
@@ -85,33 +97,37 @@ def kernels_of(file: str) -> tuple[str, ...]:
     return tuple(name for name, path in kernels.kernel_files().items() if path.stem == file)
 
 
-def variants() -> dict[str, list[dict[str, Any]]]:
-    """The sets of constants with which each file is compiled."""
-    kinds = [{"BFLOAT16": bfloat16, "SOFT_CAP": soft_cap} for bfloat16 in (0, 1) for soft_cap in (0, 1)]
-    return {
-        "append": [{"HEAD_DIM": head_dim} for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS)],
-        "check": [{}],
-        "decode": [shape | kind for key in _keys("decode") for shape in _decode(*key) for kind in kinds],
-        # Loads of 16 bytes and of one number; partial states in float32, and the result in both.
-        "merge": [
-            {"HEAD_DIM": head_dim, "VEC": vector, "BFLOAT16": bfloat16, "V_FLOAT32": v_float32, "OUT_FLOAT32": out}
-            for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS)
-            for vector, v_float32, out in ((8, 0, 0), (8, 0, 1), (1, 0, 0), (4, 1, 0), (4, 1, 1))
-            for bfloat16 in ((0,) if v_float32 and out else (0, 1))
-        ],
-        "prefill": [_prefill(key) | kind for key in _keys("prefill") for kind in kinds],
-        "prefill_hopper": [
-            _prefill_hopper(key) | kind | {"GATHER": gather, "TMA_OUT": tma_out}
-            for key in _keys("prefill_hopper")
-            for kind in kinds
-            for gather in (0, 1)
-            for tma_out in ((0, 1) if key == 128 else (0,))
-        ],
-        "schedule": [{}],
-        "splits": [{}],
-        "table": [{}],
-        "tiles": [{}],
-    }
+@functools.cache
+def variants() -> dict[str, list[dict[str, int]]]:
+    """The sets of constants with which each file is compiled: those of recipes for a choice of shapes."""
+    dtypes = ("float16", "bfloat16")
+    # All pairs of these three, in half the builds of all combinations.
+    features = [
+        {"dtype": dtype, "logits_soft_cap": soft_cap, "sinks": (dtype == "bfloat16") != (soft_cap > 0)}
+        for dtype in dtypes
+        for soft_cap in (0.0, 30.0)
+    ]
+    made: list[Recipe] = [*recipes.TABLES, recipes.PLAN_REQUESTS, recipes.PLAN_SPLITS, recipes.PLAN_TILES]
+    for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS):
+        made.append(recipes.append_recipe(8, head_dim, head_dim))
+        for dtype in (np.dtype(DTYPES[name]) for name in dtypes):
+            merges = [*recipes.merge_recipes(8, head_dim, dtype)]
+            merges.append(recipes.merge_recipe("merge_states", 8, head_dim, 1, dtype, dtype))
+            for recipe in merges:
+                constants = dict(recipe.constants)
+                made.append(_with_feature(recipe, sinks=constants["OUT_FLOAT32"] != constants["BFLOAT16"]))
+        for feature in features:
+            made += _prefill(H100, head_dim, **feature)
+    for head_dim, v_dim in MIXED_DIMS:
+        made.append(recipes.append_recipe(8, head_dim, v_dim))
+        made += _prefill(H100, head_dim, v_dim=v_dim, dtype="bfloat16", sinks=True)
+    for key in _keys("decode"):
+        for feature in features:
+            made += _decode(*key, **feature)
+    files: dict[str, dict[tuple[tuple[str, int], ...], None]] = {}
+    for recipe in made:
+        files.setdefault(kernels.kernel_files()[recipe.kernel].stem, {})[recipe.constants] = None
+    return {file: [dict(constants) for constants in sets] for file, sets in sorted(files.items())}
 
 
 def _keys(kernel: str) -> list[Any]:
@@ -120,38 +136,30 @@ def _keys(kernel: str) -> list[Any]:
     return list(limits)
 
 
-def _decode(head_dim: int, columns: int) -> list[dict[str, Any]]:
-    """CTAs that have an SM for themselves, with one block of columns and with two, that share one, and that are many,
-    where those are others; those of batch-invariant plans; and those of a card with little shared memory."""
-    shapes = {
-        planner.decode_shape(1, rows, head_dim, num_pairs, batch_invariant, card)
+def _decode(head_dim: int, columns: int, v_dim: int | None = None, **fields: Any) -> list[Recipe]:
+    """CTAs that have an SM for themselves, with one block of columns and with two, that share one, and that are many;
+    those of batch-invariant plans; and those of a card with little shared memory."""
+    made = (
+        decode_recipe(rows, head_dim, num_pairs, batch_invariant=batch_invariant, card=card, v_dim=v_dim, **fields)
         for rows in (columns, 2 * columns)
-        for num_pairs in (1, planner.MANY_PAIRS - 1, planner.MANY_PAIRS)
+        for num_pairs in (1, recipes.MANY_PAIRS - 1, recipes.MANY_PAIRS)
         for batch_invariant in (False, True)
-        for card in (planner.H100, planner.Card(84, 100 * 1024, False))
-    }
-    shapes = {replace(shape, column_blocks=1, ctas_an_sm=1, cluster=1) for shape in shapes if shape.columns == columns}
-    return [
-        {
-            "HEAD_DIM": head_dim,
-            "COLUMNS": columns,
-            "WARPS": shape.warps,
-            "STAGES": shape.stages,
-            "SHARED_BYTES": shape.shared_bytes,
-        }
-        for shape in sorted(shapes, key=lambda shape: (shape.warps, shape.stages))
-    ]
+        for card in (H100, Card(84, 100 * 1024, 89))
+    )
+    return [_with_feature(recipe, **fields) for recipe in made if recipe.columns == columns]
 
 
-def _prefill(head_dim: int) -> dict[str, Any]:
-    shape = planner.prefill_shape(head_dim)
-    return {"HEAD_DIM": head_dim, "TILE_ROWS": shape.tile_rows, "SHARED_BYTES": shape.shared_bytes}
+def _prefill(card: Card, head_dim: int, **fields: Any) -> Iterator[Recipe]:
+    """What kernels/prefill*.cu are compiled for: pages that TMA takes and such that it does not."""
+    for page_size in (16, 1):
+        for is_long in (False, True):
+            case = Case("recipe", (1,), q_lens=(1,), head_dim=head_dim, page_size=page_size, **fields)
+            for recipe in recipes.prefill_recipes(spec_of(case), card, is_long=is_long):
+                yield _with_feature(recipe, **fields)
 
 
-def _prefill_hopper(head_dim: int) -> dict[str, Any]:
-    shape = planner.prefill_hopper_shape(head_dim)
-    assert shape is not None
-    return {"HEAD_DIM": head_dim, "SHARED_BYTES": shape.shared_bytes}
+def _with_feature(recipe: Recipe, *, sinks: bool = False, **others: Any) -> Recipe:
+    return recipes.with_sinks(recipe) if sinks else recipe
 
 
 def matrix(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Build]:
@@ -159,7 +167,9 @@ def matrix(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Build]:
     rows = []
     for file, sets in variants().items():
         for constants in sets:
-            on_hopper = file.endswith("_hopper") or constants.get("HEAD_DIM") in OTHER_HEAD_DIMS
+            head_dim = constants.get("HEAD_DIM")
+            on_hopper = file.endswith("_hopper") or head_dim in OTHER_HEAD_DIMS
+            on_hopper = on_hopper or constants.get("V_HEAD_DIM", head_dim) != head_dim
             for arch in architectures:
                 if arch == "sm_90a" or not on_hopper:
                     rows.append(Build(file, arch, tuple(constants.items())))

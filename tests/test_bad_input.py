@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import paged_attn as pa
-from paged_attn import attention, backends, interop, spec
+from paged_attn import backends, interop, plans, support
+from paged_attn.checks import overlaps
 
 NUM_PAGES, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, NUM_QO_HEADS = 6, 4, 2, 16, 4
 SLOTS = NUM_PAGES * PAGE_SIZE
@@ -41,6 +42,7 @@ class World:
         self.kv_mistagged = pa.PagedKV(self.kv_hnd.k_pages, self.kv_hnd.v_pages, layout="NHD")
         self.indptr, self.indices, self.last_page_len = int32(0, 2, 3), int32(4, 1, 5), int32(3, 4)
         self.table = self.make_table()
+        self.chunks = self.table.split(1)
         self.q, self.q_prefill = normal(2, NUM_QO_HEADS, HEAD_DIM), normal(5, NUM_QO_HEADS, HEAD_DIM)
         self.q_four = normal(2, 3, NUM_QO_HEADS, HEAD_DIM)
         self.qo_indptr = int32(0, 2, 5)
@@ -718,7 +720,7 @@ bad(
     TypeError,
     "out must be float16 or float32",
     "got float64",
-    "dtype=float16",
+    "dtype=np.float16",
 )
 bad(
     "decode: out strided",
@@ -731,6 +733,38 @@ bad(
 bad(
     "decode: out of JAX", attend(out=jnp.zeros((2, 4, 16), jnp.float16)), ValueError, "out", "JAX array", "pass a NumPy"
 )
+bad(
+    "decode: shape of sinks",
+    attend(sinks=lambda w: w.lse),
+    ValueError,
+    "sinks must have 1 axes",
+    "(2, 4)",
+    "reshape sinks",
+)
+bad(
+    "decode: heads of sinks", attend(sinks=lambda w: w.lse[0, :3]), ValueError,
+    "sinks must have shape [4], one for each query head", "sinks.shape=(3,)", "slice sinks",
+)  # fmt: skip
+bad(
+    "decode: dtype of sinks", attend(sinks=lambda w: w.out[0, 0, :4]), TypeError,
+    "sinks must be float32", "got float16", "sinks.astype(np.float32)",
+)  # fmt: skip
+bad(
+    "decode: strided sinks", attend(sinks=lambda w: w.normal(4, 2, dtype=np.float32)[:, 0]), ValueError,
+    "sinks must be C-contiguous", "(8,)", "np.ascontiguousarray(sinks)",
+)  # fmt: skip
+bad(
+    "decode: sinks of a split table",
+    lambda w: pa.decode(w.q, w.kv, w.chunks, sinks=w.lse[0]),
+    ValueError,
+    "sinks were given with a table that split() made",
+    "every chunk",
+    "merge_states(v, s, sinks=sinks)",
+)
+bad(
+    "merge_states: heads of sinks", lambda w: pa.merge_states(w.states, w.logs, sinks=w.lse[0, :2]), ValueError,
+    "sinks must have shape [4], one for each head of v", "(2,)", "slice sinks",
+)  # fmt: skip
 
 
 def read_only(_: World) -> np.ndarray:
@@ -800,6 +834,11 @@ for fault, (changed, says) in TABLE_FAULTS.items():
         *says,
     )
 
+for number in (None, 3):
+    bad(
+        f"prefill: qo_indptr={number}", lambda w, number=number: pa.prefill(w.q_prefill, number, w.kv, w.table),
+        TypeError, "qo_indptr must be an array", type(number).__name__, "np.asarray(qo_indptr, dtype=np.int32)",
+    )  # fmt: skip
 bad(
     "prefill: rank of q",
     attend_ragged(q=lambda w: w.q_four),
@@ -1047,7 +1086,7 @@ bad(
     "single_decode: k and v differ",
     lambda w: pa.single_decode(w.q[0], w.k_one, w.v_one[1:], layout="NHD"),
     ValueError,
-    "v must have shape [9, 2, 16]",
+    "v must have shape [9, 2, v_head_dim]",
     "(8, 2, 16)",
     "reshape or slice v",
 )
@@ -1379,6 +1418,32 @@ bad(
     "run: dtype of lse", lambda w: w.decode.run(w.q, w.kv, lse=w.out[..., 0]), TypeError, "lse", "float16", "np.float32"
 )
 
+bad(
+    "run: a layer of another v_head_dim",
+    lambda w: w.decode.run(w.q, pa.PagedKV(w.k_pages, w.normal(NUM_PAGES, PAGE_SIZE, NUM_KV_HEADS, 32), layout="NHD")),
+    ValueError,
+    "kv has v_head_dim=32 (v_pages.shape=(6, 4, 2, 32)",
+    "the plan is for 16",
+    "plan with this kv",
+)
+bad(
+    "append: v of another v_head_dim",
+    lambda w: pa.append(w.kv, w.slots, w.k, w.normal(3, NUM_KV_HEADS, 32)),
+    ValueError,
+    "v must have shape [3, 2, 16], [tokens, num_kv_heads, v_head_dim]",
+    "v.shape=(3, 2, 32)",
+    "reshape or slice v",
+)
+bad(
+    "pool: v_head_dim 0",
+    lambda w: pa.PagedKV(w.k_pages, w.v_pages[..., :0], layout="NHD"),
+    ValueError,
+    "v_pages has an empty axis",
+    "(6, 4, 2, 0)",
+    "at least 1",
+)
+bad("cache: v_head_dim 0", lambda w: w.make_cache(v_head_dim=0), ValueError, "v_head_dim is 0", "[1, ", "at least 1")
+
 # -- questions -------------------------------------------------------------------------------------------------------
 
 bad("supports: op", lambda w: pa.supports("fly"), ValueError, "op is 'fly'", "decode, prefill", "pass one of them")
@@ -1620,6 +1685,12 @@ overlapping(
 overlapping(
     "prefill, out = q", lambda w: pa.prefill(w.q_prefill, w.qo_indptr, w.kv, w.table, out=w.q_prefill), "out", "q"
 )
+overlapping(
+    "decode, lse over sinks",
+    lambda w: pa.decode(w.q, w.kv, w.table, lse=w.lse, sinks=w.lse[0]),
+    "lse",
+    "sinks",
+)
 overlapping("run, out = q", lambda w: w.decode.run(w.q, w.kv, out=w.q), "out", "q")
 overlapping(
     "run of prefill, lse over V",
@@ -1827,8 +1898,8 @@ def test_overlap_is_exact_on_the_host_and_by_addresses() -> None:
         ]
         shared = bool(bytes_of[0] & bytes_of[1])
         on_gpu = [FakeGpuArray(view, view.ctypes.data) for view in views]
-        assert spec.overlap(*views) == spec.overlap(*on_gpu) == shared
-        assert not spec.overlap(views[0], on_gpu[1])
+        assert overlaps.overlap(*views) == overlaps.overlap(*on_gpu) == shared
+        assert not overlaps.overlap(views[0], on_gpu[1])
         found.append(shared)
     assert 0.1 < np.mean(found) < 0.9
 
@@ -1932,6 +2003,11 @@ TWO_DEVICES: dict[str, tuple[Callable[[TwoDevices], Any], type[Exception], tuple
         TypeError,
         ("lse lives on cpu and q on cuda:0", "pass cupy.asarray(lse)"),
     ),
+    "sinks on the host": (
+        lambda w: pa.decode(w.q, w.kv, w.host.table, sinks=w.host.lse[0]),
+        TypeError,
+        ("sinks lives on cpu and q on cuda:0", "pass cupy.asarray(sinks)"),
+    ),
     "kv of a run": (
         lambda w: w.host.decode.run(w.host.q, w.kv),
         TypeError,
@@ -2032,7 +2108,8 @@ def test_host_and_gpu_are_not_mixed(monkeypatch: pytest.MonkeyPatch, case: str, 
         forbid_launches(monkeypatch, "cuda")
     else:  # here a call that gets past the checks fails, because there is no CUDA backend to import
         monkeypatch.setattr(interop, "is_native", lambda x: isinstance(x, (np.ndarray, FakeGpuArray)))
-        monkeypatch.setattr(attention, "_check_supported", lambda *_: None)
+        monkeypatch.setattr(support, "_check_compute_capability", lambda device: None)
+        monkeypatch.setattr(plans, "current_stream", lambda device: (None, 0))
         w = TwoDevices(None)
     before = w.host.state()
     with pytest.MonkeyPatch.context() as patch:

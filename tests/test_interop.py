@@ -334,3 +334,32 @@ def test_cupy_bfloat16_comes_and_goes_by_dlpack() -> None:
     assert isinstance(view, cupy.ndarray)
     assert view.dtype == BFLOAT16
     assert view.data.ptr == array.data.ptr
+
+
+@pytest.mark.parametrize("call", ["decode", "prefill", "single_decode", "single_prefill"])
+def test_an_array_is_exported_once_a_call(call: str) -> None:
+    exported: list[str] = []
+
+    class Counted(Producer):
+        def __init__(self, array: np.ndarray, name: str) -> None:
+            super().__init__(array)
+            self._name = name
+
+        def __dlpack__(self, **options):
+            exported.append(self._name)
+            return super().__dlpack__(**options)
+
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((5, 2, 16), np.float32)
+    q = Counted(rng.standard_normal((4, 16) if call == "single_decode" else (1, 4, 16), np.float32), "q")
+    sinks = Counted(np.zeros(4, np.float32), "sinks")
+    kv = pa.PagedKV(tokens[None], tokens[None], layout="NHD")
+    table = pa.PageTable(np.array([0, 1], np.int32), np.zeros(1, np.int32), np.array([5], np.int32), page_size=5)
+    if call.startswith("single"):
+        k, v = Counted(tokens, "k"), Counted(tokens, "v")
+        getattr(pa, call)(q, k, v, layout="NHD", sinks=sinks, return_lse=True)
+        assert sorted(exported) == ["k", "q", "sinks", "v"]
+    else:
+        indptr = () if call == "decode" else (np.array([0, 1], np.int32),)
+        getattr(pa, call)(q, *indptr, kv, table, sinks=sinks, return_lse=True)
+        assert sorted(exported) == ["q", "sinks"]

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -29,7 +30,7 @@ def test_an_axis_of_one_has_no_stride() -> None:
     """Nothing is found by it, so it may be anything: that of a reversed axis, or too large for a kernel to count in."""
     pages = random_pool(np, (NUM_PAGES, PAGE_SIZE, 1, HEAD_DIM))
     kv = pa.PagedKV(pages[:, :, ::-1], pages, layout="NHD")
-    assert kv.k_strides == kv.v_strides == (PAGE_SIZE * HEAD_DIM, HEAD_DIM, 0)
+    assert kv.k_strides == kv.v_strides == (PAGE_SIZE * HEAD_DIM * 2, HEAD_DIM * 2, 0)
 
 
 def test_a_pool_is_frozen(xp) -> None:
@@ -37,8 +38,8 @@ def test_a_pool_is_frozen(xp) -> None:
     kv = pa.PagedKV(random_pool(xp, SHAPES["NHD"]), random_pool(xp, SHAPES["NHD"]), layout="NHD")
     combined = pa.PagedKV.combined(random_pool(xp, (NUM_PAGES, 2, *SHAPES["NHD"][1:])), layout="NHD")
     for pool in (kv, combined, kv.to_layout("HND")):
-        before = {name: getattr(pool, name) for name in pa.PagedKV.__slots__}
-        for name in (*pa.PagedKV.__slots__, "other"):
+        before = {name: getattr(pool, name) for name in (*vars(pool), "device", "signature")}
+        for name in (*before, "other"):
             with pytest.raises(AttributeError, match=rf"PagedKV\.{name} cannot be assigned: .*make another PagedKV"):
                 setattr(pool, name, pool.k_pages[:1])
             with pytest.raises(AttributeError, match="make another PagedKV"):
@@ -47,10 +48,23 @@ def test_a_pool_is_frozen(xp) -> None:
         assert pool.writable
 
 
+def test_a_pool_holds_whatever_has_a_shape() -> None:
+    """Stand-ins for arrays, as jax.jit has them: nothing is checked, and what can be derived is."""
+    shape = jax.ShapeDtypeStruct(SHAPES["NHD"], np.float16)
+    kv = pa.PagedKV.__new__(pa.PagedKV)
+    kv._set(k_pages=shape, v_pages=object(), layout=pa.Layout.NHD, writable=False, loan=None)
+    assert (kv.num_pages, kv.page_size, kv.num_kv_heads, kv.head_dim) == (5, 4, 2, 16)
+    assert kv.dtype == np.float16
+    with pytest.raises(AttributeError, match="k_pages cannot be assigned"):
+        kv.k_pages = shape
+
+
 def test_a_pool_can_be_copied() -> None:
     kv = pa.PagedKV(*(random_pool(np, SHAPES["HND"]) for _ in "kv"), layout="HND")
+    assert kv.signature
+    assert "signature" not in vars(copy.deepcopy(kv)), "a copy's arrays are others"
     for other in (copy.copy(kv), copy.deepcopy(kv), pickle.loads(pickle.dumps(kv))):
-        assert other.form == kv.form and other.layout is pa.Layout.HND
+        assert other.signature == kv.signature and other.layout is pa.Layout.HND
         np.testing.assert_array_equal(other.v_pages, kv.v_pages)
 
 
@@ -95,8 +109,8 @@ def test_strides_find_a_token_in_either_layout(xp, layout: str) -> None:
     flat = to_numpy(larger).ravel()
     page, slot, head = 3, 2, 1
     for pages, strides in ((kv.k_pages, kv.k_strides), (kv.v_pages, kv.v_strides)):
-        offset = (int(_address(pages)) - int(_address(larger))) // 2
-        start = offset + page * strides[0] + slot * strides[1] + head * strides[2]
+        offset = int(_address(pages)) - int(_address(larger))
+        start = (offset + page * strides[0] + slot * strides[1] + head * strides[2]) // 2
         place = (page, slot, head) if layout == "NHD" else (page, head, slot)
         np.testing.assert_array_equal(flat[start : start + HEAD_DIM], to_numpy(pages)[place])
 
@@ -151,7 +165,7 @@ def test_a_pool_of_no_page_and_axes_of_extent_one(xp) -> None:
     assert pa.PagedKV(backwards, backwards, layout="NHD").k_strides == (0, 0, 0)
     odd = xp.zeros(3 * 16 + 8, np.float16)
     view = xp.lib.stride_tricks.as_strided(odd, shape=(1, 3, 1, 16), strides=(2, 32, 6, 2))
-    assert pa.PagedKV(view, view, layout="NHD").k_strides == (0, 16, 0)  # which no kernel has to count in
+    assert pa.PagedKV(view, view, layout="NHD").k_strides == (0, 32, 0)  # which no kernel has to count in
 
 
 @pytest.mark.gpu

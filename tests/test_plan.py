@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 import paged_attn as pa
-from paged_attn import planner
 from paged_attn.backends import reference
+from paged_attn.card import A100, H100, Card
+from paged_attn.splits import decode_grid, decode_items, decode_splits
 from tests.cases import Case, Inputs, build
+from tests.specs import decode_recipe
 
 DECODE_CASE = Case("plan_decode", (40, 0, 1, 17), page_offsets=(1, 0, 0, 2), total_lens=(60, 0, 1, 49))
 PREFILL_CASE = replace(DECODE_CASE, name="plan_prefill", q_lens=(5, 2, 0, 17))
@@ -376,6 +378,18 @@ def test_a_one_shot_call_checks_everything_before_it_makes_a_plan(monkeypatch: p
             once(inputs, **{name: value})
 
 
+def test_a_plan_and_a_cache_show_what_they_are() -> None:
+    inputs = build(DECODE_CASE)
+    plan = pa.BatchDecodeWithPagedKVCache(max_batch_size=8)
+    assert repr(plan) == "BatchDecodeWithPagedKVCache(max_batch_size=8, batch_invariant=False): not planned"
+    plan.plan(inputs.kv(), inputs.table(), DECODE_CASE.num_qo_heads, window_left=7)
+    assert "num_qo_heads=8" in repr(plan) and "window_left=7" in repr(plan)
+    cache = pa.PagedKVCache(9, 16, 2, 64, layout="NHD", dtype="float16", num_layers=3, device="cpu")
+    cache.reserve([cache.new_sequence()], 17)
+    assert repr(cache).startswith("PagedKVCache(3 x PagedKV(num_pages=9, page_size=16")
+    assert repr(cache).endswith("1 sequences, 7 pages free)")
+
+
 # -- forms of q and of results -----------------------------------------------------------------------------------------
 
 
@@ -491,17 +505,17 @@ def test_a_jax_pool_is_read_but_not_written() -> None:
 def test_what_is_not_left_whole_has_an_item_for_each_of_its_splits(
     rows: int, num_kv_heads: int, num_sms: int, has_clusters: bool
 ) -> None:
-    card = planner.Card(num_sms, planner.H100.shared_bytes, has_clusters)
+    card = Card(num_sms, H100.shared_bytes, 90 if has_clusters else 80)
     for busy in range(1, 4 * num_sms // num_kv_heads + 2):
-        shape = planner.decode_shape(1, rows, 128, busy * num_kv_heads, card=card)
-        splits = planner.decode_splits(busy, num_kv_heads, shape, False, 2**31, num_sms)
-        ctas_an_item = num_kv_heads * shape.column_blocks
-        assert splits.ctas_an_item == ctas_an_item and splits.ctas_at_a_time == num_sms * shape.ctas_an_sm
+        recipe = decode_recipe(rows, 128, busy * num_kv_heads, card=card)
+        splits = decode_splits(busy, num_kv_heads, recipe, False, 2**31, card)
+        ctas_per_item = num_kv_heads * recipe.column_blocks
+        assert splits.ctas_per_item == ctas_per_item and splits.ctas_at_a_time == num_sms * recipe.ctas_per_sm
         # As kernels/splits.cu counts them.
-        together = splits.ctas_at_a_time if busy * ctas_an_item > splits.ctas_at_a_time else num_sms
-        others = busy - busy * ctas_an_item // together * together // ctas_an_item
+        together = splits.ctas_at_a_time if busy * ctas_per_item > splits.ctas_at_a_time else num_sms
+        others = busy - busy * ctas_per_item // together * together // ctas_per_item
         if others:
-            assert others * (together // (others * ctas_an_item) - 1) <= splits.extra_items
+            assert others * (together // (others * ctas_per_item) - 1) <= splits.extra_items
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
@@ -509,9 +523,10 @@ def test_what_is_not_left_whole_has_an_item_for_each_of_its_splits(
 def test_items_that_splitting_may_add_grow_with_the_batch(num_sms: int, batch_invariant: bool) -> None:
     """A plan has room for its capacity, and a run of less takes no more."""
     for num_kv_heads, rows in itertools.product((1, 3, 8, 200), (8, 40)):
-        shape = planner.decode_shape(1, rows, 128, batch_invariant=batch_invariant)
+        recipe = decode_recipe(rows, 128, batch_invariant=batch_invariant)
+        card = Card(num_sms, H100.shared_bytes, 90)
         extra = [
-            planner.decode_splits(batch, num_kv_heads, shape, batch_invariant, 2**20, num_sms).extra_items
+            decode_splits(batch, num_kv_heads, recipe, batch_invariant, 2**20, card).extra_items
             for batch in range(4 * num_sms)
         ]
         assert extra == sorted(extra)
@@ -520,38 +535,35 @@ def test_items_that_splitting_may_add_grow_with_the_batch(num_sms: int, batch_in
 @pytest.mark.parametrize("num_kv_heads", [1, 3, 8, 200])
 def test_a_grid_is_whole_clusters_and_every_block_of_it_has_an_item(num_kv_heads: int) -> None:
     for batch, rows in itertools.product(range(1, 300), (8, 40)):
-        shape = planner.decode_shape(1, rows, 128, batch * num_kv_heads)
-        splits = planner.decode_splits(batch, num_kv_heads, shape, False, 2**20, 132)
-        grid = planner.decode_grid(batch, splits, shape.cluster)
-        assert grid % shape.cluster == 0 and grid >= (batch + splits.extra_items) * splits.ctas_an_item
-        assert (grid - 1) // splits.ctas_an_item < planner.decode_items(batch, splits)
+        recipe = decode_recipe(rows, 128, batch * num_kv_heads)
+        splits = decode_splits(batch, num_kv_heads, recipe, False, 2**20, H100)
+        grid = decode_grid(batch, splits, recipe.cluster)
+        assert grid % recipe.cluster == 0 and grid >= (batch + splits.extra_items) * splits.ctas_per_item
+        assert (grid - 1) // splits.ctas_per_item < decode_items(batch, splits)
 
 
 @pytest.mark.parametrize("columns", [8, 16])
 @pytest.mark.parametrize(("num_pairs", "warps"), [(1, 8), (511, 8), (512, 4)])
 def test_blocks_of_decode_share_a_multiprocessor(columns: int, num_pairs: int, warps: int) -> None:
     """With 128 dims, beside 1 KiB a block that CUDA takes; on cards of 164 KiB (compute capability 8.0) and more."""
-    shape = planner.decode_shape(1, columns, 128, num_pairs)
+    shape = decode_recipe(columns, 128, num_pairs)
     assert shape.warps == warps
     assert 16 // warps * (shape.shared_bytes + 1024) <= 164 * 1024
-
-
-A100 = planner.Card(108, 164 * 1024, False)
 
 
 @pytest.mark.parametrize(
     ("group_size", "head_dim", "num_pairs", "card", "stages"),
     [
-        (4, 128, 1, planner.H100, 2), (4, 128, 4096, planner.H100, 2), (16, 128, 64, planner.H100, 2),
-        (32, 128, 66, planner.H100, 3), (32, 128, 67, planner.H100, 2), (32, 128, 1, A100, 2),
-        (4, 64, 132, planner.H100, 4), (4, 64, 133, planner.H100, 2), (4, 64, 108, A100, 4), (4, 64, 109, A100, 2),
-        (8, 80, 4096, planner.H100, 3), (8, 96, 1, planner.H100, 3), (8, 112, 1, planner.H100, 2),
+        (4, 128, 1, H100, 2), (4, 128, 4096, H100, 2), (16, 128, 64, H100, 2),
+        (32, 128, 66, H100, 3), (32, 128, 67, H100, 2), (32, 128, 1, A100, 2),
+        (4, 64, 132, H100, 4), (4, 64, 133, H100, 2), (4, 64, 108, A100, 4), (4, 64, 109, A100, 2),
+        (8, 80, 4096, H100, 3), (8, 96, 1, H100, 3), (8, 112, 1, H100, 2),
     ],
 )  # fmt: skip
 def test_a_warp_has_room_for_more_tiles_where_that_pays_and_the_multiprocessor_has_the_memory(
-    group_size: int, head_dim: int, num_pairs: int, card: planner.Card, stages: int
+    group_size: int, head_dim: int, num_pairs: int, card: Card, stages: int
 ) -> None:
-    shape = planner.decode_shape(1, group_size, head_dim, num_pairs, card=card)
+    shape = decode_recipe(group_size, head_dim, num_pairs, card=card)
     assert shape.stages == stages
     assert 16 // shape.warps * (shape.shared_bytes + 1024) <= card.shared_bytes
 
@@ -559,27 +571,27 @@ def test_a_warp_has_room_for_more_tiles_where_that_pays_and_the_multiprocessor_h
 @pytest.mark.parametrize(
     ("rows", "num_pairs", "card", "cluster"),
     [
-        (4, 1, planner.H100, 2), (4, 8 * 132, planner.H100, 2), (4, 8 * 132 + 1, planner.H100, 1),
-        (32, 10**6, planner.H100, 2), (4, 1, A100, 1), (32, 10**6, A100, 1),
+        (4, 1, H100, 2), (4, 8 * 132, H100, 2), (4, 8 * 132 + 1, H100, 1),
+        (32, 10**6, H100, 2), (4, 1, A100, 1), (32, 10**6, A100, 1),
     ],
 )  # fmt: skip
 def test_blocks_start_in_twos_where_the_card_can_and_they_are_few_or_read_the_same(
-    rows: int, num_pairs: int, card: planner.Card, cluster: int
+    rows: int, num_pairs: int, card: Card, cluster: int
 ) -> None:
-    assert planner.decode_shape(1, rows, 128, num_pairs, card=card).cluster == cluster
+    assert decode_recipe(rows, 128, num_pairs, card=card).cluster == cluster
 
 
 def test_a_block_of_decode_fits_the_smallest_card() -> None:
     """99 KiB a block, 100 KiB a multiprocessor (compute capability 8.6, 8.9, 12.0)."""
-    card = planner.Card(84, 100 * 1024, False)
+    card = Card(84, 100 * 1024, 89)
     for head_dim, columns, num_pairs in itertools.product(range(16, 257, 16), (8, 16, 24, 32), (1, 100, 600)):
-        shape = planner.decode_shape(1, columns, head_dim, num_pairs, card=card)
+        shape = decode_recipe(columns, head_dim, num_pairs, card=card)
         assert shape.shared_bytes <= 99 * 1024
-        assert 1 <= shape.ctas_an_sm <= card.shared_bytes // (shape.shared_bytes + 1024)
+        assert 1 <= shape.ctas_per_sm <= card.shared_bytes // (shape.shared_bytes + 1024)
 
 
 def test_warps_of_a_batch_invariant_plan_do_not_depend_on_the_batch() -> None:
-    few, many = (planner.decode_shape(1, 4, 128, num_pairs, batch_invariant=True) for num_pairs in (1, 4096))
+    few, many = (decode_recipe(4, 128, num_pairs, batch_invariant=True) for num_pairs in (1, 4096))
     assert (few.columns, few.warps) == (many.columns, many.warps) == (8, 4)
 
 

@@ -21,6 +21,8 @@ from tests.cases import (
     OUT_TOLERANCE,
     PAGE_SIZES,
     PREFILL,
+    SINKS,
+    V_DIMS,
     Case,
     Inputs,
     assert_close,
@@ -34,7 +36,8 @@ def dense_attention(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """out and lse (rows, not q_len) of a case, request by request and head by head, in float64."""
     case = inputs.case
     q = inputs.q.reshape(-1, case.num_qo_heads, case.head_dim).astype(np.float64)
-    out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    out, lse = np.zeros((*q.shape[:2], case.v_head_dim)), np.full(q.shape[:2], -np.inf)
+    sinks = np.full(case.num_qo_heads, -np.inf) if inputs.sinks is None else inputs.sinks.astype(np.float64)
     row = 0
     for request, num_queries in enumerate(case.queries):
         k, v = inputs.k[request].astype(np.float64), inputs.v[request].astype(np.float64)
@@ -43,14 +46,17 @@ def dense_attention(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
             visible = position <= own if case.causal else position < total_len
             if case.window_left >= 0:
                 visible &= position >= own - case.window_left
-            for head in range(case.num_qo_heads if visible.any() else 0):
+            for head in range(case.num_qo_heads):
                 kv_head = head // (case.num_qo_heads // case.num_kv_heads)
                 scores = k[visible, kv_head] @ q[row, head] * case.sm_scale
                 if case.logits_soft_cap > 0:
                     scores = case.logits_soft_cap * np.tanh(scores / case.logits_soft_cap)
-                weights = np.exp(scores - scores.max())
-                out[row, head] = weights @ v[visible, kv_head] / weights.sum()
-                lse[row, head] = scores.max() + np.log(weights.sum())
+                largest = max([*scores, sinks[head]])
+                if largest > -np.inf:
+                    weights = np.exp(scores - largest)
+                    total = weights.sum() + np.exp(sinks[head] - largest)
+                    out[row, head] = weights @ v[visible, kv_head] / total
+                    lse[row, head] = largest + np.log(total)
             row += 1
     return out, lse
 
@@ -59,16 +65,20 @@ def attend(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """out and lse of a case by the library, as rows."""
     case = inputs.case
     if case.is_decode:
-        out, lse = pa.decode(inputs.q, inputs.kv(), inputs.table(), return_lse=True, **inputs.options())
+        out, lse = pa.decode(
+            inputs.q, inputs.kv(), inputs.table(), sinks=inputs.sinks, return_lse=True, **inputs.options()
+        )
     else:
-        q, qo_indptr = inputs.q, inputs.qo_indptr
-        out, lse = pa.prefill(q, qo_indptr, inputs.kv(), inputs.table(), return_lse=True, **inputs.options())
-    assert out.dtype == inputs.q.dtype and out.shape == inputs.q.shape
+        out, lse = pa.prefill(
+            inputs.q, inputs.qo_indptr, inputs.kv(), inputs.table(),
+            sinks=inputs.sinks, return_lse=True, **inputs.options(),
+        )  # fmt: skip
+    assert out.dtype == inputs.q.dtype and out.shape == (*inputs.q.shape[:-1], case.v_head_dim)
     assert lse.dtype == np.float32 and lse.shape == inputs.q.shape[:-1]
     return out.reshape(-1, *out.shape[-2:]), lse.reshape(-1, lse.shape[-1])
 
 
-@pytest.mark.parametrize("case", DECODE + PREFILL, ids=str)
+@pytest.mark.parametrize("case", DECODE + PREFILL + SINKS + V_DIMS, ids=str)
 def test_reference_is_dense_attention(case: Case) -> None:
     inputs = build(case)
     lse_tolerance = LSE_TOLERANCE_SOFT_CAP if case.logits_soft_cap else LSE_TOLERANCE

@@ -102,7 +102,7 @@ Q, K = np.zeros((8, 64), np.float16), np.zeros((5, 2, 64), np.float16)
     [
         (Q[None], K, K, "NHD", ValueError, r"q must be \[num_qo_heads, head_dim\], got q\.shape=\(1, 8, 64\)"),
         (Q, K[None], K[None], "NHD", ValueError, r"k must have 3 axes, .*k\.shape=\(1, 5, 2, 64\)"),
-        (Q, K, K[:4], "NHD", ValueError, r"v must have shape \[5, 2, 64\].*v\.shape=\(4, 2, 64\)"),
+        (Q, K, K[:4], "NHD", ValueError, r"v must have shape \[5, 2, v_head_dim\].*v\.shape=\(4, 2, 64\)"),
         (Q, K, K, "HND", ValueError, r"q has 8 heads, which is not a multiple of num_kv_heads=5"),
         (Q, K, K, "NDH", ValueError, "layout must be 'NHD'.*'NDH'"),
         (Q, K.astype(np.int32), K, "NHD", TypeError, "k must be one of float16.*int32"),

@@ -20,7 +20,7 @@ def test_a_dependency_warns():
 def test_others_warn(module):
     warnings.warn_explicit("soon gone", DeprecationWarning, "file.py", 1, module=module)
 
-@pytest.mark.parametrize("module", ["paged_attn", "paged_attn.spec", "bench.plot", "notebooks.execute", "readme"])
+@pytest.mark.parametrize("module", ["paged_attn", "paged_attn.checks", "bench.plot", "notebooks.execute", "readme"])
 def test_we_warn(module):
     warnings.warn_explicit("overflow", RuntimeWarning, "file.py", 1, module=module)
 

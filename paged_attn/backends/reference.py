@@ -1,33 +1,27 @@
 """The reference backend: NumPy, one request at a time, and the definition of every result.
 
     scores[i, x] = sm_scale * <q[i], k[x]>          c * tanh(scores / c) where there is a soft cap c
-    lse[i]       = log sum_x exp(scores[i, x])      over the tokens x that query i sees (kv_limits)
-    out[i]       = sum_x exp(scores[i, x] - lse[i]) * v[x]
+    lse[i]       = log (sum_x exp(scores[i, x]) + exp(sink))      over the tokens x that query i sees (kv_limits)
+    out[i]       = sum_x exp(scores[i, x] - lse[i]) * v[x]        the sink of the head, where there are sinks
 
-All of it in float32 (in float64 for a float64 q). A query that sees no token has out = 0 and lse = -inf, and what a
-query does not see never reaches it, be it inf or NaN. Whatever numpy.errstate the caller has set, inf and NaN of the
-data go their IEEE way. Arguments come checked (spec.py) and host tables are checked by value, so that nothing here
-repeats a check; whether a step fits into a plan's capacity, which a plan alone knows, check_capacities says.
+All of it in float32 (in float64 for a float64 q). A query that sees no token has out = 0 and lse = -inf (the sink,
+where there is one), and what a query does not see never reaches it, be it inf or NaN. Whatever numpy.errstate the
+caller has set, inf and NaN of the data go their IEEE way. Arguments come checked, values of host tables included.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ..checks.tables import check_table_values
 from ..errors import PageTableError
-from ..spec import check_capacities, check_table_values
+from ..holders import KVPages, TableArrays
+from ..ragged import ranges
+from ..spec import AttentionSpec, RunArrays
 
-if TYPE_CHECKING:
-    from ..layout import PagedKV
-    from ..page_table import PageTable
-    from ..spec import AttentionSpec
-
-ANY_PAGE = 2**31 - 1  # a num_pages for checks of a table whose pool is not at hand
 SCORES_AT_ONCE = 1 << 24  # a long prefill is done in blocks of queries, so that its scores stay under 64 MB
 
 
@@ -67,7 +61,7 @@ class Request:
 
 
 def tokens_before(position: np.ndarray, request: Request) -> np.ndarray:
-    """How many of the request's tokens stand before `position` in the whole sequence (int64, any shape)."""
+    """How many of the request's tokens are stored before `position` in the whole sequence (int64, any shape)."""
     page, slot = np.divmod(np.maximum(position, 0), request.page_size)
     behind = page - request.page_offset
     whole = -(-behind // request.page_stride)  # local pages that lie wholly before `page`
@@ -77,24 +71,23 @@ def tokens_before(position: np.ndarray, request: Request) -> np.ndarray:
 
 def kv_limits(request: Request, *, causal: bool, window_left: int) -> tuple[np.ndarray, np.ndarray]:
     """The local tokens [begin, end) that each query of the request sees: two int64 arrays [num_queries]."""
-    own = request.total_len - request.num_queries + np.arange(request.num_queries, dtype=np.int64)  # query's position
-    end = tokens_before(own + 1 if causal else np.full_like(own, request.total_len), request)
-    begin = tokens_before(own - window_left, request) if window_left >= 0 else np.zeros_like(own)
+    position = request.total_len - request.num_queries + np.arange(request.num_queries, dtype=np.int64)
+    end = tokens_before(position + 1 if causal else np.full_like(position, request.total_len), request)
+    begin = tokens_before(position - window_left, request) if window_left >= 0 else np.zeros_like(position)
     return np.minimum(begin, end), end
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def seq_lens(table: PageTable) -> np.ndarray:
+def seq_lens(table: TableArrays) -> np.ndarray:
     """Tokens that the table's pages hold, int32 [batch]: a request without pages has none."""
     pages = np.diff(table.indptr)
     return np.where(pages > 0, (pages - 1) * table.page_size + table.last_page_len, 0).astype(np.int32)
 
 
-def split_table(table: PageTable, num_chunks: int, out: PageTable) -> None:
+def split_table(table: TableArrays, num_chunks: int, out: TableArrays) -> None:
     """Row c*batch + i of `out` is chunk c of request i: pages [c*n // num_chunks, (c+1)*n // num_chunks) of its n."""
-    check_table_values(table, ANY_PAGE)
     pages = np.diff(table.indptr).astype(np.int64)
     chunk = np.arange(num_chunks, dtype=np.int64)[:, None]
     first = chunk * pages // num_chunks  # [num_chunks, batch], as all below
@@ -105,13 +98,13 @@ def split_table(table: PageTable, num_chunks: int, out: PageTable) -> None:
     total_len = np.broadcast_to(seq_lens(table) if table.total_len is None else table.total_len, counts.shape)
     indptr = _indptr(counts.ravel())
     _write_rows(out, indptr, last_page_len.ravel())
-    out.indices[: indptr[-1]] = table.indices[_ranges(table.indptr[:-1] + first, counts)]
+    out.indices[: indptr[-1]] = table.indices[ranges((table.indptr[:-1] + first).ravel(), counts.ravel())]
     assert out.page_offset is not None and out.total_len is not None
     out.page_offset[: counts.size] = page_offset.ravel()
     out.total_len[: counts.size] = total_len.ravel()
 
 
-def from_block_table(block_table: np.ndarray, seq_lens: np.ndarray, page_size: int, out: PageTable) -> None:
+def from_block_table(block_table: np.ndarray, seq_lens: np.ndarray, page_size: int, out: TableArrays) -> None:
     """Write the CSR form of block_table int32 [batch, max_pages_per_seq] with seq_lens int32 [batch] into `out`."""
     counts = -(-seq_lens.astype(np.int64) // page_size)
     indptr = _indptr(counts)
@@ -119,27 +112,16 @@ def from_block_table(block_table: np.ndarray, seq_lens: np.ndarray, page_size: i
     _write_rows(out, indptr, np.where(counts > 0, seq_lens - (counts - 1) * page_size, 0))
 
 
-def to_block_table(table: PageTable, max_pages_per_seq: int) -> np.ndarray:
+def to_block_table(table: TableArrays, max_pages_per_seq: int) -> np.ndarray:
     """The dense form: int32 [batch, max_pages_per_seq], -1 where there is no page."""
-    check_table_values(table, ANY_PAGE)
     pages = np.diff(table.indptr)
-    if (pages > max_pages_per_seq).any():
-        request = int(np.argmax(pages))
-        raise PageTableError(
-            f"request {request} has {pages[request]} pages, more than max_pages_per_seq={max_pages_per_seq}; "
-            f"pass to_block_table({pages[request]}) or more",
-            field="indptr",
-            index=request,
-            value=int(pages[request]),
-        )
     block_table = np.full((pages.size, max_pages_per_seq), -1, np.int32)
     block_table[np.arange(max_pages_per_seq) < pages[:, None]] = table.indices[table.indptr[0] : table.indptr[-1]]
     return block_table
 
 
-def table_slots(table: PageTable, batch_indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def table_slots(table: TableArrays, batch_indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Slot (page*page_size + offset, int64 [n]) of each position of its request; -1 where the table lacks that page."""
-    check_table_values(table, ANY_PAGE)
     page, slot = np.divmod(positions.astype(np.int64), table.page_size)
     behind = page - (0 if table.page_offset is None else table.page_offset[batch_indices])
     local = behind // table.page_stride
@@ -150,7 +132,7 @@ def table_slots(table: PageTable, batch_indices: np.ndarray, positions: np.ndarr
     return slots
 
 
-def check_table(table: PageTable, num_pages: int) -> PageTableError | None:
+def check_table(table: TableArrays, num_pages: int) -> PageTableError | None:
     """Check the table in full; what is wrong with it is kept for raise_word."""
     try:
         check_table_values(table, num_pages)
@@ -179,19 +161,12 @@ def update_table(
 ) -> None:
     """Change entries of the arena of page ids, then gather the batch's pages from it into `out`."""
     page_lists[update_index] = update_value
-    out.indices[: indptr[-1]] = page_lists[_ranges(starts, np.diff(indptr))]
+    out.indices[: indptr[-1]] = page_lists[ranges(starts, np.diff(indptr))]
     _write_rows(out, indptr, last_page_len)
 
 
 def _indptr(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)])
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... start + count - 1 of each row, one row after the other."""
-    starts, counts = np.ravel(starts).astype(np.int64), np.ravel(counts).astype(np.int64)
-    before = np.cumsum(counts) - counts
-    return np.repeat(starts - before, counts) + np.arange(counts.sum())
 
 
 def _write_rows(out: Any, indptr: np.ndarray, last_page_len: np.ndarray) -> None:
@@ -205,10 +180,10 @@ def _write_rows(out: Any, indptr: np.ndarray, last_page_len: np.ndarray) -> None
 # -- the pool ----------------------------------------------------------------------------------------------------------
 
 
-def append(kv: PagedKV, slots: np.ndarray, k: np.ndarray, v: np.ndarray, form: Any) -> None:
+def append(kv: KVPages, slots: np.ndarray, k: np.ndarray, v: np.ndarray, signature: Any) -> None:
     """Write k, v [tokens, num_kv_heads, head_dim] to slots [tokens]; a slot outside the pool is skipped.
 
-    form: what another backend knows a repetition by.
+    signature: by which the other backend knows a repetition.
     """
     valid = (slots >= 0) & (slots < kv.num_pages * kv.page_size)
     page, offset = np.divmod(slots[valid], kv.page_size)
@@ -217,11 +192,11 @@ def append(kv: PagedKV, slots: np.ndarray, k: np.ndarray, v: np.ndarray, form: A
 
 
 def copy_pages(storage: np.ndarray, source: np.ndarray, target: np.ndarray) -> None:
-    """storage[:, target] = storage[:, source] for all layers of storage [num_layers, num_pages, 2, <page>]."""
+    """storage[:, target] = storage[:, source] for all layers of storage [num_layers, num_pages, K and V of a page]."""
     storage[:, target] = storage[:, source]
 
 
-def _by_token(pages: np.ndarray, kv: PagedKV) -> np.ndarray:
+def _by_token(pages: np.ndarray, kv: KVPages) -> np.ndarray:
     """View of the pool as [page, slot, head, dim], whatever its layout."""
     return pages if kv.layout == "NHD" else pages.swapaxes(1, 2)
 
@@ -245,12 +220,10 @@ class Plan:
         batch_invariant: bool = False,
         one_shot: bool = False,
     ) -> None:
-        self._capacity = {"max_batch_size": max_batch_size, "max_pages": max_pages, "max_tokens": max_tokens}
         self._requests: list[Request] = []
 
-    def update(self, spec: AttentionSpec, table: PageTable, qo_indptr: np.ndarray | None) -> None:
-        """Take over a step's table. PageTableError where it exceeds a capacity; the old step then stays."""
-        check_capacities(table, qo_indptr, spec.q_len, **self._capacity)
+    def update(self, spec: AttentionSpec, table: TableArrays, qo_indptr: np.ndarray | None) -> None:
+        """Take over a step's table."""
         batch_size, indptr = table.batch_size, table.indptr
         if qo_indptr is None:
             assert spec.q_len is not None
@@ -273,20 +246,16 @@ class Plan:
         ]
 
     @np.errstate(all="ignore")
-    def run(
-        self, spec: AttentionSpec, q: np.ndarray, kv: PagedKV, out: np.ndarray, lse: np.ndarray | None, form: Any
-    ) -> None:
-        """q, out [rows, num_qo_heads, head_dim], lse float32 [rows, num_qo_heads]; rows past the batch: 0, -inf.
-
-        form: what another backend knows a repetition by.
-        """
+    def run(self, spec: AttentionSpec, arrays: RunArrays, kv: KVPages, signature: Any) -> None:
+        """Rows past the batch become out = 0, lse = -inf. signature: by which the other backend knows a repetition."""
+        q, out, lse, sinks = arrays
         out[...] = 0
         if lse is not None:
             lse[...] = -np.inf
         for request in self._requests:
             for rows, tokens, begin, end in _blocks(spec, request):
                 k, v = (_gather(pages, kv, request, tokens) for pages in (kv.k_pages, kv.v_pages))
-                block_out, block_lse = _attend(spec, q[rows], k, v, begin - tokens.start, end - tokens.start)
+                block_out, block_lse = _attend(spec, q[rows], k, v, begin - tokens.start, end - tokens.start, sinks)
                 out[rows] = block_out  # a result past float16's range is inf, as on a GPU
                 if lse is not None:
                     lse[rows] = block_lse
@@ -297,7 +266,7 @@ class Plan:
 
 def _blocks(spec: AttentionSpec, request: Request) -> Iterator[tuple[slice, slice, np.ndarray, np.ndarray]]:
     """Query rows, the local tokens that one of them at least sees, and their limits, block by block."""
-    begin, end = kv_limits(request, causal=spec.causal, window_left=spec.window_left)
+    begin, end = kv_limits(request, causal=spec.scoring.causal, window_left=spec.scoring.window_left)
     step = max(1, SCORES_AT_ONCE // (spec.num_qo_heads * max(request.kv_len, 1)))
     for first in range(0, request.num_queries, step):
         last = min(first + step, request.num_queries)
@@ -306,16 +275,22 @@ def _blocks(spec: AttentionSpec, request: Request) -> Iterator[tuple[slice, slic
         yield rows, tokens, begin[first:last], end[first:last]
 
 
-def _gather(pages: np.ndarray, kv: PagedKV, request: Request, tokens: slice) -> np.ndarray:
+def _gather(pages: np.ndarray, kv: KVPages, request: Request, tokens: slice) -> np.ndarray:
     """The request's local tokens [tokens.start, tokens.stop) as [tokens, head, dim]; no other page is read."""
     first_page = tokens.start // kv.page_size
     page_ids = request.page_ids[first_page : -(-tokens.stop // kv.page_size)]
-    dense = _by_token(pages, kv)[page_ids].reshape(-1, kv.num_kv_heads, kv.head_dim)
+    dense = _by_token(pages, kv)[page_ids].reshape(-1, kv.num_kv_heads, pages.shape[-1])
     return dense[tokens.start - first_page * kv.page_size : tokens.stop - first_page * kv.page_size]
 
 
 def _attend(
-    spec: AttentionSpec, q: np.ndarray, k: np.ndarray, v: np.ndarray, begin: np.ndarray, end: np.ndarray
+    spec: AttentionSpec,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    sinks: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """q [n, qo heads, dim] over k, v [t, kv heads, dim], of which query i sees [begin[i], end[i]) -> out, lse."""
     compute = np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
@@ -324,17 +299,19 @@ def _attend(
     q = q.reshape(n, num_kv_heads, group, spec.head_dim).transpose(1, 2, 0, 3)  # [kv head, group, n, dim]
     k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)  # [kv head, t, dim]
     scores = q.reshape(num_kv_heads, group * n, spec.head_dim) @ k.swapaxes(1, 2)
-    scores = scores.reshape(num_kv_heads, group, n, num_tokens) * spec.sm_scale
-    if spec.logits_soft_cap > 0:
-        scores = spec.logits_soft_cap * np.tanh(scores / spec.logits_soft_cap)
+    scores = scores.reshape(num_kv_heads, group, n, num_tokens) * spec.scoring.sm_scale
+    if (soft_cap := spec.scoring.logits_soft_cap) > 0:
+        scores = soft_cap * np.tanh(scores / soft_cap)
     token = np.arange(num_tokens)
     seen = (token >= begin[:, None]) & (token < end[:, None])  # [n, t]
-    row_max, weights, total = _exponentials(np.where(seen, scores, -np.inf), axis=-1)
+    if sinks is not None:
+        sinks = sinks.astype(compute).reshape(num_kv_heads, group, 1, 1)
+    shift, weights, total = _exponentials(np.where(seen, scores, -np.inf), sinks, axis=-1)
     weighted = _weighted_sum(weights.reshape(num_kv_heads, group * n, num_tokens), seen, v)
-    out = weighted.reshape(num_kv_heads, group, n, spec.head_dim) / np.where(total == 0, 1, total)
-    lse = (row_max + np.log(total)).squeeze(-1)
+    out = weighted.reshape(num_kv_heads, group, n, spec.v_head_dim) / np.where(total == 0, 1, total)
+    lse = (shift + np.log(total)).squeeze(-1)
     return (
-        out.transpose(2, 0, 1, 3).reshape(n, spec.num_qo_heads, spec.head_dim),
+        out.transpose(2, 0, 1, 3).reshape(n, spec.num_qo_heads, spec.v_head_dim),
         lse.transpose(2, 0, 1).reshape(n, spec.num_qo_heads),
     )
 
@@ -360,18 +337,25 @@ def _weighted_sum(weights: np.ndarray, seen: np.ndarray, v: np.ndarray) -> np.nd
     return sums
 
 
-def _exponentials(scores: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """max, exp(scores - max) and its sum along `axis` (kept); all exponentials are 0 where every score is -inf."""
+def _exponentials(scores: np.ndarray, sinks: np.ndarray | None, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A shift m, exp(scores - m), and the sum of these and exp(sinks - m) along `axis` (kept). m is the largest score
+    or sink of a row; 0 where all are -inf, and so all exponentials are 0."""
     row_max = scores.max(axis=axis, keepdims=True, initial=-np.inf)
-    weights = np.exp(scores - np.where(row_max == -np.inf, 0, row_max))
-    return row_max, weights, weights.sum(axis=axis, keepdims=True)
+    if sinks is not None:
+        row_max = np.maximum(row_max, np.where(sinks == np.inf, -np.inf, sinks))  # exp(inf - inf) would be NaN
+    shift = np.where(row_max == -np.inf, 0, row_max)
+    weights = np.exp(scores - shift)
+    total = weights.sum(axis=axis, keepdims=True)
+    return shift, weights, total if sinks is None else total + np.exp(sinks - shift)
 
 
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
 @np.errstate(all="ignore")
-def merge_states(v: np.ndarray, s: np.ndarray, out: np.ndarray, lse: np.ndarray, base: float) -> None:
+def merge_states(
+    v: np.ndarray, s: np.ndarray, out: np.ndarray, lse: np.ndarray, base: float, sinks: np.ndarray | None = None
+) -> None:
     """v [rows, num_states, heads, dim], s [rows, num_states, heads] (log to `base`) -> out, lse without that axis.
 
     A state whose s is -inf or +inf saw no key: its v is not looked at.
@@ -379,10 +363,10 @@ def merge_states(v: np.ndarray, s: np.ndarray, out: np.ndarray, lse: np.ndarray,
     compute = np.dtype(np.float64 if v.dtype == np.float64 else np.float32)
     unit = math.log(base)
     empty = np.isinf(s)
-    row_max, weights, total = _exponentials(np.where(empty, -np.inf, s.astype(compute) * unit), axis=1)
+    shift, weights, total = _exponentials(np.where(empty, -np.inf, s.astype(compute) * unit), sinks, axis=1)
     weighted = (weights[..., None] * np.where(empty[..., None], 0, v.astype(compute))).sum(axis=1)
     out[...] = weighted / np.where(total == 0, 1, total).squeeze(1)[..., None]
-    lse[...] = (row_max + np.log(total)).squeeze(1) / unit
+    lse[...] = (shift + np.log(total)).squeeze(1) / unit
 
 
 def merge_state(

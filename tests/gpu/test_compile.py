@@ -18,12 +18,16 @@ def builds_of_this_card() -> list[Build]:
     return [build for build in matrix((arch,)) if build.constants.get("HEAD_DIM", 128) == 128]
 
 
+def recipes_of(build: Build) -> list[kernels.Recipe]:
+    return [kernels.Recipe(kernel=name, threads=32, constants=build.defines) for name in build.kernels]
+
+
 @pytest.fixture(scope="module")
 def built() -> Iterator[dict[Build, Future[tuple[str, list[kernels.Kernel]]]]]:
     """The log of each build, and its kernels as CuPy has built them: NVRTC works on many at a time."""
 
     def both(build: Build) -> tuple[str, list[kernels.Kernel]]:
-        return compile_build(build), [kernels.kernel(name, "cuda:0", **build.constants) for name in build.kernels]
+        return compile_build(build), [kernels.kernel(recipe, "cuda:0") for recipe in recipes_of(build)]
 
     with ThreadPoolExecutor() as pool:
         yield {build: pool.submit(both, build) for build in builds_of_this_card()}

@@ -1,5 +1,6 @@
 """The Hopper prefill on a card: scores that are hard on its lazy softmax, and needles at all of its borders."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,9 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel counts, behind its claims, how often a warp scaled a block down and how often it repeated one."""
     plain = kernels.kernel
 
-    def kernel(name: str, device: str, **options: Any) -> kernels.Kernel:
-        return plain(name, device, **options, **({"COUNT_FALLBACKS": 1} if name == "prefill_hopper" else {}))
+    def kernel(recipe: kernels.Recipe, device: str) -> kernels.Kernel:
+        counts = (("COUNT_FALLBACKS", 1),) if recipe.kernel == "prefill_hopper" else ()
+        return plain(replace(recipe, constants=recipe.constants + counts), device)
 
     monkeypatch.setattr(kernels, "kernel", kernel)
 
@@ -48,7 +50,7 @@ def run(inputs: cases.Inputs, *, equal_scores: bool = False) -> tuple[int, int]:
         out.get(), right_out, lse.get(), right_lse,
         tolerance=cases.OUT_TOLERANCE[inputs.case.dtype] + spread, lse_tolerance=cases.LSE_TOLERANCE + large,
     )  # fmt: skip
-    claims = attention._plan._buffers.get("claims")
+    claims = attention._plan.backend_plan._buffers.get("claims")
     if claims is None:
         return 0, 0
     begun, scaled, repeated = claims[:12].view(np.uint32).get().tolist()
@@ -69,8 +71,8 @@ def test_results_stay_in_their_rows(num_qo_heads: int, page_size: int) -> None:
     around = cupy.full((len(inputs.q) + 64, num_qo_heads, 128), 7, cupy.float16)
     out, lse = attention.run(on_gpu(inputs.q), kv, out=around[32:-32], return_lse=True)
     assert_right(inputs, out, lse)
-    hopper = attention._plan._hopper
-    assert hopper is None or hopper._sends == (num_qo_heads != 6)  # groups of 3 do not fit a box
+    recipe = attention._plan.backend_plan._steps.recipe
+    assert recipe.kernel == "prefill" or recipe.sends == (num_qo_heads != 6)  # groups of 3 do not fit a box
     assert (around[:32] == 7).all() and (around[-32:] == 7).all()
 
 

@@ -1,7 +1,7 @@
 """A stand-in for CuPy whose cards are the SIMT shim: the CUDA backend, host code and kernels, on a CPU.
 
 `install()` makes it the module `cupy` of this process (one that does nothing else: a child process). It has what
-paged_attn/backends/cuda.py and the tests of corrupted inputs use. Every array stands in guarded memory of its own:
+paged_attn/backends/cuda/ and the tests of corrupted inputs use. Every array stands in guarded memory of its own:
 whoever leaves it ends the process (behind it) or is found by `check` (before it). New arrays are full of 0xFF bytes:
 -1 as page ids, NaN as floats. Launches are done when they return, so streams and events have nothing to do; `launched`
 says where each went, and `current` which card and streams are the current ones, as CuPy has it for each thread.
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from paged_attn import compile as kernels
-from paged_attn import lifetimes
+from paged_attn import lifetimes, tensor_map
 
 from . import driver
 from .guarded import Guarded
@@ -54,6 +54,9 @@ class ndarray:
 
     def reshape(self, *shape: Any) -> "ndarray":
         return ndarray(self.host.reshape(*shape), self.device.id)
+
+    def __setitem__(self, key: Any, value: "ndarray") -> None:
+        self.host[key] = value.host
 
     def swapaxes(self, a: int, b: int) -> "ndarray":
         return ndarray(self.host.swapaxes(a, b), self.device.id)
@@ -123,12 +126,14 @@ def _launch(config_address: int, function: int, arguments_address: int, extra: N
         np.frombuffer((ctypes.c_char * dtype.itemsize).from_address(params), dtype)[0:1].reshape(()),
         config.shared_bytes,
         source=text,
+        reverse=reverse,
         **defines,
     )
     return 0
 
 
 NUM_DEVICES = 2
+reverse = False  # whether the threads of a block take their turns in the opposite order
 
 
 class _Current(threading.local):
@@ -202,7 +207,22 @@ class GuardPages:
         _guarded.check()
 
 
-def install() -> None:
+def host_map(
+    address: int, dims: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], bfloat16: bool
+) -> tuple[int, ...]:
+    """A HostTensorMap of the shim: address, 4 strides, 5 dims, 5 extents of the box, in 16 words."""
+    words = (address, *_padded(strides, 4), *_padded(dims, 5), *_padded(box, 5))
+    return _padded(words, 16)
+
+
+def _padded(numbers: tuple[int, ...], count: int) -> tuple[int, ...]:
+    return numbers + (0,) * (count - len(numbers))
+
+
+def install(compute_capability: str = "80") -> None:
+    """compute_capability: that of the cards; Hopper's, "90", takes its own kernel of prefill."""
+    _Device.compute_capability = compute_capability
+    tensor_map._encode = host_map
     event = SimpleNamespace(record=lambda stream: None, done=True)
     cuda = SimpleNamespace(
         Device=_Device,

@@ -16,7 +16,7 @@ card.install()
 import cupy  # noqa: E402
 
 import paged_attn as pa  # noqa: E402
-from paged_attn.backends import cuda  # noqa: E402
+from paged_attn.backends.cuda import pool, status, uploads  # noqa: E402
 from tests import cases  # noqa: E402
 
 THREADS = 24
@@ -130,19 +130,19 @@ def threads_leave_nothing() -> dict[str, Any]:
             thread.join()
         return len(pinned) - before
 
-    kinds = (cuda._Staging, cuda._Append)
+    kinds = (uploads.Staging, pool.AppendLaunch)
     before = [living(kind) for kind in kinds]
     blocks = [generation(), generation()]
     return {
         "left": [living(kind) - number for kind, number in zip(kinds, before, strict=True)],
-        "idle": len(cuda._idle_blocks["cuda:0"]),
+        "idle": len(uploads._idle_blocks["cuda:0"]),
         "blocks": blocks,
     }
 
 
 def words_of_a_device() -> int:
     """How many status words a device has whose first users are several threads at a time."""
-    make, words, ready = cuda.zeros, [], threading.Barrier(4)
+    make, words, ready = status.zeros, [], threading.Barrier(4)
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(0.1)
@@ -150,10 +150,10 @@ def words_of_a_device() -> int:
 
     def ask() -> None:
         ready.wait()
-        words.append(cuda._device_status("cuda:0"))
+        words.append(status.device_word("cuda:0"))
 
-    cuda._device_words.clear()
-    cuda.zeros = slowly
+    status._device_words.clear()
+    status.zeros = slowly
     try:
         threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
@@ -161,7 +161,7 @@ def words_of_a_device() -> int:
         for thread in threads:
             thread.join()
     finally:
-        cuda.zeros = make
+        status.zeros = make
     return len({id(word) for word in words})
 
 

@@ -57,6 +57,12 @@ class SimtError(RuntimeError):
 
 
 @cache
+def _shim_text() -> str:
+    """simt.h and the twins that it includes."""
+    return "".join(path.read_text() for path in (_SHIM, *sorted(_SHIM.with_name("twins").glob("*.h"))))
+
+
+@cache
 def build(source: str, kernel: str, defines: tuple[tuple[str, Any], ...]) -> ctypes.CDLL:
     """The shared library of ``kernel`` in ``source`` (a flattened text)."""
     if shutil.which(_COMPILER[0]) is None:  # a failure even where the library stands in the cache
@@ -64,7 +70,7 @@ def build(source: str, kernel: str, defines: tuple[tuple[str, Any], ...]) -> cty
     entry = _ENTRY.replace("KERNEL", kernel).replace("PARAMS", kernels.params_name(source, kernel))
     command = (*_COMPILER, *kernels.define_options(dict(defines)), "-include", str(_SHIM))
     text = source + entry
-    key = hashlib.sha256("\0".join((text, _SHIM.read_text(), *command)).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join((text, _shim_text(), *command)).encode()).hexdigest()[:24]
     cache_folder = private_cache.folder("simt")
     library = cache_folder / f"{kernel}-{key}.so"
     if not library.exists():

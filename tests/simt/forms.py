@@ -161,7 +161,7 @@ def refusals(rng: np.random.Generator) -> Iterator[bool]:
     pa.append(kv, slots, k, v)
     kv.k_pages.host[...], kv.v_pages.host[...] = before
     both = pa.PagedKV(kv.k_pages, kv.k_pages, layout="NHD")
-    yield both.form == kv.form
+    yield both.signature == kv.signature
     yield is_refused(pa.append, both, slots, k, v, says="kv cannot be written")
     for name, says, array in (
         ("k", "k begins at address", shifted(tokens, 2)),

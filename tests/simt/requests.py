@@ -6,11 +6,14 @@ from paged_attn import compile as kernels
 from paged_attn.backends import reference
 from tests.cases import Inputs
 
+NO_REQUEST = -1  # total_len, as in page_table.cuh
+
 
 def requests_of(inputs: Inputs, count: int) -> np.ndarray:
-    """`count` Request records, those behind the batch empty. Who looks at first_query and first_tile sets them."""
+    """`count` Request records, those past the batch of no request; first_query and first_tile are 0."""
     case, batch = inputs.case, inputs.case.batch_size
     requests = np.zeros(count, kernels.params_dtype(kernels.load_source("schedule.cu"), "Request"))
+    requests["total_len"] = NO_REQUEST
     requests["first_page"][:batch] = inputs.indptr[:-1]
     requests["num_pages"][:batch] = np.diff(inputs.indptr)
     requests["kv_len"][:batch] = case.kv_lens

@@ -1,4 +1,5 @@
-// simt: runs a CUDA kernel on a CPU, to test its arithmetic without a GPU. Force-included in front of a kernel's text.
+// simt: runs a CUDA kernel on a CPU, to test its arithmetic without a GPU. Force-included in front of a kernel's text,
+// with a twin in plain C++ of every function that a kernel writes in PTX (twins/).
 //
 // Every CUDA thread is a fiber with its own stack; the blocks run one after the other. A thread runs until it reaches a
 // collective (barrier, shuffle, ...), where it waits in a Meeting until all the threads that the collective names have
@@ -413,3 +414,8 @@ inline float __int_as_float(int x) { return simt::bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return simt::bits<float>(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+
+#include "twins/convert.h"
+#include "twins/load_global.h"
+#include "twins/mma.h"
+#include "twins/hopper.h"

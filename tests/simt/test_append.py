@@ -20,11 +20,17 @@ class Case:
     page_size: int = 16
     heads: int = 2
     head_dim: int = 64
+    v_head_dim: int | None = None  # None: head_dim
     tokens: int = 9
     num_pages: int = 5
     strided: bool = False  # k and v are slices of one [tokens, 3 * heads, dim] array, pools of one [pages, 2, ...]
     block: tuple[int, int] = (32, 2)
     grid: int = 2
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Of K and of V."""
+        return self.head_dim, self.v_head_dim or self.head_dim
 
 
 CASES = [
@@ -52,22 +58,25 @@ CASES = [
     Case(strided=True),
     Case(strided=True, layout="HND"),
     Case(strided=True, heads=3, head_dim=96, page_size=7),
+    Case(head_dim=192, v_head_dim=128),
+    Case(head_dim=64, v_head_dim=128, heads=5, strided=True, layout="HND"),
+    Case(head_dim=72, v_head_dim=8, tokens=40),
 ]
 
 
-def pool(case: Case, guarded: Guarded, value: int) -> tuple[np.ndarray, tuple[int, int, int]]:
+def pool(case: Case, dim: int, guarded: Guarded, value: int) -> tuple[np.ndarray, tuple[int, int, int]]:
     """A pool of one number in the case's layout, and its (page, slot, head) strides in units of 16 bytes."""
     page = (case.page_size, case.heads) if case.layout == "NHD" else (case.heads, case.page_size)
     middle = (2,) if case.strided else ()
-    array = guarded.output(np.full((case.num_pages, *middle, *page, case.head_dim), value, np.uint16), 16)
+    array = guarded.output(np.full((case.num_pages, *middle, *page, dim), value, np.uint16), 16)
     pages = array[:, 1] if case.strided else array
     first, second, third = (stride // 16 for stride in pages.strides[:3])
     return pages, (first, second, third) if case.layout == "NHD" else (first, third, second)
 
 
-def new_tokens(case: Case, guarded: Guarded, rng: np.random.Generator) -> np.ndarray:
+def new_tokens(case: Case, dim: int, guarded: Guarded, rng: np.random.Generator) -> np.ndarray:
     heads = 3 * case.heads if case.strided else case.heads
-    array = guarded.input(rng.integers(0, 2**16, (case.tokens, heads, case.head_dim)).astype(np.uint16), 16)
+    array = guarded.input(rng.integers(0, 2**16, (case.tokens, heads, dim)).astype(np.uint16), 16)
     return array[:, case.heads : 2 * case.heads] if case.strided else array
 
 
@@ -75,9 +84,9 @@ def run(case: Case, slots: np.ndarray, reverse: bool = False) -> tuple[str, int,
     """Appends and compares; returns the fault that was recorded."""
     rng = np.random.default_rng(slots.size)
     guarded = Guarded()
-    k, v = new_tokens(case, guarded, rng), new_tokens(case, guarded, rng)
-    k_pool, k_strides = pool(case, guarded, 11111)
-    v_pool, v_strides = pool(case, guarded, 22222)
+    k, v = (new_tokens(case, dim, guarded, rng) for dim in case.dims)
+    k_pool, k_strides = pool(case, case.dims[0], guarded, 11111)
+    v_pool, v_strides = pool(case, case.dims[1], guarded, 22222)
     status = guarded.status()
     want = [k_pool.copy(), v_pool.copy()]
     for token, slot in enumerate(slots.tolist()):
@@ -110,7 +119,8 @@ def run(case: Case, slots: np.ndarray, reverse: bool = False) -> tuple[str, int,
             "slots_are_int": slots.dtype == np.int32,
         },
         reverse=reverse,
-        HEAD_DIM=case.head_dim,
+        HEAD_DIM=case.dims[0],
+        V_HEAD_DIM=case.dims[1],
     )
     guarded.check()
     np.testing.assert_array_equal(k_pool, want[0])
@@ -194,7 +204,7 @@ def test_pages_that_lie_far_apart() -> None:
         "heads": 1,
         "num_pages": 3,
     }
-    launch("append", 1, (32, 2), fields, HEAD_DIM=16)
+    launch("append", 1, (32, 2), fields, HEAD_DIM=16, V_HEAD_DIM=16)
     guarded.check()
     np.testing.assert_array_equal(near.reshape(4, 16)[2], tokens[0, 0])
     np.testing.assert_array_equal(far.reshape(4, 16)[3], tokens[1, 0])

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from paged_attn import spec
+from paged_attn.checks import tables
 from paged_attn.errors import FAULT_FIELDS, PageTableError
 from tests.simt.driver import launch
 from tests.simt.guarded import Guarded
@@ -97,7 +97,7 @@ def test_one_wrong_value(field: str, at: int, value: int, parts: int) -> None:
     assert check(arrays, parts) == (field, at, value)
     host_table = SimpleNamespace(device="cpu", page_size=PAGE_SIZE, page_stride=1, **arrays)
     with pytest.raises(PageTableError) as raised:
-        spec.check_table_values(host_table, NUM_PAGES)
+        tables.check_table_values(host_table, NUM_PAGES)
     assert raised.value.field == field
 
 
@@ -125,11 +125,11 @@ def test_positions_past_an_int(
     host_table = SimpleNamespace(device="cpu", page_size=PAGE_SIZE, page_stride=page_stride, **arrays)
     if field is None:
         assert fault is None
-        spec.check_table_values(host_table, NUM_PAGES)
+        tables.check_table_values(host_table, NUM_PAGES)
     else:
         assert fault is not None and fault[:2] == (field, 0) and fault[2] > INT_MAX
         with pytest.raises(PageTableError):
-            spec.check_table_values(host_table, NUM_PAGES)
+            tables.check_table_values(host_table, NUM_PAGES)
 
 
 def test_no_page_is_in_an_empty_pool() -> None:
@@ -155,7 +155,7 @@ def test_noise(seed: int) -> None:
     fault = check(arrays, 1 + seed % 2)
     host_table = SimpleNamespace(device="cpu", page_size=PAGE_SIZE, page_stride=1, **arrays)
     try:
-        spec.check_table_values(host_table, NUM_PAGES)
+        tables.check_table_values(host_table, NUM_PAGES)
     except PageTableError:
         assert fault is not None
     else:

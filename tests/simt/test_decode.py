@@ -1,16 +1,28 @@
 """The decode kernel, run on a CPU by the SIMT shim, against the reference backend."""
 
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import paged_attn as pa
-from paged_attn import compile as kernels
-from paged_attn import planner
-from tests.cases import DTYPES, LSE_TOLERANCE, LSE_TOLERANCE_SOFT_CAP, OUT_TOLERANCE, Case, Inputs, assert_close, build
-from tests.simt.driver import launch
-from tests.simt.requests import requests_of, seen_of
+from paged_attn import recipes
+from paged_attn.card import A100
+from tests.cases import (
+    DTYPES,
+    LSE_TOLERANCE,
+    LSE_TOLERANCE_SOFT_CAP,
+    OUT_TOLERANCE,
+    Case,
+    Inputs,
+    assert_close,
+    build,
+    with_sinks,
+)
+from tests.simt.plans import HostPlan
+from tests.simt.requests import seen_of
+from tests.specs import decode_recipe
+from tests.test_reference import dense_attention
 
 
 def run(
@@ -21,82 +33,45 @@ def run(
     float32: bool = False,
     reverse: bool = False,
     num_pairs: int = 1,
+    sinks: np.ndarray | None = None,
+    first_is_faulty: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(out, lse, arrivals) of one launch. A plan may have room for more requests than the batch has."""
-    case = inputs.case
-    group_size = case.num_qo_heads // case.num_kv_heads
-    shape = planner.decode_shape(case.q_len, group_size, case.head_dim, num_pairs)
-    rows = case.batch_size + spare_requests
-    items = np.zeros((rows, num_splits), kernels.params_dtype(kernels.load_source("decode"), "DecodeItem"))
-    requests = requests_of(inputs, rows)
-    requests["num_queries"] = case.q_len
-    requests["first_query"] = np.arange(rows) * case.q_len
-    items["request"] = requests[:, None]
-    items["batch_index"] = np.arange(rows)[:, None]
-    items["split"] = np.arange(num_splits)
-    items["num_splits"] = num_splits
-    items["first_partial"] = np.arange(rows)[:, None] * num_splits
-    items["begin"], items["end"] = (limits[:, None] for limits in seen_of(inputs, requests))
-    items = items.ravel()[np.append(np.arange(items.size), 0)]
-    items["batch_index"][-1] = -1  # an idle one
-    items = np.random.default_rng(0).permutation(items)
+    """(out, lse, arrivals) of one step. A plan may have room for more requests than the batch has.
 
+    num_splits: of every request; 1: as plan_splits has it. first_is_faulty: the indptr of request 0 is wrong.
+    """
+    case, rows = inputs.case, inputs.case.batch_size + spare_requests
+    query_rows = case.q_len * case.num_qo_heads // case.num_kv_heads
+    recipe = decode_recipe(query_rows, case.head_dim, num_pairs, like=case)
+    ctas_per_item = case.num_kv_heads * recipe.column_blocks
+    card = A100 if num_splits == 1 else replace(A100, num_sms=(rows * num_splits + 2) * ctas_per_item)
+    if first_is_faulty:
+        inputs = replace(inputs, indptr=np.append(np.int32(-1), inputs.indptr[1:]))
+    plan = HostPlan(inputs, spare_requests=spare_requests, card=card, recipe=recipe, reverse=reverse)
+    plan.plan()
+    if num_splits > 1:
+        split_all(plan, rows, num_splits)
     q = inputs.q.reshape(-1, case.num_qo_heads, case.head_dim)
     q = np.pad(q, ((0, spare_requests * case.q_len), (0, 0), (0, 0)), constant_values=np.nan)
-    out = np.full(q.shape, np.nan, np.float32 if float32 else DTYPES[case.dtype])
+    out = np.full((*q.shape[:2], case.v_head_dim), np.nan, np.float32 if float32 else DTYPES[case.dtype])
     lse = np.full(q.shape[:2], np.nan, np.float32)
-    ctas = rows * num_splits * shape.column_blocks * case.num_kv_heads
-    arrivals = np.zeros(rows * shape.column_blocks * case.num_kv_heads, np.uint32)
-    page, slot, head = (0, 1, 2) if case.layout == "NHD" else (0, 2, 1)
-    params: dict[str, Any] = {
-        "q": q,
-        "k": inputs.k_pages,
-        "v": inputs.v_pages,
-        "out": out,
-        "lse": lse,
-        "items": items,
-        "batch": rows,
-        "page_ids": inputs.indices,
-        "num_page_ids": inputs.indices.size,
-        "partials": np.full((ctas, shape.columns, case.head_dim + 4), np.nan, np.float32),
-        "arrivals": arrivals,
-        "positions": {
-            "page_size": kernels.fast_divide(case.page_size),
-            "page_stride": case.page_stride,
-            "causal": True,
-            "window_left": case.window_left,
-        },
-        "k_strides": tuple(inputs.k_pages.strides[axis] // 16 for axis in (page, slot, head)),
-        "v_strides": tuple(inputs.v_pages.strides[axis] // 16 for axis in (page, slot, head)),
-        "q_row_stride": case.num_qo_heads * case.head_dim,
-        "q_head_stride": case.head_dim,
-        "out_row_stride": case.num_qo_heads * case.head_dim,
-        "out_head_stride": case.head_dim,
-        "num_qo_heads": case.num_qo_heads,
-        "num_kv_heads": kernels.fast_divide(case.num_kv_heads),
-        "group_size": kernels.fast_divide(group_size),
-        "q_len": case.q_len,
-        "column_blocks": kernels.fast_divide(shape.column_blocks),
-        "out_float32": float32,
-        "sm_scale": case.sm_scale,
-        "logits_soft_cap": case.logits_soft_cap,
-    }
-    launch(
-        "decode",
-        grid=items.size * shape.column_blocks * case.num_kv_heads,
-        block=shape.threads,
-        params=params,
-        shared_bytes=shape.shared_bytes,
-        reverse=reverse,
-        HEAD_DIM=case.head_dim,
-        COLUMNS=shape.columns,
-        WARPS=shape.warps,
-        STAGES=shape.stages,
-        BFLOAT16=case.dtype == "bfloat16",
-        SOFT_CAP=case.logits_soft_cap > 0,
-        SHARED_BYTES=shape.shared_bytes,
-    )
-    return out, lse, arrivals
+    plan.run(q, inputs.kv(), out, lse, sinks)
+    return out, lse, plan.buffers["arrivals"]
+
+
+def split_all(plan: HostPlan, rows: int, num_splits: int) -> None:
+    """Items that split every request, in place of those of plan_splits, which leaves short ones whole."""
+    items, requests = plan.buffers["items"], plan.buffers["requests"][:rows]
+    made = np.zeros((rows, num_splits), items.dtype)
+    made["request"] = requests[:, None]
+    made["batch_index"] = np.arange(rows)[:, None]
+    made["split"] = np.arange(num_splits)
+    made["num_splits"] = num_splits
+    made["first_partial"] = np.arange(rows)[:, None] * num_splits
+    made["begin"], made["end"] = (limits[:, None] for limits in seen_of(plan.inputs, requests))
+    items["batch_index"] = -1  # the others are idle
+    items[: made.size] = made.ravel()
+    items[:] = np.random.default_rng(0).permutation(items)
 
 
 def check(inputs: Inputs, out: np.ndarray, lse: np.ndarray, arrivals: np.ndarray) -> None:
@@ -184,20 +159,20 @@ FEW_WARPS = ("pages_of_3", "group5", "group16_dim128", "dim128", "window20", "q_
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in FEW_WARPS], ids=str)
 def test_ctas_for_many_requests(case: Case, num_splits: int) -> None:
     inputs = build(case)
-    check(inputs, *run(inputs, num_splits=num_splits, num_pairs=planner.MANY_PAIRS))
+    check(inputs, *run(inputs, num_splits=num_splits, num_pairs=recipes.MANY_PAIRS))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in ("pages_of_3", "group5")], ids=str)
 def test_ctas_that_share_a_multiprocessor(case: Case) -> None:
     inputs = build(case)
-    check(inputs, *run(inputs, num_splits=3, num_pairs=planner.MANY_PAIRS - 1))
+    check(inputs, *run(inputs, num_splits=3, num_pairs=recipes.MANY_PAIRS - 1))
 
 
 def test_rings_of_all_sizes_are_gone_round() -> None:
     """The cases named so have tiles for more than two rounds of a warp, with as many stages as they say."""
     for case in CASES:
         if "round_a_ring_of" in case.name:
-            shape = planner.decode_shape(case.q_len, case.num_qo_heads // case.num_kv_heads, case.head_dim)
+            shape = decode_recipe(case.q_len * case.num_qo_heads // case.num_kv_heads, case.head_dim)
             tiles_a_warp = max(case.kv_lens) / 16 / shape.warps
             assert shape.stages == int(case.name[-1]) and 2 * tiles_a_warp >= 2 * shape.stages
 
@@ -258,6 +233,104 @@ def test_a_nan_is_seen(num_splits: int, shape: dict[str, int]) -> None:
     inputs.k_pages[inputs.indices[2]] = np.nan
     out, lse, _ = run(inputs, num_splits=num_splits)
     assert np.isnan(out.astype(np.float32)).all() and np.isnan(lse).all()
+
+
+SINKS = [
+    Case("sinks", RAGGED, num_qo_heads=4),
+    Case("sinks_group8_dim64", RAGGED, num_qo_heads=16, page_size=3),
+    Case("sinks_q_len3_window20", RAGGED, q_len=3, window_left=20, num_qo_heads=4, layout="HND"),
+    Case("sinks_q_in_shared", RAGGED, num_qo_heads=16, num_kv_heads=1, head_dim=128, dtype="bfloat16"),
+    Case("sinks_in_blocks_of_columns", (60, 4), q_len=9, num_qo_heads=8, num_kv_heads=1, head_dim=128),
+    Case("sinks_soft_cap", RAGGED, logits_soft_cap=1.5, num_qo_heads=4),
+    Case("sinks_middle_chunk", (48, 64, 16), page_offsets=(2, 1, 0), total_lens=(130, 65, 16), q_len=2, window_left=80),
+    Case("sinks_nothing_seen", (20, 4), page_offsets=(9, 9), total_lens=(300, 10), window_left=5, num_qo_heads=4),
+]
+
+
+WIDTHS = [
+    (Case("wide_keys", RAGGED, num_qo_heads=4, head_dim=192), 128),
+    (Case("wide_keys_round_the_ring", (1300, 515), num_qo_heads=16, num_kv_heads=1, head_dim=192, page_size=3), 128),
+    (Case("wide_values", RAGGED, num_qo_heads=4, layout="HND", dtype="bfloat16"), 128),
+    (Case("wide_values_q_len3_window20", RAGGED, q_len=3, window_left=20, num_qo_heads=16), 128),
+    (Case("wide_values_ring_of_3", (1300, 515), num_qo_heads=2, num_kv_heads=1, head_dim=64), 80),
+    (Case("narrow_values_ring_of_3", (1300, 515), num_qo_heads=2, num_kv_heads=1, head_dim=96, page_size=3), 32),
+    (Case("narrow_values_ring_of_4", (1300, 515), num_qo_heads=2, num_kv_heads=1, head_dim=64), 16),
+    (Case("one_wide_value", RAGGED, num_qo_heads=4, head_dim=16), 256),
+]
+
+
+@pytest.mark.parametrize("num_splits", (1, 3))
+@pytest.mark.parametrize(("case", "v_head_dim"), WIDTHS, ids=str)
+def test_values_of_other_dims_than_keys(case: Case, v_head_dim: int, num_splits: int) -> None:
+    inputs, sinks = build(replace(case, v_dim=v_head_dim)), sinks_of(case)
+    right, right_lse = with_sinks(*dense_attention(inputs), sinks)
+    for spare in (0, 1):
+        out, lse, arrivals = run(inputs, num_splits=num_splits, sinks=sinks, spare_requests=spare)
+        rows = len(right)
+        assert_close(out[:rows], right, lse[:rows], right_lse, tolerance=OUT_TOLERANCE[case.dtype])
+        assert (out[rows:] == 0).all() and not arrivals.any()
+
+
+def sinks_of(case: Case) -> np.ndarray:
+    """One a head: of the size of scores, far below, far above, and none."""
+    sinks = np.random.default_rng(1).normal(0, 2, case.num_qo_heads).astype(np.float32)
+    sinks[:3] = (-np.inf, -200, 4)[: case.num_qo_heads]
+    return sinks
+
+
+@pytest.mark.parametrize("num_splits", (1, 3))
+@pytest.mark.parametrize("case", SINKS, ids=str)
+def test_sinks(case: Case, num_splits: int) -> None:
+    """Once a row, also where it is split or sees no key; rows without a request have none."""
+    inputs, sinks = build(case), sinks_of(case)
+    out, lse, _ = run(inputs, num_splits=num_splits, sinks=sinks, spare_requests=2)
+    right, right_lse = with_sinks(*dense_attention(inputs), sinks)
+    tolerances = {"tolerance": OUT_TOLERANCE[case.dtype], "lse_tolerance": LSE_TOLERANCE_SOFT_CAP}
+    rows = len(right)
+    assert_close(out[:rows], right, lse[:rows], right_lse, **tolerances)
+    assert (out[rows:] == 0).all() and np.isneginf(lse[rows:]).all()
+
+    out, lse, _ = run(inputs, num_splits=num_splits, sinks=sinks, first_is_faulty=True)
+    q_len = case.q_len
+    assert (out[:q_len] == 0).all() and np.isneginf(lse[:q_len]).all()
+    assert_close(out[q_len:], right[q_len:], lse[q_len:], right_lse[q_len:], **tolerances)
+
+
+@pytest.mark.parametrize("num_splits", (1, 3))
+def test_sinks_of_minus_infinity_change_no_bit(num_splits: int) -> None:
+    inputs = build(Case("no_sinks", RAGGED, num_qo_heads=4))
+    none = np.full(4, -np.inf, np.float32)
+    for got, right in zip(
+        run(inputs, num_splits=num_splits, sinks=none), run(inputs, num_splits=num_splits), strict=True
+    ):
+        np.testing.assert_array_equal(got, right)
+
+
+@pytest.mark.parametrize("num_splits", (1, 3))
+def test_huge_sinks_and_huge_scores_are_finite(num_splits: int) -> None:
+    inputs = build(Case("huge_sinks", (40, 0), num_qo_heads=4, num_kv_heads=1, dtype="bfloat16"))
+    sinks = np.array([2.0**127, -(2.0**127), 2.0**20, np.inf], np.float32)
+    out, lse, _ = run(inputs, num_splits=num_splits, sinks=sinks)
+    without, lse_without, _ = run(inputs, num_splits=num_splits)
+    assert (out[:, [0, 2, 3]] == 0).all()
+    np.testing.assert_allclose(lse[:, [0, 2, 3]], [sinks[[0, 2, 3]]] * 2, rtol=1e-6)
+    np.testing.assert_array_equal(out[0, 1], without[0, 1])
+    np.testing.assert_allclose(lse[:, 1], [lse_without[0, 1], sinks[1]], rtol=1e-6)
+
+    inputs = build(Case("huge_scores", (40,), num_qo_heads=4, num_kv_heads=1, dtype="bfloat16"), scores="huge_border")
+    without, lse_without, _ = run(inputs, num_splits=num_splits)
+    out, lse, _ = run(inputs, num_splits=num_splits, sinks=np.zeros(4, np.float32))
+    assert np.isfinite(out.astype(np.float32)).all() and np.isfinite(lse).all()
+    seen = lse_without > 0
+    np.testing.assert_array_equal(out[seen], without[seen])
+    np.testing.assert_array_equal(lse, np.maximum(lse_without, 0))
+
+
+def test_a_sink_of_nan_is_seen() -> None:
+    inputs = build(Case("nan_sink", (40, 0), num_qo_heads=2))
+    out, lse, _ = run(inputs, sinks=np.array([np.nan, 0], np.float32))
+    assert np.isnan(out[:, 0].astype(np.float32)).all() and np.isnan(lse[:, 0]).all()
+    assert np.isfinite(out[:, 1].astype(np.float32)).all() and np.isfinite(lse[:, 1]).all()
 
 
 def test_needles_at_every_tile_and_split_border() -> None:

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.cases import with_sinks
 from tests.simt.driver import launch
 from tests.simt.guarded import Guarded
 
@@ -104,8 +105,9 @@ def assert_close(case: Case, out: np.ndarray, lse: np.ndarray, want_out: np.ndar
 
 
 def run(
-    case: Case, v: np.ndarray, s: np.ndarray, with_lse: bool = True, row_major: bool = True, reverse: bool = False
-) -> tuple:
+    case: Case, v: np.ndarray, s: np.ndarray, with_lse: bool = True, row_major: bool = True, reverse: bool = False,
+    sinks: np.ndarray | None = None,
+) -> tuple:  # fmt: skip
     """v, s in plain C order; they are laid out as the case says. Row-major: rows lie along y and z of the grid."""
     guarded = Guarded()
     spread = np.zeros((*v.shape[:3], case.head_dim + case.gap), case.v)
@@ -135,6 +137,7 @@ def run(
         "heads": case.heads,
         "row_major": row_major,
         "log2_of_base": math.log2(case.base),
+        "sinks": None if sinks is None else guarded.input(sinks),
     }
     groups = -(-case.heads // case.warps)
     launch(
@@ -143,7 +146,7 @@ def run(
         case.warps * 32,
         fields | ({"lse": lse} if with_lse else {}),
         reverse=reverse,
-        **constants(case),
+        **constants(case) | {"SINKS": sinks is not None},
     )
     guarded.check()
     return out.view(case.out), lse
@@ -156,6 +159,7 @@ def constants(case: Case) -> dict[str, int]:
         "BFLOAT16": int(BF16 in (case.v, case.out)),
         "V_FLOAT32": int(case.v == F32),
         "OUT_FLOAT32": int(case.out == F32),
+        "SINKS": 0,
     }
 
 
@@ -221,6 +225,31 @@ def test_scores_up_to_the_largest_float(sign: int, base: float) -> None:
     out, lse = run(case, v, s)
     np.testing.assert_array_equal(out, v[:, 0])
     np.testing.assert_array_equal(lse, s[:, 0])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.head_dim in (128, 112, 40)], ids=str)
+def test_sinks(case: Case) -> None:
+    """exp(sink), whatever the base, is added to the denominator once, also where no state has seen a key."""
+    v, s = states(case)
+    s[0] = -np.inf
+    sinks = np.linspace(-3, 4, case.heads).astype(np.float32)
+    if case.heads > 1:
+        sinks[1] = -np.inf
+    out, lse = expected(v, s, case.base)
+    out, lse = with_sinks(out, lse * math.log(case.base), sinks)
+    assert_close(case, *run(case, v, s, sinks=sinks), out, lse / math.log(case.base))
+
+
+def test_huge_sinks() -> None:
+    case = Case(num_states=3, heads=4, out=F32)
+    v, s = states(case)
+    sinks = np.array([2.0**127, -(2.0**127), np.nan, np.inf], np.float32)
+    out, lse = run(case, v, s, sinks=sinks)
+    want, want_lse = expected(v, s, case.base)
+    assert not out[:, [0, 3]].any() and (lse[:, [0, 3]] == sinks[[0, 3]]).all()
+    np.testing.assert_allclose(out[:, 1], want[:, 1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(lse[:, 1], want_lse[:, 1], rtol=1e-5)
+    assert np.isnan(out[:, 2]).all() and np.isnan(lse[:, 2]).all()
 
 
 def test_a_nan_goes_through() -> None:

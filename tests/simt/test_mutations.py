@@ -82,47 +82,51 @@ class Mutation:
 MUTATIONS = [
     # -- decode --
     Mutation(
-        "decode.cu", "a mask off by one",
-        "if (x < seen.begin || x >= seen.end) score", "if (x < seen.begin || x > seen.end) score",
+        "scores.cuh", "a mask off by one",
+        "if (x < begin || x >= end) score", "if (x < begin || x > end) score",
         decodes("group1"),
     ),
     Mutation(
+        "scores.cuh", "a sink for rows without a request",
+        "has_request ? __ldg(sinks + head) : -INF", "__ldg(sinks + head)",
+        partial(decode.test_sinks, decode.SINKS[0], 1),
+    ),
+    Mutation(
         "decode.cu", "a partial state left out of the merge",
-        "if (s + i * shares >= num_splits) continue;", "if (s + i * shares >= num_splits - 1) continue;",
+        "shares >= assignment.num_splits) continue;", "shares >= assignment.num_splits - 1) continue;",
         decodes("group1", 3),
     ),
     Mutation(
         "decode.cu", "pages counted from the first token instead of the first visible one",
-        "divide(end - left + (lane & 15), p.positions.page_size);\n        return",
-        "divide(visible - left + (lane & 15), p.positions.page_size);\n        return",
+        "kv_head, item.end, pool_policy(p)", "kv_head, visible, pool_policy(p)",
         decodes("window20"),
     ),
     Mutation(
         "decode.cu", "a page number too far on",
-        "page = ODD ? next_page : page_after_next;", "page = page_after_next;",
+        "after_k_page = ring::MIXES ? after_v_page : next_page;", "after_k_page = next_page;",
         decodes("round_a_ring_of_3"),
     ),
     Mutation(
         "decode.cu", "K read before it is there",
-        "wait_copies<STAGES - 1>();\n        __syncwarp();\n        float sums",
-        "wait_copies<STAGES>();\n        __syncwarp();\n        float sums",
+        "wait_copies<STAGES - 1>();\n        __syncwarp();\n        multiply_k_q",
+        "wait_copies<STAGES>();\n        __syncwarp();\n        multiply_k_q",
         decodes("group1"),
     ),
     Mutation(
         "decode.cu", "V read before it is there",
-        "wait_copies<STAGES - 1>();\n        __syncwarp();\n        constexpr",
-        "wait_copies<STAGES>();\n        __syncwarp();\n        constexpr",
+        "wait_copies<STAGES - 1>();\n        __syncwarp();\n        state.multiply_v_p",
+        "wait_copies<STAGES>();\n        __syncwarp();\n        state.multiply_v_p",
         decodes("round_a_ring_of_3"),
     ),
     # -- prefill --
     Mutation(
         "prefill.cu", "a mask off by one",
-        "if (u32(first + n * 8 + i) >= length)", "if (u32(first + n * 8 + i) > length)",
+        "seen.begin, seen.end, block", "seen.begin, seen.end + 1, block",
         prefills("group1"),
     ),
     Mutation(
         "prefill.cu", "a query sees its neighbour's tokens",
-        "kv_limits(token < last ? token : last,", "kv_limits(token < last ? token + 1 : last,",
+        "kv_limits(packed.token < last ? packed.token :", "kv_limits(packed.token < last ? packed.token + 1 :",
         prefills("group1"),
     ),
     # -- merge --
@@ -133,7 +137,7 @@ MUTATIONS = [
     ),
     Mutation(
         "merge.cu", "+inf is a score like any other",
-        "if (own_s == INF) own_s = -INF;", "",
+        "if (lane_s == INF) lane_s = -INF;", "",
         partial(merges(merge.test_empty_states_change_nothing), mark=np.inf),
     ),
     Mutation(
@@ -215,7 +219,7 @@ MUTATIONS = [
     # -- the headers --
     Mutation(
         "page_table.cuh", "a window off by one",
-        "tokens_before(own - positions.window_left,", "tokens_before(own + 1 - positions.window_left,",
+        "tokens_before(position - positions.window_left,", "tokens_before(position + 1 - positions.window_left,",
         decodes("window20"),
     ),
     Mutation(

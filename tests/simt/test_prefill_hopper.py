@@ -1,4 +1,4 @@
-"""The Hopper prefill, run on a CPU by the twins in hopper.cuh, against a float64 loop over dense keys and values."""
+"""The Hopper prefill, run on a CPU by the twins of its PTX, against a float64 loop over dense keys and values."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,34 +7,12 @@ import numpy as np
 import pytest
 
 from paged_attn import compile as kernels
-from paged_attn import planner, tensor_map
+from paged_attn.card import H100
+from paged_attn.recipes import TMA_OUT_TOKENS
 from tests.cases import DTYPES, LARGE_SCORES, OUT_TOLERANCE, SCORES, Case, Inputs, assert_close, build
-from tests.simt.driver import SimtError, launch
-from tests.simt.requests import requests_of
-from tests.simt.test_prefill import expected
-
-TILES_BYTES = 256 * 4 + 256  # shared memory of plan_tiles
-
-
-def pool_of(pool: np.ndarray, case: Case) -> dict[str, Any]:
-    """A Pool whose words are a HostTensorMap: address, strides, dims, box; or that is to be gathered from."""
-    page, slot, head = (0, 1, 2) if case.layout == "NHD" else (0, 2, 1)
-    strides = (pool.strides[page], pool.strides[slot], pool.strides[head])
-    geometry = tensor_map.pool_geometry(len(pool), case.page_size, case.num_kv_heads, case.head_dim, strides)
-    if geometry is None:  # GATHER
-        units = [stride // 16 for stride in strides]
-        return {"pages": pool, "strides": dict(zip(("page", "slot", "head"), units, strict=True))}
-    words = (pool.ctypes.data, *geometry.strides, *geometry.dims, *geometry.box)
-    return tensor_map.pool_fields(geometry, words + (0,) * (16 - len(words)))
-
-
-def out_map_of(out: np.ndarray, group_size: int) -> dict[str, Any] | None:
-    """Likewise of results; None where they do not leave by TMA."""
-    geometry = tensor_map.out_geometry(*out.shape, group_size) if out.itemsize == 2 else None
-    if geometry is None:
-        return None
-    words = (out.ctypes.data, *geometry.strides, 0, *geometry.dims, 0, *geometry.box, 0)
-    return {"words": words + (0,) * (16 - len(words))}
+from tests.simt.driver import SimtError
+from tests.simt.plans import HostPlan
+from tests.simt.test_prefill import SINK_CASES, expected, some_sinks
 
 
 def run(
@@ -47,84 +25,40 @@ def run(
     float32: bool = False,
     tolerance: float | None = None,
     source: str | None = None,
+    sinks: np.ndarray | None = None,
+    faulty: int | None = None,
+    **defines: int,
 ) -> tuple[int, int]:
-    """One launch, checked; how many blocks warps have scaled down, and how many they have repeated."""
-    case = inputs.case
-    shape = planner.prefill_hopper_shape(case.head_dim)
-    assert shape is not None
-    capacity = case.batch_size + spare_requests
-    group_size = case.num_qo_heads // case.num_kv_heads
-    requests = requests_of(inputs, capacity + 1)
-    requests["first_query"] = np.pad(inputs.qo_indptr, (0, spare_requests), "edge")
-    ordered = np.zeros_like(requests)
-    tiles = {
-        "requests": requests,
-        "sorted": ordered,
-        "max_batch_size": capacity,
-        "window_left": case.window_left,
-        "group_size": group_size,
-        "tile_rows": shape.tile_rows,
-    }
-    launch("plan_tiles", 1, 1024, tiles, TILES_BYTES, reverse=reverse)
+    """One step, checked; how many blocks warps have scaled down, and how many they have repeated.
 
+    faulty: a request that plan_requests has found to be wrong.
+    """
+    case = inputs.case
+    card = replace(H100, num_sms=ctas)
+    plan = HostPlan(
+        inputs,
+        spare_requests=spare_requests,
+        pages=-(-TMA_OUT_TOKENS * (case.batch_size + spare_requests) // case.page_size),  # results leave by TMA
+        card=card,
+        reverse=reverse,
+        source=source,
+        COUNT_FALLBACKS=1,
+        **defines,
+    )
+    plan.plan()
     rows = len(inputs.q)
     q = np.pad(inputs.q, ((0, spare_rows), (0, 0), (0, 0)))
     out = np.full(q.shape, np.nan, np.float32 if float32 else DTYPES[case.dtype])
     lse = np.full(q.shape[:2], np.nan, np.float32)
-    claims = np.zeros(3, np.uint32)
-    out_map = out_map_of(out, group_size)
-    params = {
-        "k": pool_of(inputs.k_pages, case),
-        "v": pool_of(inputs.v_pages, case),
-        "q": q,
-        "page_ids": inputs.indices,
-        "claims": claims,
-        "list": {
-            "requests": ordered,
-            "positions": {
-                "page_size": kernels.fast_divide(case.page_size),
-                "page_stride": case.page_stride,
-                "causal": case.causal,
-                "window_left": case.window_left,
-            },
-            "group_size": kernels.fast_divide(group_size),
-            "num_requests": capacity,
-            "num_kv_heads": case.num_kv_heads,
-            "q_rows": len(q),
-            "num_tiles": len(q) * group_size // shape.tile_rows + capacity + 1,
-        },
-        "to": {
-            "out": out,
-            "lse": lse,
-            "row_stride": out.strides[0] // out.itemsize,
-            "head_stride": out.strides[1] // out.itemsize,
-            "num_qo_heads": case.num_qo_heads,
-            "is_float32": float32,
-        },
-        "q_row_stride": q.strides[0] // 16,
-        "q_head_stride": q.strides[1] // 16,
-        "box_tokens": tensor_map.box_tokens(case.page_size),
-        "sm_scale": case.sm_scale,
-        "logits_soft_cap": case.logits_soft_cap,
-        "out_map": out_map or {},
-    }
-    launch(
-        "prefill_hopper",
-        ctas,
-        shape.threads,
-        params,
-        shape.shared_bytes,
-        source=source,
-        reverse=reverse,
-        HEAD_DIM=case.head_dim,
-        BFLOAT16=case.dtype == "bfloat16",
-        SOFT_CAP=case.logits_soft_cap > 0,
-        SHARED_BYTES=shape.shared_bytes,
-        GATHER=tensor_map.box_tokens(case.page_size) < tensor_map.LEAST_BOX_TOKENS,
-        TMA_OUT=out_map is not None,
-        COUNT_FALLBACKS=1,
-    )
-    right_out, right_lse = expected(inputs)
+    if faulty is not None:
+        record = plan.buffers["sorted"]["first_query"] == inputs.qo_indptr[faulty]
+        for name, value in (("num_pages", 0), ("kv_len", 0), ("total_len", -1)):
+            plan.buffers["sorted"][name][record] = value
+    plan.run(q, inputs.kv(), out, lse, sinks)
+    right_out, right_lse = expected(inputs, sinks)
+    if faulty is not None:
+        rows_of_it = slice(inputs.qo_indptr[faulty], inputs.qo_indptr[faulty + 1])
+        right_out[rows_of_it], right_lse[rows_of_it] = 0, -np.inf
     large = 2e-6 * np.abs(np.nan_to_num(right_lse, neginf=0))  # [rows, heads]
     tolerance = tolerance or OUT_TOLERANCE[case.dtype]
     assert_close(
@@ -133,8 +67,9 @@ def run(
     )  # fmt: skip
     assert (out[rows:] == 0).all()
     assert np.isneginf(lse[rows:]).all()
-    assert claims[0] == 0, "not ready for the next launch"
-    return int(claims[1]), int(claims[2])
+    begun, scaled, repeated, _ = plan.buffers["claims"].tolist()
+    assert begun == 0, "not ready for the next launch"
+    return scaled, repeated
 
 
 def case(name: str, kv_lens: tuple[int, ...], q_lens: tuple[int, ...], heads: tuple[int, int], **fields: Any) -> Case:
@@ -195,6 +130,27 @@ def test_rows_behind_the_plan_are_empty() -> None:
 
 def test_float32_out() -> None:
     run(build(RAGGED), float32=True)
+
+
+@pytest.mark.parametrize("case", SINK_CASES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_sink_joins_the_denominator_of_its_head(case: Case, head_dim: int) -> None:
+    """For head_dim 128 results leave by TMA, or, of a float32 out, from registers."""
+    inputs, sinks = build(replace(case, head_dim=head_dim)), some_sinks(case)
+    run(inputs, sinks=sinks, spare_rows=20, spare_requests=3)
+    if head_dim == 128:
+        run(inputs, sinks=sinks, float32=True, reverse=True)
+
+
+def test_rows_of_a_faulty_request_have_no_sink() -> None:
+    inputs = build(case("faulty", (90, 70, 33), (20, 15, 9), (8, 2)))
+    run(inputs, sinks=some_sinks(inputs.case), faulty=1)
+
+
+@pytest.mark.parametrize("scores", ["falling", "falling_fast", "large_border"])
+def test_sinks_beside_scores_of_every_kind(scores: str) -> None:
+    inputs = build(case("scores", (650, 300), (60, 150), (2, 1)), scores=scores)
+    run(inputs, sinks=np.array([3, 150], np.float32), float32=True)
 
 
 @pytest.mark.parametrize("needle", [0, 7, 8, 127, 128, 255, 256, 399])
@@ -277,41 +233,11 @@ def test_what_stands_behind_total_len_does_not_matter(page_size: int, total_len:
     run(inputs)
 
 
-LATE = """
-struct LateBox { shared_address target; const TensorMap* map; int first; int last; shared_address barrier; };
-static LateBox late[4096];
-static unsigned num_late, random_state = 1;
-// One box or none arrives, whichever it is.
-static void land() {
-    if (num_late == 0) return;
-    random_state = random_state * 1664525u + 1013904223u;
-    simt::num_polls = 0;
-    if ((random_state >> 16) % 3) return;
-    const unsigned i = (random_state >> 8) % num_late;
-    const LateBox box = late[i];
-    late[i] = late[--num_late];
-    copy_box_now(box.target, box.map, box.first, box.last, box.barrier);
-}
-inline void copy_box_5d(shared_address target, const TensorMap* map, int first, int last, shared_address barrier) {
-    late[num_late++] = {target, map, first, last, barrier};
-}
-"""
-
-
 @pytest.mark.parametrize("name", ["many_tiles", "page24_window", "every_third_page"])
 def test_boxes_may_arrive_late_and_in_any_order(name: str) -> None:
-    source = kernels.load_source("prefill_hopper")
-    for place, changed in (
-        ("__device__ __forceinline__ void copy_box_5d(", "void copy_box_now("),
-        ('simt::poll("barrier_wait")', '(land(), simt::poll("barrier_wait"))'),
-        ("// -- mbarriers:", "static void land();\n// -- mbarriers:"),
-        ("// What this thread wrote to shared memory is seen by TMA", LATE + "//"),
-    ):
-        assert source.count(place) == 1
-        source = source.replace(place, changed)
     (found,) = [case for case in CASES if case.name == name]
-    run(build(found), source=source)
-    run(build(found), source=source, reverse=True)
+    run(build(found), LATE_BOXES=1)
+    run(build(found), reverse=True, LATE_BOXES=1)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +257,7 @@ def test_boxes_may_arrive_late_and_in_any_order(name: str) -> None:
         ("exp2_fast(softmax.max[row] - raised)", "exp2_fast(-log2_fast(top))"),
         ("repeat_scores<K_STEPS", "if (false) repeat_scores<K_STEPS"),
         ("line * 128 + (chunk ^ line) * 16", "line * 128 + chunk * 16"),
-        ("raise_max(s, softmax, keep, scale);\n                    added", "added"),
+        ("keep[1] = 1.f;\n            raise_max(s, softmax, keep, scale);", "keep[1] = 1.f;"),
         ("if (ROUNDS_FIRST) round_weights(weights, s);", ""),
         ("step > 0 || adds", "true"),
         ("k_ready = !GATHER && barrier_test(shared + K_FULL + next.slot * 8, next.turn)", "k_ready = true"),

@@ -13,6 +13,7 @@ from tests.simt.guarded import Guarded
 INT_MAX = 2**31 - 1
 MAX_KV_LEN = INT_MAX - 0xFFFFF
 SCAN_BYTES = 256
+NO_REQUEST = -1  # total_len of page_table.cuh
 REQUEST = kernels.params_dtype(kernels.load_source("plan_requests"), "Request")
 FIELDS = ("first_page", "num_pages", "kv_len", "total_len", "page_offset", "first_query", "num_queries", "first_tile")
 
@@ -60,18 +61,21 @@ def expected(step: dict[str, Any]) -> tuple[np.ndarray, dict[int, int], list[Fau
         faults.append(("qo_indptr", 0, qo[0]))
     first_of_all = indptr[0] if batch and 0 <= indptr[0] <= indptr[1] <= step["num_indices"] else 0
     for i in range(step["max_batch_size"]):
-        kv_len = pages = first = offset = total_len = 0
+        kv_len = pages = first = offset = 0
+        total_len = NO_REQUEST
         if i < batch:
             offset = 0 if step["page_offset"] is None else int(step["page_offset"][i])
             if offset < 0:
                 faults.append(("page_offset", i, offset))
                 offset = 0
+            known = len(faults)
             begin, end = rows_of(indptr, i, step["num_indices"], "indptr", faults)
+            is_wrong = len(faults) > known or not 0 <= indptr[i] <= step["num_indices"]
             begin, end = begin - first_of_all, end - first_of_all
             if end > step["max_pages"]:
                 faults.append(("max_pages", i, end))
             if begin < 0 or end > step["max_pages"]:
-                begin = end = 0
+                begin, end, is_wrong = 0, 0, True
             for place in range(begin, end):
                 page = int(step["indices"][first_of_all + place])
                 if not 0 <= page < step["num_pages"]:
@@ -93,7 +97,8 @@ def expected(step: dict[str, Any]) -> tuple[np.ndarray, dict[int, int], list[Fau
             total_len = kv_len if step["total_len"] is None else int(step["total_len"][i])
             if total_len < 0:
                 faults.append(("total_len", i, total_len))
-                total_len = 0
+            if total_len < 0 or is_wrong or (end > begin and not step["num_pages"]):
+                total_len = NO_REQUEST
         if qo is None:
             first_query, num_queries = i * step["q_len"], step["q_len"]
             queries = first_query + num_queries
@@ -105,6 +110,7 @@ def expected(step: dict[str, Any]) -> tuple[np.ndarray, dict[int, int], list[Fau
                 num_queries, queries = end - queries, end
         requests[i] = (first, pages, kv_len, total_len, offset, first_query, num_queries, min(tiles, INT_MAX))
         tiles += -(-num_queries * step["group_size"] // step["tile_rows"])
+    requests[-1]["total_len"] = NO_REQUEST
     requests[-1]["first_query"], requests[-1]["first_tile"] = queries, min(tiles, INT_MAX)
     return requests, page_ids, faults
 
@@ -236,7 +242,7 @@ def test_one_wrong_indptr(at: int, value: int) -> None:
         ("last_page_len", INT_MAX, None),
         ("page_offset", -1, 0),
         ("page_offset", -(2**31), 0),
-        ("total_len", -1, 0),
+        ("total_len", -1, NO_REQUEST),
     ],
 )
 def test_a_wrong_value_is_made_right_and_recorded(field: str, value: int, kept: int | None) -> None:

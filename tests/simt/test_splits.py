@@ -6,23 +6,25 @@ import numpy as np
 import pytest
 
 from paged_attn import compile as kernels
-from paged_attn import planner
+from paged_attn.card import H100
+from paged_attn.splits import DecodeSplits, decode_splits
 from tests.cases import Case, build
 from tests.simt.driver import launch
 from tests.simt.requests import requests_of, seen_of
+from tests.specs import decode_recipe
 
 TILE = 16
-NUM_SMS = 132
+NUM_SMS = H100.num_sms
 
 
 def plan(
     kv_lens: list[int], num_kv_heads: int, *, spare: int = 0, window_left: int = -1, batch_invariant: bool = False,
     extra_items: int | None = None, columns: int = 8,
-) -> tuple[np.ndarray, planner.DecodeSplits]:  # fmt: skip
+) -> tuple[np.ndarray, DecodeSplits]:  # fmt: skip
     """The items, idle ones included, of requests of these lengths in a plan with `spare` more rows."""
     rows = len(kv_lens) + spare
-    shape = planner.decode_shape(1, columns, 64, batch_invariant=batch_invariant)
-    splits = planner.decode_splits(len(kv_lens), num_kv_heads, shape, batch_invariant, sum(kv_lens), NUM_SMS)
+    recipe = decode_recipe(columns, 64, batch_invariant=batch_invariant)
+    splits = decode_splits(len(kv_lens), num_kv_heads, recipe, batch_invariant, sum(kv_lens), H100)
     extra = splits.extra_items if extra_items is None else extra_items
     requests = np.zeros(rows + 1, kernels.params_dtype(kernels.load_source("plan_splits"), "Request"))
     requests["kv_len"][: len(kv_lens)] = requests["total_len"][: len(kv_lens)] = kv_lens
@@ -32,7 +34,7 @@ def plan(
 
 
 def run(
-    requests: np.ndarray, batch: int, extra_items: int, splits: planner.DecodeSplits, *, page_size: int = 16,
+    requests: np.ndarray, batch: int, extra_items: int, splits: DecodeSplits, *, page_size: int = 16,
     page_stride: int = 1, window_left: int = -1,
 ) -> np.ndarray:  # fmt: skip
     """One launch for the first `batch` of these requests, behind which a sentinel stands; its items."""
@@ -52,7 +54,7 @@ def run(
             "causal": True,
             "window_left": window_left,
         },
-        "ctas_an_item": splits.ctas_an_item,
+        "ctas_an_item": splits.ctas_per_item,
         "num_sms": NUM_SMS,
         "ctas_at_a_time": splits.ctas_at_a_time,
         "ragged_ctas": splits.ragged_ctas,
@@ -74,7 +76,7 @@ SEEN = [
 @pytest.mark.parametrize("case", SEEN, ids=str)
 def test_items_say_what_their_requests_see(case: Case) -> None:
     requests = requests_of(build(case), case.batch_size + 1)
-    splits = planner.DecodeSplits(case.num_kv_heads, 0, NUM_SMS, NUM_SMS, 49)
+    splits = DecodeSplits(case.num_kv_heads, 0, NUM_SMS, NUM_SMS, 49)
     items = run(
         requests, case.batch_size, splits.extra_items, splits, page_size=case.page_size, page_stride=case.page_stride,
         window_left=case.window_left,

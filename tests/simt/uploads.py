@@ -18,7 +18,7 @@ card.install()
 
 import cupy  # noqa: E402
 
-from paged_attn.backends import cuda  # noqa: E402
+from paged_attn.backends.cuda import uploads  # noqa: E402
 
 
 class Stream:
@@ -55,7 +55,7 @@ def send(seed: int, *, prompt: bool) -> dict[str, int]:
     rng = np.random.default_rng(seed)
     streams = Stream(0), Stream(64)
     blocks: list[Any] = []
-    cuda._thread.staging.clear()
+    uploads._stagings.items.clear()
 
     def alloc_pinned_memory(size: int) -> Any:
         if not prompt and rng.random() < 0.2:
@@ -72,7 +72,7 @@ def send(seed: int, *, prompt: bool) -> dict[str, int]:
         array = rng.integers(0, 2**31, size).astype(rng.choice(["int32", "int64"]))
         kept = array.copy()
         try:
-            sent.append((kept, cuda.to_backend(array, "cuda:0")))
+            sent.append((kept, uploads.to_backend(array, "cuda:0")))
         except MemoryError:  # what was sent before arrives all the same
             refused += 1
             continue

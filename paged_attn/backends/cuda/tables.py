@@ -1,0 +1,184 @@
+"""Page tables on the device: PageTable's methods, and the table that a cache writes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import cupy
+import numpy as np
+
+from ... import compile, lifetimes
+from ...recipes import (
+    BLOCK_TABLE_PAGES,
+    BLOCK_TABLE_ROWS,
+    BUILD_TABLE,
+    CHECK_TABLE,
+    SEQ_LENS,
+    SPLIT_PAGES,
+    SPLIT_ROWS,
+    TABLE_SLOTS,
+    THREADS,
+    TO_BLOCK_TABLE,
+    UPDATE_PAGE_LISTS,
+    row_blocks,
+)
+from .launch import launch
+from .memory import current_device, empty, is_capturing, zeros
+from .status import STATUS_BYTES, device_word
+from .uploads import upload_together
+
+if TYPE_CHECKING:
+    from ...holders import TableArrays
+
+
+def seq_lens(table: TableArrays) -> Any:
+    lens = empty((table.batch_size,), np.int32, table.device)
+    if table.batch_size:
+        with current_device(table.device):
+            launch(SEQ_LENS, table.device, -(-table.batch_size // THREADS), {
+                "indptr": table.indptr, "last_page_len": table.last_page_len, "seq_lens": lens,
+                "batch": table.batch_size, "page_size": table.page_size,
+            })  # fmt: skip
+    return lens
+
+
+def split_table(table: TableArrays, num_chunks: int, out: TableArrays) -> None:
+    fields = {
+        **_table_fields(table),
+        "out_indptr": out.indptr,
+        "out_indices": out.indices,
+        "out_last_page_len": out.last_page_len,
+        "out_page_offset": out.page_offset,
+        "out_total_len": out.total_len,
+        "status": device_word(table.device),
+        "num_chunks": num_chunks,
+        "out_num_indices": out.indices.size,
+        "page_size": table.page_size,
+        "page_stride": table.page_stride,
+    }
+    rows = num_chunks * table.batch_size
+    with current_device(table.device):
+        launch(SPLIT_ROWS, table.device, 1, fields)
+        launch(SPLIT_PAGES, table.device, row_blocks(rows, out.indices.size), fields)
+
+
+def from_block_table(block_table: Any, seq_lens: Any, page_size: int, out: TableArrays) -> None:
+    device = out.device
+    batch, width = block_table.shape
+    fields = {
+        "block_table": block_table,
+        "seq_lens": seq_lens,
+        "out_indptr": out.indptr,
+        "out_indices": out.indices,
+        "out_last_page_len": out.last_page_len,
+        "status": device_word(device),
+        "row_stride": block_table.strides[0] // 4,
+        "column_stride": block_table.strides[1] // 4,
+        "batch": batch,
+        "width": width,
+        "out_num_indices": out.indices.size,
+        "page_size": page_size,
+    }
+    with current_device(device):
+        launch(BLOCK_TABLE_ROWS, device, 1, fields)
+        launch(BLOCK_TABLE_PAGES, device, row_blocks(batch, out.indices.size), fields)
+
+
+def to_block_table(table: TableArrays, max_pages_per_seq: int) -> Any:
+    block_table = empty((table.batch_size, max_pages_per_seq), np.int32, table.device)
+    if block_table.size:
+        with current_device(table.device):
+            launch(TO_BLOCK_TABLE, table.device, -(-block_table.size // THREADS), {
+                "indptr": table.indptr, "indices": table.indices, "block_table": block_table,
+                "status": device_word(table.device), "batch": table.batch_size,
+                "num_indices": table.indices.size, "width": max_pages_per_seq,
+            })  # fmt: skip
+    return block_table
+
+
+def table_slots(table: TableArrays, batch_indices: Any, positions: Any) -> Any:
+    slots = empty(positions.shape, np.int64, table.device)
+    if slots.size:
+        with current_device(table.device):
+            launch(TABLE_SLOTS, table.device, -(-slots.size // THREADS), {
+                "indptr": table.indptr, "indices": table.indices, "page_offset": table.page_offset,
+                "batch_indices": batch_indices, "positions": positions, "slots": slots,
+                "status": device_word(table.device), "page_size": compile.fast_divide(table.page_size),
+                "batch": table.batch_size, "num_indices": table.indices.size, "tokens": slots.size,
+                "page_stride": table.page_stride,
+            })  # fmt: skip
+    return slots
+
+
+def check_table(table: TableArrays, num_pages: int) -> Any:
+    """The status word that a kernel fills, now or at every replay of a graph."""
+    word = zeros((STATUS_BYTES,), np.uint8, table.device)
+    fields = {
+        **_table_fields(table),
+        "status": word,
+        "page_size": table.page_size,
+        "page_stride": table.page_stride,
+        "num_pages": num_pages,
+    }
+    with current_device(table.device):
+        stream = cupy.cuda.get_current_stream()
+        if is_capturing(stream):
+            lifetimes.keep_with_graph(stream.ptr, word)
+        blocks = row_blocks(table.batch_size, table.indices.size) if table.batch_size else 1
+        launch(CHECK_TABLE, table.device, blocks, fields)
+    return word
+
+
+def update_table(
+    page_lists: Any,
+    update_index: np.ndarray[Any, Any],
+    update_value: np.ndarray[Any, Any],
+    starts: np.ndarray[Any, Any],
+    indptr: np.ndarray[Any, Any],
+    last_page_len: np.ndarray[Any, Any],
+    out: Any,
+) -> None:
+    device = out.device
+    status = device_word(device)
+    num_updates, num_entries, batch = update_index.size, page_lists.size, starts.size
+    with current_device(device):
+        parts = (update_index, update_value, starts, indptr, last_page_len)
+        _memory, (index, value, start, row, last) = upload_together(parts, device)
+        if num_updates:
+            fields = {
+                "page_lists": page_lists,
+                "update_index": index,
+                "update_value": value,
+                "status": status,
+                "num_entries": num_entries,
+                "num_updates": num_updates,
+            }
+            launch(UPDATE_PAGE_LISTS, device, -(-num_updates // THREADS), fields)
+        fields = {
+            "page_lists": page_lists,
+            "starts": start,
+            "indptr": row,
+            "last_page_len": last,
+            "out_indptr": out.indptr,
+            "out_last_page_len": out.last_page_len,
+            "out_indices": out.indices,
+            "status": status,
+            "num_entries": num_entries,
+            "batch": batch,
+            "capacity": out.last_page_len.size,
+            "out_num_indices": out.indices.size,
+        }
+        launch(BUILD_TABLE, device, row_blocks(batch, int(indptr[-1])) if batch else 1, fields)
+
+
+def _table_fields(table: TableArrays) -> dict[str, Any]:
+    """The table's arrays, on its kv's device, as the fields that kernels know them by."""
+    return {
+        "indptr": table.indptr,
+        "indices": table.indices,
+        "last_page_len": table.last_page_len,
+        "page_offset": table.page_offset,
+        "total_len": table.total_len,
+        "num_indices": table.indices.size,
+        "batch": table.batch_size,
+    }

@@ -1,0 +1,74 @@
+"""Scalars: ints, floats and bases of logarithms."""
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
+INT_MAX = 2**31 - 1
+
+
+def as_int(value: Any, name: str, *, minimum: int, maximum: int = INT_MAX) -> int:
+    """`value` as an int of [minimum, maximum]; TypeError for floats, bools and arrays."""
+    if type(value) is int and minimum <= value <= maximum:  # the usual one, and a table waits for this
+        return value
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be an int, got {_shown(value)}; pass {_one_of(value, name, 'int')}")
+    if not minimum <= number <= maximum:
+        raise ValueError(
+            f"{name} is {number}, which is not in [{minimum}, {maximum}]; pass {name} of at least {minimum}"
+            if number < minimum
+            else f"{name} is {number}, which is more than {maximum}; pass a smaller {name}"
+        )
+    return number
+
+
+def as_float(value: Any, name: str, *, rule: str = "", minimum: float = -math.inf) -> float:
+    """`value` as a finite float of at least `minimum`; TypeError for strings, bools and arrays."""
+    try:
+        number = None if isinstance(value, (bool, str, bytes)) or _is_array(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be a float, got {_shown(value)}; pass {_one_of(value, name, 'float')}")
+    if not math.isfinite(number) or number < minimum:
+        bound = f" and at least {minimum:g}" if minimum > -math.inf else ""
+        raise ValueError(f"{name} is {number}, and it must be finite{bound}; {rule or f'pass another {name}'}")
+    return number
+
+
+def _shown(value: Any) -> str:
+    """What came instead of a number; of an array its shape, as its values may be many."""
+    kind = type(value).__name__
+    return f"an array of shape {tuple(value.shape)} ({kind})" if _is_array(value) else f"{value!r} ({kind})"
+
+
+def _one_of(value: Any, name: str, kind: str) -> str:
+    """How to make the number that was wanted."""
+    if _is_array(value):
+        return f"one {kind}"
+    try:
+        {"int": int, "float": float}[kind](value)
+    except Exception:  # what came is no number, in whatever way
+        return "an int" if kind == "int" else "a float"
+    return f"{kind}({name})"
+
+
+def _is_array(value: Any) -> bool:
+    return getattr(value, "ndim", 0) > 0
+
+
+def as_base(base: Any) -> float:
+    """The base of a logarithm: "e" (or math.e) or 2."""
+    if isinstance(base, str) and base == "e":
+        return math.e
+    if isinstance(base, (int, float, np.number)) and not isinstance(base, bool) and base in (2, math.e):
+        return float(base)
+    raise ValueError(
+        f"base is {base!r}; pass base='e' for natural-log states (paged_attn, JAX, FlashAttention) or base=2"
+    )
