@@ -90,13 +90,9 @@ __device__ __forceinline__ float log_sum_exp(float max, float sum) {
     return sum == 0.f ? -INF : (max + log2_fast(sum)) * LN_2;
 }
 
-// Adds a sink, a score without a value, to a row's state. Returns the factor by which the sums so far become smaller:
-// out has to be multiplied by it too. max and sink are scores of which `unit` times a score is one in base 2. The
-// larger of both becomes the maximum, so that neither a huge sink nor a huge score overflows.
-__device__ __forceinline__ float add_sink(float sink, float unit, float& max, float& sum) {
-    if (sink == -INF) return 1.f;
-    const float top = sum == 0.f ? sink : fmaxf(max, sink), keep = sum == 0.f ? 0.f : exp2_fast((max - top) * unit);
-    sum = sum * keep + (sink == top ? 1.f : exp2_fast((sink - top) * unit));
-    max = top;
-    return keep;
+// The sum of a row's weights with the weight of its sink, a score without a value. max and sink are scores of which
+// `unit` times a score is one in base 2. Infinite where the sink outweighs all keys by 2^128: then their weight is 0 and
+// the row's lse is its sink.
+__device__ __forceinline__ float sum_with_sink(float sink, float unit, float max, float sum) {
+    return sum + (sink == -INF ? 0.f : exp2_fast((sink - max) * unit));
 }

@@ -23,7 +23,7 @@
 //   grid   one CTA per (item, KV head, block of COLUMNS columns), an item being a split of a request. Blocks of columns
 //          vary fastest, which read the same K and V, then KV heads, so that CTAs which run together read neighbouring
 //          memory. The hardware hands out CTAs, the longest items first, which evens out SMs of unequal bandwidth
-//          better than any equal split; two at a time, where planner.py says so.
+//          better than any equal split; two at a time, where recipes.py says so.
 //   warp   an independent pipeline over tiles of 16 tokens: tile = (i * WARPS + warp) * num_splits + split.
 //          No barrier of the block before the end but that of Q_IN_SHARED.
 //   shared memory, per warp: a ring of STAGES slots for tiles of K and V (chapter 1). At the end the same bytes hold
@@ -120,7 +120,7 @@ constexpr int ASSIGNMENT_OFFSET = LIMITS_OFFSET + WARPS * COLUMNS * 8;  // Assig
 constexpr int ASSIGNMENT_END = ASSIGNMENT_OFFSET + 32;
 constexpr int Q_OFFSET = (ASSIGNMENT_END + 127) / 128 * 128;            // [COLUMNS] rows
 static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * KRows::BYTES : ASSIGNMENT_END) == SHARED_BYTES,
-              "SHARED_BYTES must be what planner.py says");
+              "SHARED_BYTES must be what recipes.py says");
 
 // -- 2. parameters ----------------------------------------------------------------------------------------------------
 

@@ -181,10 +181,11 @@ __device__ __forceinline__ void merge(const StateList& states, int num_states, f
     }
 
     // 5. Normalise and write. The sum is 0 where no state saw a key, else at least 1 (or NaN).
-    float keep = 1.f;
-    if constexpr (SINKS) keep = add_sink(sink * __fdividef(LOG2_E, log2_of_base), log2_of_base, max, sum);
-    const float scale = sum == 0.f ? 0.f : __fdividef(keep, sum);
-    if (lse && lane == 0) *lse = sum == 0.f ? -INF : max + __fdividef(log2_fast(sum), log2_of_base);
+    const float sink_in_base = sink * __fdividef(LOG2_E, log2_of_base);
+    if constexpr (SINKS) sum = sum_with_sink(sink_in_base, log2_of_base, max, sum);
+    const float scale = sum == 0.f ? 0.f : __fdividef(1.f, sum);
+    const float log_of_sum = max + __fdividef(log2_fast(sum), log2_of_base);
+    if (lse && lane == 0) *lse = sum == 0.f ? -INF : SINKS && sum == INF ? sink_in_base : log_of_sum;
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
         const int chunk = step * GROUP + column;

@@ -85,7 +85,7 @@ constexpr int TILE_WANTED = TILE_EMPTY + TILE_SLOTS * 8;
 constexpr int Q_FULL = TILE_WANTED + 8, Q_EMPTY = Q_FULL + 8;
 constexpr int K_FULL = Q_EMPTY + 8, K_EMPTY = K_FULL + STAGES * 8;
 constexpr int V_FULL = K_EMPTY + STAGES * 8, V_EMPTY = V_FULL + STAGES * 8;
-static_assert(SHARED_BYTES >= V_EMPTY + STAGES * 8, "SHARED_BYTES must be what planner.py says");
+static_assert(SHARED_BYTES >= V_EMPTY + STAGES * 8, "SHARED_BYTES must be what recipes.py says");
 static_assert(SHARED_BYTES <= 227 * 1024, "the shared memory of a CTA");
 
 constexpr int ORDER = 1, WARPGROUP = 3;  // named barriers, two of each
@@ -383,6 +383,8 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             results.leave();
             release(Q_EMPTY, 0);
         }
+        Sinks sinks = tile_sinks(p.to, p.list, tile, first_row);  // asked for long before the rows end
+        if constexpr (SINKS) hold(sinks.row);
         exponentials<0, BLOCK / 2>(s, softmax, softmax.sum, scale);
         results.store<2>();
         round_weights(weights, s);
@@ -466,7 +468,6 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         const Tile& next = tiles[(number + 1) % TILE_SLOTS];
         barrier_wait(shared + TILE_FULL + (number + 1) % TILE_SLOTS * 8, (number + 1) / TILE_SLOTS);
         const bool more = next.num_blocks > 0;
-        const Sinks sinks = tile_sinks(p.to, p.list, tile, first_row);
         auto prepare_next = [&] {
             if (!more) return;
             take_q(number + 1);

@@ -88,17 +88,17 @@ struct RowEnd {
     float weight;
     float max;  // in base 2, as the sum is counted
     float sum;
+    float sink;
 
     // The natural logarithm; a function, because only one thread of a row stores it, if any.
-    __device__ __forceinline__ float lse() const { return log_sum_exp(max, sum); }
+    __device__ __forceinline__ float lse() const { return SINKS && sum == INF ? sink : log_sum_exp(max, sum); }
 };
 
 // max is in base 2. A row that has seen no key has the sum 0, and so the weight 0 and the lse of its sink.
 // fast_division: 1 / sum is off by up to 2 ulp.
 template <bool fast_division = false>
 __device__ __forceinline__ RowEnd end_row(float max, float sum, float sink) {
-    float keep = 1.f;
-    if constexpr (SINKS) keep = add_sink(sink * LOG2_E, 1.f, max, sum);
-    const float weight = sum == 0.f ? 0.f : fast_division ? __fdividef(keep, sum) : keep / sum;
-    return {weight, max, sum};
+    if constexpr (SINKS) sum = sum_with_sink(sink * LOG2_E, 1.f, max, sum);
+    const float weight = sum == 0.f ? 0.f : fast_division ? __fdividef(1.f, sum) : 1.f / sum;
+    return {weight, max, sum, sink};
 }
