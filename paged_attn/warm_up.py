@@ -41,7 +41,8 @@ def warm_up(
 
     The kernels of page tables, caches and plans are included, with and without batch_invariant, for results in dtype
     and in float32. They are compiled in parallel, with a progress bar on a terminal; the next process finds them in
-    CuPy's cache on disk. On the CPU there is nothing to compile.
+    CuPy's cache on disk. On the CPU there is nothing to compile. Left out is what only arrays of unusual strides need:
+    prefill on Hopper over pools that its kernel cannot count in, merges of states not aligned to 16 bytes.
 
     Parameters
     ----------
