@@ -240,6 +240,7 @@ class _BatchAttention:
         for name, value in plan.capacities.items():
             if value is not None:
                 scalars.as_int(value, name, minimum=1)
+        scalars.as_bool(plan.batch_invariant, "batch_invariant")
         self._plan = plan
         self._in_use = threading.Lock()  # held by the call that a thread is in
 

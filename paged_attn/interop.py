@@ -381,15 +381,15 @@ def as_dtype(dtype: Any) -> np.dtype:
     return found
 
 
-def any_dtype(dtype: Any) -> np.dtype:
+def any_dtype(dtype: Any, name: str = "dtype") -> np.dtype:
     """The np.dtype of a name or a NumPy dtype, those of ml_dtypes included: whatever paged_attn computes in."""
     try:
         if dtype is not None:  # np.dtype(None) is float64
             return np.dtype(dtype)
     except TypeError:
         pass
-    raise _no_dtype(dtype)
+    raise _no_dtype(dtype, name)
 
 
-def _no_dtype(dtype: Any) -> TypeError:
-    return TypeError(f"dtype must be one of {', '.join(FLOAT_DTYPES)} (a name or a NumPy dtype), got {dtype!r}")
+def _no_dtype(dtype: Any, name: str = "dtype") -> TypeError:
+    return TypeError(f"{name} must be one of {', '.join(FLOAT_DTYPES)} (a name or a NumPy dtype), got {dtype!r}")

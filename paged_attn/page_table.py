@@ -8,7 +8,7 @@ import numpy as np
 from . import backends
 from .checks import scalars, tables
 from .holders import TableArrays
-from .interop import Array, device_of, is_writable, native, resolve_device
+from .interop import Array, device_of, is_native, is_writable, native, resolve_device
 from .lifetimes import loan_of, reading
 
 _INT32 = np.dtype(np.int32)
@@ -180,6 +180,8 @@ class PageTable(TableArrays):
         return backends.of(self.device)
 
     def __repr__(self) -> str:
+        if not is_native(self.indptr):  # a leaf without memory
+            return f"PageTable(indptr={self.indptr!r}, indices={self.indices!r}, page_size={self.page_size})"
         return (
             f"PageTable(batch_size={self.batch_size}, max_pages={self.indices.shape[0]}, page_size={self.page_size}, "
             f"{'' if self.page_stride == 1 else f'page_stride={self.page_stride}, '}"

@@ -4,7 +4,7 @@ from typing import Any
 
 from .checks import overlaps, pools
 from .holders import KVPages
-from .interop import Array, is_writable, namespace, native, on_device_of
+from .interop import Array, is_native, is_writable, namespace, native, on_device_of
 from .layout import Layout, as_layout
 from .lifetimes import loan_of, reading
 
@@ -73,6 +73,8 @@ class PagedKV(KVPages):
         return namespace(pages).array(bits, order="C", copy=True).view(self.dtype)
 
     def __repr__(self) -> str:
+        if not is_native(self.k_pages):  # a leaf without memory
+            return f"PagedKV(k_pages={self.k_pages!r}, v_pages={self.v_pages!r}, layout={str(self.layout)!r})"
         v_head_dim = "" if self.v_head_dim == self.head_dim else f"v_head_dim={self.v_head_dim}, "
         read_only = "" if self.writable else ", read-only"
         return (

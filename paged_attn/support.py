@@ -119,9 +119,10 @@ def _check_limits(op: str, kind: str, dtype: str | None, head_dim: int | None, v
     for name, dim in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
         if dim is not None and (dim % multiple or (most is not None and dim > most)):
             scale = f" and pass sm_scale=1/sqrt({dim})" if name == "head_dim" else ""
+            pad = f"pad it with zeros{scale}, or " if most is None or dim <= most else ""
             raise NotImplementedError(
-                f"{op} on a GPU takes a {name} that is a multiple of {multiple} up to {most}, not {dim}; pad it "
-                f"with zeros{scale}, or pass NumPy arrays to compute on the CPU"
+                f"{op} on a GPU takes a {name} that is a multiple of {multiple} up to {most}, not {dim}; {pad}"
+                f"pass NumPy arrays to compute on the CPU"
             )
 
 

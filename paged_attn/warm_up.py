@@ -12,9 +12,9 @@ import numpy as np
 
 from . import compile, recipes
 from .card import Card, card_of
-from .checks.scalars import as_int
+from .checks.scalars import as_bool, as_int
 from .compile import Recipe
-from .interop import as_dtype, resolve_device
+from .interop import any_dtype, as_dtype, resolve_device
 from .spec import AttentionSpec, Scoring
 from .support import check_supported
 
@@ -41,7 +41,8 @@ def warm_up(
 
     The kernels of page tables, caches and plans are included, with and without batch_invariant, for results in dtype
     and in float32. They are compiled in parallel, with a progress bar on a terminal; the next process finds them in
-    CuPy's cache on disk. On the CPU there is nothing to compile.
+    CuPy's cache on disk. On the CPU there is nothing to compile. Left out is what only arrays of unusual strides need:
+    prefill on Hopper over pools that its kernel cannot count in, merges of states not aligned to 16 bytes.
 
     Parameters
     ----------
@@ -71,16 +72,16 @@ def warm_up(
         page_size=as_int(page_size, "page_size", minimum=1),
         q_len=as_int(q_len, "q_len", minimum=1),
         max_batch_size=None if max_batch_size is None else as_int(max_batch_size, "max_batch_size", minimum=1),
-        sinks=sinks,
-        soft_cap=soft_cap,
+        sinks=as_bool(sinks, "sinks"),
+        soft_cap=as_bool(soft_cap, "soft_cap"),
     )
     if num_qo_heads % num_kv_heads:
         raise ValueError(
             f"num_qo_heads={num_qo_heads} is not a multiple of num_kv_heads={num_kv_heads}; pass those of one model"
         )
-    if kv_dtype is not None and as_dtype(kv_dtype) != shapes.dtype:
+    if kv_dtype is not None and any_dtype(kv_dtype, "kv_dtype") != shapes.dtype:
         raise NotImplementedError(
-            f"kv_dtype is {as_dtype(kv_dtype)} and dtype {shapes.dtype}, and pools have the dtype of q so far; leave "
+            f"kv_dtype is {any_dtype(kv_dtype)} and dtype {shapes.dtype}, and pools have the dtype of q so far; leave "
             f"kv_dtype out"
         )
     resolved = resolve_device(device)

@@ -1275,6 +1275,14 @@ bad(
     "array",
     "pass True or False",
 )
+bad(
+    "plan: batch_invariant",
+    lambda w: pa.BatchDecodeWithPagedKVCache(batch_invariant="no"),
+    TypeError,
+    "batch_invariant must be a bool",
+    "'no' (str)",
+    "pass True or False",
+)
 bad("plan: no heads", lambda w: w.decode.plan(w.kv, w.table, 0), ValueError, "num_qo_heads is 0", "[1, ", "at least 1")
 bad("plan: float heads", lambda w: w.decode.plan(w.kv, w.table, 4.0), TypeError, "num_qo_heads", "4.0 (float)", "int(")
 bad("plan: q_len", lambda w: w.decode.plan(w.kv, w.table, 4, q_len=0), ValueError, "q_len is 0", "[1, ", "at least 1")

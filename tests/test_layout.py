@@ -55,6 +55,10 @@ def test_a_pool_holds_whatever_has_a_shape() -> None:
     kv._set(k_pages=shape, v_pages=object(), layout=pa.Layout.NHD, writable=False, loan=None)
     assert (kv.num_pages, kv.page_size, kv.num_kv_heads, kv.head_dim) == (5, 4, 2, 16)
     assert kv.dtype == np.float16
+    assert repr(kv) == f"PagedKV(k_pages={kv.k_pages!r}, v_pages={kv.v_pages!r}, layout='NHD')"
+    table = pa.PageTable.__new__(pa.PageTable)
+    table._set(indptr=shape, indices=shape, last_page_len=object(), page_size=4)
+    assert repr(table) == f"PageTable(indptr={shape!r}, indices={shape!r}, page_size=4)"
     with pytest.raises(AttributeError, match="k_pages cannot be assigned"):
         kv.k_pages = shape
 

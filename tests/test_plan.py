@@ -614,8 +614,9 @@ def test_supports_answers_by_question() -> None:
         assert not answer and "float16, bfloat16" in answer.reason and "on the CPU" in answer.reason
     for op in ("append", "decode", "prefill"):
         answer = pa.supports(op, device="cuda", dtype="float16", head_dim=72)
-        assert not answer and "multiple of 16 up to 256, not 72" in answer.reason
-        assert "up to 256, not 272" in pa.supports(op, device="cuda", head_dim=272).reason
+        assert not answer and "multiple of 16 up to 256, not 72; pad it with zeros" in answer.reason
+        wide = pa.supports(op, device="cuda", v_head_dim=272).reason
+        assert "up to 256, not 272; pass NumPy arrays" in wide, "zeros make it no narrower"
     assert "multiple of num_kv_heads" in pa.supports(device="cpu", num_qo_heads=30, num_kv_heads=8).reason
     assert pa.supports(device="cpu", num_qo_heads=40, num_kv_heads=8)
     for dtype in ("int8", "float8_e4m3fn", np.int32):

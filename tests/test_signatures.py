@@ -31,7 +31,7 @@ METHODS = [
 ]
 FUNCTIONS = (
     *METHODS,
-    *ATTENTION, *PLANS, *CLASSES, pa.append, pa.merge_state, pa.merge_states, pa.supports, pa.status,
+    *ATTENTION, *PLANS, *CLASSES, pa.append, pa.merge_state, pa.merge_states, pa.supports, pa.status, pa.warm_up,
 )  # fmt: skip
 SHARED = {"sm_scale", "causal", "window_left", "logits_soft_cap", "sinks", "out", "lse", "return_lse"}
 
@@ -69,6 +69,14 @@ def test_the_same_argument_is_documented_in_the_same_words(function: Callable[..
     said = arguments(function)
     for name in SHARED & set(inspect.signature(function).parameters):
         assert said[name] == source[name], name
+
+
+def test_what_messages_and_docstrings_name_exists() -> None:
+    """Plan classes, and errors of pools and tables."""
+    for path in sorted(Path(pa.__file__).parent.rglob("*.py")):
+        named = set(re.findall(r"\b(?:Batch[A-Z]\w+|(?:Layout|Page|Table|OutOf)\w*Error)\b", path.read_text()))
+        unknown = {name for name in named if not hasattr(pa, name)}
+        assert not unknown, f"{path.name} names {', '.join(unknown)}"
 
 
 GOOD = """

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import paged_attn as pa
@@ -30,6 +31,10 @@ def test_on_a_cpu_there_is_nothing_to_compile() -> None:
         ({"max_batch_size": 2.5}, TypeError, "max_batch_size must be an int"),
         ({"dtype": "int8"}, (TypeError, ValueError), "int8"),
         ({"kv_dtype": "float32"}, NotImplementedError, "kv_dtype is float32 and dtype float16"),
+        ({"kv_dtype": "float8_e4m3fn"}, NotImplementedError, "kv_dtype is float8_e4m3fn and dtype float16"),
+        ({"kv_dtype": "int9"}, TypeError, "kv_dtype must be one of .*, got 'int9'"),
+        ({"soft_cap": 30.0}, TypeError, r"soft_cap must be a bool, got 30.0 \(float\); pass True or False"),
+        ({"sinks": np.zeros(8)}, TypeError, r"sinks must be a bool, got an array of shape \(8,\)"),
         ({"device": "cuda:99"}, (ValueError, ImportError), "cuda"),
     ],
 )

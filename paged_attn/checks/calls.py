@@ -25,7 +25,7 @@ from .arrays import (
     first_true,
 )
 from .pools import check_page_size, refuse_heads
-from .scalars import as_float, as_int
+from .scalars import as_bool, as_float, as_int
 
 FLOAT_RANGE = 2.0**-126, 2.0**127  # normal float32 numbers, the largest of them even times log2(e)
 
@@ -71,13 +71,10 @@ def attention_spec(
 
 def check_scoring(scoring: Scoring, head_dim: int) -> Scoring:
     """The options as numbers of their types, sm_scale's default included."""
-    causal = scoring.causal
-    if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(f"causal must be a bool, got {causal!r} ({type(causal).__name__}); pass True or False")
     sm_scale = 1.0 / math.sqrt(head_dim) if scoring.sm_scale is None else _as_scale(scoring.sm_scale)
     return Scoring(
         sm_scale=sm_scale,
-        causal=bool(causal),
+        causal=as_bool(scoring.causal, "causal"),
         window_left=as_int(scoring.window_left, "window_left", minimum=-1),
         logits_soft_cap=_as_soft_cap(scoring.logits_soft_cap, sm_scale),
     )

@@ -42,6 +42,12 @@ def as_float(value: Any, name: str, *, rule: str = "", minimum: float = -math.in
     return number
 
 
+def as_bool(value: Any, name: str) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {_shown(value)}; pass True or False")
+    return bool(value)
+
+
 def _shown(value: Any) -> str:
     """What came instead of a number; of an array its shape, as its values may be many."""
     kind = type(value).__name__

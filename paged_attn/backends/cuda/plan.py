@@ -135,7 +135,7 @@ class Plan:
         if self._one_shot:
             raise ValueError(
                 "a one-shot call was made while the stream is capturing a CUDA graph, and what it plans lasts for one "
-                "call only; make a BatchDecodeWithKVPagesCache or BatchPrefillWithKVPagesCache with max_batch_size= "
+                "call only; make a BatchDecodeWithPagedKVCache or BatchPrefillWithPagedKVCache with max_batch_size= "
                 "and max_pages=, plan and run it once, then capture its plan() and run()"
             )
         if not self._capturable:
@@ -152,7 +152,7 @@ class Plan:
             self._last_capture = capture
 
     def raise_status(self) -> None:
-        """TableArraysError for the first fault that the last update met. Waits for the device."""
+        """PageTableError for the first fault that the last update met. Waits for the device."""
         raise_word(self._status)
 
     def _buffer(self, name: str, num_bytes: int) -> Any:
