@@ -42,7 +42,6 @@ NOT_LIVE = (
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
-
 _NONE = np.zeros(0, np.int64)
 
 
