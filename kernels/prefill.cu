@@ -11,7 +11,7 @@
 //       page_ids  [max_pages] int                     clean: every id is inside the pool
 //       sinks     [num_qo_heads] float                with SINKS
 // out   out       [q_rows, num_qo_heads, V_HEAD_DIM]  fp16/bf16 or float32; 0 for a row that sees no key
-//       lse       [q_rows, num_qo_heads] float        natural log; of a row that sees no key that of its sink, or -inf;
+//       lse       [q_rows, num_qo_heads] float        natural log; its sink, or -inf, for a row that sees no key;
 //                                                     or null
 //
 // The query heads of one KV head and the tokens of a request are packed into one axis of rows, so any group size fills
@@ -50,7 +50,7 @@ constexpr bool WIDE = V_HEAD_DIM > 128 || HEAD_DIM > 192;
 constexpr bool MIXED = HEAD_DIM != V_HEAD_DIM;
 constexpr int M_TILES = WIDE ? 1 : 2;  // m16 tiles a warp
 constexpr int WARP_ROWS = M_TILES * 16;
-static_assert(TILE_ROWS == WARPS * WARP_ROWS, "TILE_ROWS must be what planner.py says");
+static_assert(TILE_ROWS == WARPS * WARP_ROWS, "TILE_ROWS must be what recipes.py says");
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int BLOCK = V_HEAD_DIM > 112 || WIDE ? 32 : 64;  // tokens; 64 of them would spill registers
 #else
@@ -76,7 +76,7 @@ constexpr int K_OFFSET = TILE_ROWS * (KRows::BYTES > VRows::BYTES ? KRows::BYTES
 constexpr int V_OFFSET = K_OFFSET + BLOCK * KRows::BYTES;
 constexpr int TOKENS_OFFSET = V_OFFSET + BLOCK * VRows::BYTES;  // [2] TokenOffsets
 constexpr int ROWS_OFFSET = TOKENS_OFFSET + 4 * BLOCK * 4;      // [TILE_ROWS] Row
-static_assert(SHARED_BYTES >= ROWS_OFFSET + TILE_ROWS * 16, "SHARED_BYTES must be what planner.py says");
+static_assert(SHARED_BYTES >= ROWS_OFFSET + TILE_ROWS * 16, "SHARED_BYTES must be what recipes.py says");
 static_assert(SHARED_BYTES <= 99 * 1024, "the smallest shared memory of a CTA from sm_80 on");
 
 struct PrefillParams {

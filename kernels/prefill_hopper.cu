@@ -11,7 +11,7 @@
 //       page_ids  [max_pages] int                     clean: every id is inside the pool
 //       sinks     [num_qo_heads] float                with SINKS
 // out   out       like q, fp16/bf16 or float32        0 for a row that sees no key
-//       lse       [q_rows, num_qo_heads] float        natural log; of a row that sees no key that of its sink, or -inf;
+//       lse       [q_rows, num_qo_heads] float        natural log; its sink, or -inf, for a row that sees no key;
 //                                                     or null
 // both  claims    [1] u32                             0 between launches: tiles claimed beyond the first of each CTA
 //                 [3] u32 with -DCOUNT_FALLBACKS      then how often a warp has scaled and repeated a block (below)
@@ -85,7 +85,7 @@ constexpr int TILE_WANTED = TILE_EMPTY + TILE_SLOTS * 8;
 constexpr int Q_FULL = TILE_WANTED + 8, Q_EMPTY = Q_FULL + 8;
 constexpr int K_FULL = Q_EMPTY + 8, K_EMPTY = K_FULL + STAGES * 8;
 constexpr int V_FULL = K_EMPTY + STAGES * 8, V_EMPTY = V_FULL + STAGES * 8;
-static_assert(SHARED_BYTES >= V_EMPTY + STAGES * 8, "SHARED_BYTES must be what planner.py says");
+static_assert(SHARED_BYTES >= V_EMPTY + STAGES * 8, "SHARED_BYTES must be what recipes.py says");
 static_assert(SHARED_BYTES <= 227 * 1024, "the shared memory of a CTA");
 
 constexpr int ORDER = 1, WARPGROUP = 3;  // named barriers, two of each

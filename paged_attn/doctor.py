@@ -481,9 +481,9 @@ def check_tables(batch: Batch) -> list[Any]:
     split = table.split(2)
     block_table = table.to_block_table(6)
     again = pa.PageTable.from_block_table(block_table, table.seq_lens, page_size=batch.page_size)
-    places = xp.asarray(np.array([[0, 2, 0], [69, 32, 15]], np.int32))
+    tokens = xp.asarray(np.array([[0, 2, 0], [69, 32, 15]], np.int32))
     return [
-        table.seq_lens, block_table, table.slots(*places),
+        table.seq_lens, block_table, table.slots(*tokens),
         split.indptr, split.indices, split.last_page_len, split.page_offset, split.total_len,
         again.indptr, again.indices[:8], again.last_page_len,
     ]  # fmt: skip
