@@ -35,9 +35,9 @@ _HOST_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost
 _CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# DLPack: reading one flag and relabelling one dtype. NumPy refuses the bfloat16 of a capsule, and CuPy does not look
-# at its READ_ONLY flag.
+# -- DLPack: reading one flag and relabelling one dtype --------------------------------------------------------------
+
+# NumPy refuses the bfloat16 of a capsule, and CuPy does not look at its READ_ONLY flag.
 
 
 class _DLTensor(ctypes.Structure):
@@ -103,8 +103,7 @@ class _Bfloat16AsUint16:
         return capsule
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# In and out
+# -- in and out ------------------------------------------------------------------------------------------------------
 
 
 class Array(Protocol):
@@ -243,8 +242,7 @@ def check_readable(x: Any, name: str) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Devices and dtypes
+# -- devices and dtypes ----------------------------------------------------------------------------------------------
 
 
 def device_of(array: Any) -> str:
