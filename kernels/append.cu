@@ -9,7 +9,7 @@
 //       status  Status                           a slot outside the pool is skipped and recorded
 //
 // A thread moves 16 bytes of K and 16 of V. threadIdx.y is a token of the block, threadIdx.x runs over the pieces of
-// its heads; blocks step through the tokens. Of two tokens with one slot each piece is that of either.
+// its heads; blocks step through the tokens. Where two tokens have one slot, each piece comes from either.
 #include "convert.cuh"
 #include "page_table.cuh"
 

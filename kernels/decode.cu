@@ -25,7 +25,7 @@
 //          memory. The hardware hands out CTAs, the longest items first, which evens out SMs of unequal bandwidth
 //          better than any equal split; two at a time, where recipes.py says so.
 //   warp   an independent pipeline over tiles of 16 tokens: tile = (i * WARPS + warp) * num_splits + split.
-//          No barrier of the block before the end but that of Q_IN_SHARED.
+//          The block has no barrier before its end, except with Q_IN_SHARED.
 //   shared memory, per warp: a ring of STAGES slots for tiles of K and V (chapter 1). At the end the same bytes hold
 //          the warp's states: O, maximum and sum of each column.
 //   Q      in registers, as operands of the products; with Q_IN_SHARED in shared memory, once for all warps, which wait
@@ -101,12 +101,12 @@ constexpr int TILES_AFTER_K = STAGES / 2;        // from a tile to the one that 
 constexpr int TILES_AFTER_V = (STAGES + 1) / 2;  // from a tile to the one that replaces its V
 constexpr int LARGER_TILE = K_TILE_BYTES > V_TILE_BYTES ? K_TILE_BYTES : V_TILE_BYTES;
 
-// Where a slot begins; that of STAGES is the end.
+// The offset of a slot; for STAGES, the end of the ring.
 constexpr int offset(int slot) {
     return MIXES ? slot * LARGER_TILE : slot / 2 * (K_TILE_BYTES + V_TILE_BYTES) + slot % 2 * K_TILE_BYTES;
 }
 
-// From the slot of a tile's K or V to that of the warp's next tile: two slots on.
+// The slot of K or V of the warp's next tile: two slots on.
 __device__ __forceinline__ void advance(shared_address& slot, shared_address begin) {
     if (STAGES > 2) slot += slot < begin + offset(STAGES - 2) ? offset(2) : -offset(STAGES - 2);
 }

@@ -11,7 +11,7 @@
 //       page_ids  [max_pages] int                     clean: every id is inside the pool
 //       sinks     [num_qo_heads] float                with SINKS
 // out   out       [q_rows, num_qo_heads, V_HEAD_DIM]  fp16/bf16 or float32; 0 for a row that sees no key
-//       lse       [q_rows, num_qo_heads] float        natural log; of a row that sees no key that of its sink, or -inf;
+//       lse       [q_rows, num_qo_heads] float        natural log; its sink, or -inf, for a row that sees no key;
 //                                                     or null
 //
 // The query heads of one KV head and the tokens of a request are packed into one axis of rows, so any group size fills

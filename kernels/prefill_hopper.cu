@@ -11,7 +11,7 @@
 //       page_ids  [max_pages] int                     clean: every id is inside the pool
 //       sinks     [num_qo_heads] float                with SINKS
 // out   out       like q, fp16/bf16 or float32        0 for a row that sees no key
-//       lse       [q_rows, num_qo_heads] float        natural log; of a row that sees no key that of its sink, or -inf;
+//       lse       [q_rows, num_qo_heads] float        natural log; its sink, or -inf, for a row that sees no key;
 //                                                     or null
 // both  claims    [1] u32                             0 between launches: tiles claimed beyond the first of each CTA
 //                 [3] u32 with -DCOUNT_FALLBACKS      then how often a warp has scaled and repeated a block (below)

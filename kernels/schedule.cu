@@ -23,8 +23,8 @@
 //
 // Who owns what
 //   block 0             all requests, in chunks of blockDim.x rows with running sums from chunk to chunk
-//   blocks 1 and above  the page ids: (gridDim.x - 1) / batch blocks a request. A request's pages keep their place
-//                       behind indptr[0], so these blocks wait for nothing.
+//   blocks 1 and above  the page ids: (gridDim.x - 1) / batch blocks a request. A request's pages keep their offset
+//                       from indptr[0], so these blocks wait for nothing.
 //   shared memory       SCAN_BYTES
 #include "page_table.cuh"
 #include "table_rows.cuh"

@@ -234,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(256) table_slots(const __grid_const
     p.slots[token] = i64(page) * page_size + (position - page_in_sequence * page_size);
 }
 
-// ---- the cache's own table ------------------------------------------------------------------------------------------
+// ---- the table of a cache -------------------------------------------------------------------------------------------
 
 struct UpdatePageListsParams {
     int* page_lists;          // [num_entries], in and out

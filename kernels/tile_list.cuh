@@ -1,8 +1,8 @@
 // tile_list: the work of a Hopper prefill, tile after tile, in the order of its requests (tiles.cu).
 //
-// A tile is TILE_ROWS packed rows (page_table.cuh) of a request and a KV head; its
-// tokens are taken in blocks of BLOCK, from the last one down, so that blocks with masked tokens come first. A tile
-// whose rows see no token has one block, all of it masked.
+// A tile is TILE_ROWS packed rows (page_table.cuh) of a request and a KV head; its tokens are taken in blocks of BLOCK,
+// from the last one down, so that blocks with masked tokens come first. A tile whose rows see no token has one block,
+// all of it masked.
 //
 // CTAs stay and claim tile after tile (persistent threads; CUTLASS's persistent tile scheduler, FlashAttention-3's
 // longest-first order for causal masks).

@@ -27,24 +27,7 @@ from .warm_up import warm_up
 __version__ = "0.1.0"
 
 __all__ = [
-    "BatchDecodeWithPagedKVCache",
-    "BatchPrefillWithPagedKVCache",
-    "Layout",
-    "LayoutMismatchError",
-    "OutOfPagesError",
-    "PageTable",
-    "PageTableError",
-    "PagedKV",
-    "PagedKVCache",
-    "__version__",
-    "append",
-    "decode",
-    "merge_state",
-    "merge_states",
-    "prefill",
-    "single_decode",
-    "single_prefill",
-    "status",
-    "supports",
-    "warm_up",
-]
+    "BatchDecodeWithPagedKVCache", "BatchPrefillWithPagedKVCache", "Layout", "LayoutMismatchError", "OutOfPagesError",
+    "PageTable", "PageTableError", "PagedKV", "PagedKVCache", "__version__", "append", "decode", "merge_state",
+    "merge_states", "prefill", "single_decode", "single_prefill", "status", "supports", "warm_up",
+]  # fmt: skip

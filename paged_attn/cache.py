@@ -42,7 +42,6 @@ NOT_LIVE = (
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
-
 _NONE = np.zeros(0, np.int64)
 
 
@@ -155,7 +154,7 @@ class PagedKVCache:
         self._length = np.zeros(0, np.int64)  # [rows] tokens, reserved ones included
         self._live_id = np.zeros(0, np.int64)  # [rows] the id of the sequence in this row, -1 where there is none
         self._unused_ids: list[int] = []  # the ids that free rows give next; the last comes first
-        self._batch: tuple[bytes, np.ndarray] | None = None  # the ids that were last found to be right, and their rows
+        self._batch: tuple[bytes, np.ndarray] | None = None  # the last ids that passed the checks, and their rows
         self._set_num_rows(16)
         self._in_use = threading.Lock()  # held by the call that a thread is in
 
@@ -479,7 +478,7 @@ class PagedKVCache:
 
     def _rows(self, seqs: Sequence[int] | np.ndarray) -> np.ndarray:
         """The rows int64 [batch] of live, distinct sequences."""
-        ids = sequences.as_sequences(seqs)
+        ids = sequences.int_vector(seqs, "seqs")
         content = ids.tobytes()
         if self._batch is not None and self._batch[0] == content:  # ids stay live until free()
             return self._batch[1]

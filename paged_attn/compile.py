@@ -231,12 +231,7 @@ class _LaunchConfig(ctypes.Structure):
     """``CUlaunchConfig`` of cuda.h."""
 
     _fields_ = (
-        ("grid_x", ctypes.c_uint),
-        ("grid_y", ctypes.c_uint),
-        ("grid_z", ctypes.c_uint),
-        ("block_x", ctypes.c_uint),
-        ("block_y", ctypes.c_uint),
-        ("block_z", ctypes.c_uint),
+        *((f"{extent}_{axis}", ctypes.c_uint) for extent in ("grid", "block") for axis in "xyz"),
         ("shared_bytes", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.c_void_p),
@@ -342,20 +337,6 @@ class Kernel:
         params = np.zeros((), self.dtype)
         fill(params, values or {})
         return params
-
-    def launch(
-        self,
-        grid: int | tuple[int, ...],
-        block: int | tuple[int, ...],
-        params: np.ndarray[Any, Any],
-        stream: int | None = None,
-    ) -> None:
-        """Launches once, on CuPy's current stream unless the address of another is given."""
-        if stream is None:
-            import cupy
-
-            stream = cupy.cuda.get_current_stream(self.device_index).ptr
-        Launch(self, block, params)(stream, *_extent(grid))
 
 
 @cache

@@ -32,7 +32,8 @@ from paged_attn import compile, install
 from paged_attn.card import A100, H100, Card, card_of
 from paged_attn.compile import Recipe
 from paged_attn.install import BINDINGS, CUPY, TOOLKIT
-from paged_attn.warm_up import OPS, Shapes, needed_recipes
+from paged_attn.support import OPS
+from paged_attn.warm_up import Shapes, needed_recipes
 
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 OUT_TOLERANCE = {"float16": 2e-3, "bfloat16": 1e-2}  # ||error|| / ||reference|| of one check
@@ -395,16 +396,11 @@ def typical_recipes(file: str, card: Card) -> list[Recipe]:
     """What the checks below, or any model with their shapes, need of a file on a card."""
     models = [
         Shapes(
-            num_qo_heads=NUM_QO_HEADS,
-            num_kv_heads=NUM_KV_HEADS,
-            head_dim=HEAD_DIM,
-            v_head_dim=HEAD_DIM,
-            dtype=dtype,
-            page_size=Batch.page_size,
-            max_batch_size=3,
+            num_qo_heads=NUM_QO_HEADS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, v_head_dim=HEAD_DIM,
+            dtype=dtype, page_size=Batch.page_size, max_batch_size=3,
         )
         for dtype in DTYPES
-    ]
+    ]  # fmt: skip
     needed = (recipe for op in OPS for model in models for recipe in needed_recipes(op, model, card))
     return [recipe for recipe in dict.fromkeys(needed) if compile.kernel_files()[recipe.kernel].name == file]
 
@@ -481,9 +477,9 @@ def check_tables(batch: Batch) -> list[Any]:
     split = table.split(2)
     block_table = table.to_block_table(6)
     again = pa.PageTable.from_block_table(block_table, table.seq_lens, page_size=batch.page_size)
-    places = xp.asarray(np.array([[0, 2, 0], [69, 32, 15]], np.int32))
+    tokens = xp.asarray(np.array([[0, 2, 0], [69, 32, 15]], np.int32))
     return [
-        table.seq_lens, block_table, table.slots(*places),
+        table.seq_lens, block_table, table.slots(*tokens),
         split.indptr, split.indices, split.last_page_len, split.page_offset, split.total_len,
         again.indptr, again.indices[:8], again.last_page_len,
     ]  # fmt: skip

@@ -22,7 +22,7 @@ FLOAT_DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
-_BFLOAT16 = FLOAT_DTYPES["bfloat16"]
+BFLOAT16, FLOAT32 = FLOAT_DTYPES["bfloat16"], FLOAT_DTYPES["float32"]
 _METADATA = {
     **dict.fromkeys(("indptr", "indices", "last_page_len", "page_offset", "total_len", "qo_indptr"), "int32"),
     **dict.fromkeys(("block_table", "seq_lens", "batch_indices", "positions"), "int32"),
@@ -35,9 +35,9 @@ _HOST_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost
 _CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# DLPack: reading one flag and relabelling one dtype. NumPy refuses the bfloat16 of a capsule, and CuPy does not look
-# at its READ_ONLY flag.
+# -- DLPack: reading one flag and relabelling one dtype --------------------------------------------------------------
+
+# NumPy refuses the bfloat16 of a capsule, and CuPy does not look at its READ_ONLY flag.
 
 
 class _DLTensor(ctypes.Structure):
@@ -103,8 +103,7 @@ class _Bfloat16AsUint16:
         return capsule
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# In and out
+# -- in and out ------------------------------------------------------------------------------------------------------
 
 
 class Array(Protocol):
@@ -193,7 +192,7 @@ def _from_dlpack(x: Any, name: str, writable: bool) -> Any:
             f"{name} ({type(x).__module__}.{type(x).__qualname__}) does not say by DLPack that it may be written; "
             f"pass a NumPy or CuPy array"
         )
-    return array.view(_BFLOAT16) if producer.was_bfloat16 else array
+    return array.view(BFLOAT16) if producer.was_bfloat16 else array
 
 
 def to_caller(result: Any, like: Any) -> Any:
@@ -243,8 +242,7 @@ def check_readable(x: Any, name: str) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Devices and dtypes
+# -- devices and dtypes ----------------------------------------------------------------------------------------------
 
 
 def device_of(array: Any) -> str:

@@ -2,15 +2,11 @@
 
 from typing import Any
 
-import numpy as np
-
 from . import backends
 from .checks import states
-from .interop import Array, device_of, native, to_caller
+from .interop import FLOAT32, Array, device_of, native, to_caller
 from .lifetimes import loan_of, reading
 from .support import check_supported
-
-_LSE_DTYPE = np.dtype(np.float32)
 
 
 def merge_state(
@@ -106,7 +102,7 @@ def _with_results(shape: tuple[int, ...], v: Any, results: tuple[Any, Any]) -> t
             raise NotImplementedError(
                 f"merge on a GPU does not turn {dtype} states into {out.dtype}; pass out of {dtype} or float32"
             )
-    return out, backend.empty(shape[:-1], _LSE_DTYPE, device) if lse is None else lse
+    return out, backend.empty(shape[:-1], FLOAT32, device) if lse is None else lse
 
 
 def _to_caller(merged: tuple[Any, Any], given: tuple[Any, Any], like: Any) -> tuple[Any, Any]:

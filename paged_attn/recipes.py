@@ -16,13 +16,10 @@ import numpy as np
 from . import compile, tensor_map
 from .card import Card
 from .compile import Recipe
-from .interop import FLOAT_DTYPES
+from .interop import BFLOAT16, FLOAT32
 
 if TYPE_CHECKING:
     from .spec import AttentionSpec
-
-_BFLOAT16 = FLOAT_DTYPES["bfloat16"]
-_FLOAT32 = np.dtype(np.float32)
 
 
 @functools.cache
@@ -111,9 +108,9 @@ def merge_recipe(
     constants = defines(
         HEAD_DIM=head_dim,
         VEC=vector,
-        BFLOAT16=_BFLOAT16 in (v_dtype, out_dtype),
-        V_FLOAT32=v_dtype == _FLOAT32,
-        OUT_FLOAT32=out_dtype == _FLOAT32,
+        BFLOAT16=BFLOAT16 in (v_dtype, out_dtype),
+        V_FLOAT32=v_dtype == FLOAT32,
+        OUT_FLOAT32=out_dtype == FLOAT32,
         SINKS=sinks,
     )
     return Recipe(kernel=kernel, threads=32 * min(MERGE_WARPS, heads), constants=constants)
@@ -122,8 +119,8 @@ def merge_recipe(
 def merge_recipes(heads: int, head_dim: int, dtype: np.dtype[Any]) -> Iterator[Recipe]:
     """All that merging contiguous states of `dtype`, or in float32, can need; sinks apart."""
     for kernel in ("merge_state", "merge_states"):
-        for v_dtype in (dtype, _FLOAT32):
-            for out_dtype in (dtype, _FLOAT32):
+        for v_dtype in (dtype, FLOAT32):
+            for out_dtype in (dtype, FLOAT32):
                 vector = np.gcd(head_dim * v_dtype.itemsize, 16) // v_dtype.itemsize
                 yield merge_recipe(kernel, heads, head_dim, int(vector), v_dtype, out_dtype)
 
@@ -349,7 +346,7 @@ def _attention_constants(spec: AttentionSpec) -> dict[str, int]:
     return {
         "HEAD_DIM": spec.head_dim,
         "V_HEAD_DIM": spec.v_head_dim,
-        "BFLOAT16": spec.dtype == _BFLOAT16,
+        "BFLOAT16": spec.dtype == BFLOAT16,
         "SOFT_CAP": spec.scoring.logits_soft_cap > 0,
         "SINKS": False,
     }

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .interop import FLOAT_DTYPES
+from .interop import FLOAT32
 
 ALIGNMENT = 16  # bytes that kernels load at once
 
@@ -70,8 +70,7 @@ class AttentionSpec:
         return (*q_shape[:-1], self.v_head_dim)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The arrays of a run
+# -- the arrays of a run ---------------------------------------------------------------------------------------------
 
 
 class RunArrays(NamedTuple):
@@ -103,8 +102,6 @@ class RunArray:
     is_written: bool = False
 
 
-_FLOAT32 = FLOAT_DTYPES["float32"]
-
 RUN_ARRAYS = {
     "q": RunArray(
         shape=lambda spec, q_shape: (*q_shape[:-2], spec.num_qo_heads, spec.head_dim),
@@ -115,20 +112,20 @@ RUN_ARRAYS = {
     "out": RunArray(
         shape=lambda spec, q_shape: spec.out_shape(q_shape),
         why="as q gives it",
-        dtypes=lambda spec: (spec.dtype, _FLOAT32),
+        dtypes=lambda spec: (spec.dtype, FLOAT32),
         alignment=ALIGNMENT,
         is_written=True,
     ),
     "lse": RunArray(
         shape=lambda spec, q_shape: q_shape[:-1],
         why="as q without its last axis",
-        dtypes=lambda spec: (_FLOAT32,),
+        dtypes=lambda spec: (FLOAT32,),
         is_written=True,
     ),
     "sinks": RunArray(
         shape=lambda spec, q_shape: (spec.num_qo_heads,),
         why="one for each query head",
-        dtypes=lambda spec: (_FLOAT32,),
+        dtypes=lambda spec: (FLOAT32,),
     ),
 }
 """A row for each field of RunArrays, in the order of the fields."""

@@ -29,9 +29,9 @@ class _Limits:
     max_head_dim: int | None = None
 
 
-_OPS = ("append", "decode", "prefill", "merge")
+OPS = ("append", "decode", "prefill", "merge")
 _KERNELS = _Limits(("float16", "bfloat16"), head_dim_multiple=16, max_head_dim=256)
-_LIMITS = {("cpu", op): _Limits() for op in _OPS} | {
+_LIMITS = {("cpu", op): _Limits() for op in OPS} | {
     ("cuda", "append"): _KERNELS,
     ("cuda", "decode"): _KERNELS,
     ("cuda", "prefill"): _KERNELS,
@@ -69,8 +69,7 @@ def supports(
     ------
     ValueError, TypeError: what is no question, as a head_dim of 0 or a dtype that NumPy does not know.
     """
-    if not isinstance(op, str) or op not in _OPS:
-        raise ValueError(f"op is {op!r}, which is none of {', '.join(_OPS)}; pass one of them")
+    check_op(op)
     numbers = {
         "head_dim": head_dim,
         "v_head_dim": v_head_dim,
@@ -95,6 +94,11 @@ def supports(
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         return Support(False, str(error))
     return Support(True)
+
+
+def check_op(op: Any) -> None:
+    if not isinstance(op, str) or op not in OPS:
+        raise ValueError(f"op is {op!r}, which is none of {', '.join(OPS)}; pass one of them")
 
 
 @functools.lru_cache(maxsize=1024)

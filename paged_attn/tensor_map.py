@@ -97,8 +97,14 @@ def pool_geometry(
 
 @lru_cache(maxsize=1024)
 def pool_map(pointer: int, geometry: PoolGeometry, bfloat16: bool) -> dict[str, Any]:
-    """The fields of the kernel's ``Pool`` for the pool at ``pointer``. Pools live long: the driver is asked once."""
-    return pool_fields(geometry, _encode(pointer, geometry.dims, geometry.strides, geometry.box, bfloat16))
+    """The fields of the kernel's ``Pool`` for the pool at ``pointer``: its map, and how to count in it. Made once."""
+    return {
+        "map": {"words": _encode(pointer, geometry.dims, geometry.strides, geometry.box, bfloat16)},
+        "page_step": geometry.page_step,
+        "rows_step": geometry.rows_step,
+        "head_step": geometry.head_step,
+        "outside": geometry.outside,
+    }
 
 
 @dataclass(frozen=True)
@@ -166,17 +172,6 @@ def _encode(
             f"strides {strides} and box {box}"
         )
     return tuple((ctypes.c_uint64 * (_MAP_BYTES // 8)).from_address(address))
-
-
-def pool_fields(geometry: PoolGeometry, words: tuple[int, ...]) -> dict[str, Any]:
-    """The fields of ``Pool``: the map's 16 words, and how to count in it."""
-    return {
-        "map": {"words": words},
-        "page_step": geometry.page_step,
-        "rows_step": geometry.rows_step,
-        "head_step": geometry.head_step,
-        "outside": geometry.outside,
-    }
 
 
 @cache

@@ -16,9 +16,7 @@ from .checks.scalars import as_bool, as_int
 from .compile import Recipe
 from .interop import any_dtype, as_dtype, resolve_device
 from .spec import AttentionSpec, Scoring
-from .support import check_supported
-
-OPS = ("append", "decode", "prefill", "merge")
+from .support import check_op, check_supported
 
 
 def warm_up(
@@ -61,8 +59,7 @@ def warm_up(
     ValueError, TypeError: wrong numbers, dtypes and devices; NotImplementedError: see `supports`; ImportError: CuPy or
     NVRTC is missing.
     """
-    if op not in OPS:
-        raise ValueError(f"op is {op!r}, which is none of {', '.join(OPS)}; pass one of them")
+    check_op(op)
     shapes = Shapes(
         num_qo_heads=as_int(num_qo_heads, "num_qo_heads", minimum=1),
         num_kv_heads=as_int(num_kv_heads, "num_kv_heads", minimum=1),

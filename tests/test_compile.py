@@ -327,13 +327,6 @@ def test_a_launch_in_clusters(launches: list[tuple[Any, ...]]) -> None:
     assert [(grid, cluster) for grid, *_, cluster in launches] == [((8, 1, 1), (2, 1, 1)), ((6, 1, 1), (2, 1, 1))]
 
 
-def test_launching_once(launches: list[tuple[Any, ...]]) -> None:
-    kernel = compiled()
-    params = kernel.params({"n": 5})
-    kernel.launch((3, 2), 64, params, stream=0xABC)
-    assert launches == [((3, 2, 1), (64, 1, 1), 1000, 0xABC, 0xF00, params.tobytes())]
-
-
 def test_a_launch_takes_the_kernels_own_parameters_only() -> None:
     with pytest.raises(ValueError, match="pass what the kernel's own params"):
         kernels.Launch(compiled(), 32, np.zeros((), "i4"))

@@ -210,16 +210,8 @@ class Plan:
     A request's result depends on that request alone, so every plan here is batch invariant.
     """
 
-    def __init__(
-        self,
-        device: str,
-        *,
-        max_batch_size: int | None = None,
-        max_pages: int | None = None,
-        max_tokens: int | None = None,
-        batch_invariant: bool = False,
-        one_shot: bool = False,
-    ) -> None:
+    def __init__(self, device: str, **options: Any) -> None:
+        """options: capacities and wishes, which only the other backend needs to know."""
         self._requests: list[Request] = []
 
     def update(self, spec: AttentionSpec, table: TableArrays, qo_indptr: np.ndarray | None) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from ..interop import FLOAT_DTYPES, device_of
+from ..interop import BFLOAT16, FLOAT_DTYPES, device_of
 from ..spec import ALIGNMENT
 
-INT32, INT64, FLOAT32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
+INT32, INT64 = np.dtype(np.int32), np.dtype(np.int64)
 
 
 def check_dtype(array: Any, name: str, wanted: np.dtype, why: str = "") -> None:
@@ -19,7 +19,7 @@ def check_dtype(array: Any, name: str, wanted: np.dtype, why: str = "") -> None:
 
 def _spelled(dtype: np.dtype) -> str:
     """A dtype as a caller writes it."""
-    return "ml_dtypes.bfloat16" if dtype == FLOAT_DTYPES["bfloat16"] else f"np.{dtype}"
+    return "ml_dtypes.bfloat16" if dtype == BFLOAT16 else f"np.{dtype}"
 
 
 def check_float(array: Any, name: str) -> None:

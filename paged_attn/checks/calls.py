@@ -152,9 +152,7 @@ def check_qo_indptr(qo_indptr: Any, batch_size: int, total_rows: int | None, dev
     if total_rows is not None and qo_indptr[-1] != total_rows:
         raise PageTableError(
             f"qo_indptr ends at {qo_indptr[-1]} and q has {total_rows} rows; pass q[:qo_indptr[-1]] or correct it",
-            field="qo_indptr",
-            index=batch_size,
-            value=int(qo_indptr[-1]),
+            **entry("qo_indptr", batch_size, qo_indptr),
         )
 
 

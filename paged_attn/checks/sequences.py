@@ -9,33 +9,29 @@ from .arrays import first_true
 from .scalars import INT_MAX
 
 
-def as_sequences(seqs: Any, name: str = "seqs") -> np.ndarray:
-    """Sequence ids as int64 [n], from a 1-D list or array of ints. Whether they live, a cache knows."""
-    return _int_vector(seqs, name)
-
-
-def check_distinct(ids: np.ndarray, name: str = "seqs") -> None:
-    """No sequence twice in int64 [n]."""
+def check_distinct(ids: np.ndarray) -> None:
+    """No sequence twice in `seqs`, int64 [n]."""
     ordered = np.sort(ids)
     if (bad := first_true(ordered[1:] == ordered[:-1])) is not None:
         raise ValueError(
-            f"{name} holds sequence {ordered[bad]} more than once, and a batch has each sequence once; "
+            f"seqs holds sequence {ordered[bad]} more than once, and a batch has each sequence once; "
             f"remove the repetition, or fork({ordered[bad]})"
         )
 
 
-def check_counts(counts: Any, num_sequences: int, name: str = "counts") -> np.ndarray:
+def check_counts(counts: Any, num_sequences: int) -> np.ndarray:
     """Tokens to add to each sequence as int64 [num_sequences], none negative."""
-    numbers = _int_vector(counts, name)
+    numbers = int_vector(counts, "counts")
     if numbers.size != num_sequences:
-        raise ValueError(f"{name} has {numbers.size} entries for {num_sequences} sequences; pass one count for each")
+        raise ValueError(f"counts has {numbers.size} entries for {num_sequences} sequences; pass one count for each")
     if (bad := first_true((numbers < 0) | (numbers > INT_MAX))) is not None:
         fault = "negative" if numbers[bad] < 0 else f"more than {INT_MAX}"
-        raise ValueError(f"{name}[{bad}] = {numbers[bad]} is {fault}; pass the number of new tokens, 0 or more")
+        raise ValueError(f"counts[{bad}] = {numbers[bad]} is {fault}; pass the number of new tokens, 0 or more")
     return numbers
 
 
-def _int_vector(values: Any, name: str) -> np.ndarray:
+def int_vector(values: Any, name: str) -> np.ndarray:
+    """A 1-D list or array of ints as int64 [n]."""
     check_readable(values, name)
     array = np.asarray(values)
     if array.ndim != 1:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from ..interop import FLOAT_DTYPES, device_of
-from .arrays import FLOAT32, check_base, check_device, check_dtype, check_float, check_shape, check_strides, check_whole
+from ..interop import FLOAT32, FLOAT_DTYPES, device_of
+from .arrays import check_base, check_device, check_dtype, check_float, check_shape, check_strides, check_whole
 from .overlaps import check_apart
 from .scalars import as_base
 

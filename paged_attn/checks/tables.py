@@ -76,9 +76,7 @@ def check_table_values(table: TableArrays, num_pages: int = ANY_PAGE) -> None:
         raise PageTableError(
             f"indices[{first + bad}] = {page} (request {request}) is no page of a pool of num_pages={num_pages}; "
             f"pass page ids in [0, {num_pages})",
-            field="indices",
-            index=first + bad,
-            value=page,
+            **entry("indices", first + bad, table.indices),
         )
     held = ends > begins
     last = table.last_page_len

@@ -103,23 +103,12 @@ def demo(options: argparse.Namespace, console: Console) -> None:
 def make_cache(model: LanguageModel, num_pages: int, page_size: int, layout: str, device: str) -> pa.PagedKVCache:
     """The pool that the command line asks for; UsageError if it cannot be."""
     config, num_layers, dtype = model.llama.config, len(model.llama.layers), model.llama.dtype
-    token = (num_layers, 2, config.num_kv_heads, config.head_dim)  # K and V of one token in every layer
-    num_bytes = num_pages * page_size * math.prod(token) * dtype.itemsize
+    sizes = num_pages, page_size, config.num_kv_heads, config.head_dim
+    num_bytes = math.prod(sizes) * 2 * num_layers * dtype.itemsize  # K and V
     try:
-        if (
-            num_bytes > sys.maxsize
-        ):  # more than an address can reach, for which array libraries have errors of their own
+        if num_bytes > sys.maxsize:  # more than an address can reach: array libraries raise other errors for it
             raise MemoryError
-        return pa.PagedKVCache(
-            num_pages,
-            page_size,
-            config.num_kv_heads,
-            config.head_dim,
-            layout=layout,
-            dtype=dtype,
-            num_layers=num_layers,
-            device=device,
-        )
+        return pa.PagedKVCache(*sizes, layout=layout, dtype=dtype, num_layers=num_layers, device=device)
     except MemoryError:
         raise UsageError(
             f"a pool of {num_pages} pages of {page_size} tokens takes {num_bytes / 2**30:.3g} GiB, which is more than "

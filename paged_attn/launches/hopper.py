@@ -9,12 +9,10 @@ from typing import Any
 
 from .. import tensor_map
 from ..compile import Launch, fast_divide, prepare
-from ..interop import FLOAT_DTYPES
+from ..interop import BFLOAT16
 from ..plan_layout import PrefillLayout
 from ..recipes import HopperPrefillRecipe, RunShape
 from .runs import Addresses, place, positions, scoring
-
-_BFLOAT16 = FLOAT_DTYPES["bfloat16"]
 
 Strides = tuple[int, int, int]  # (page, slot, head), in bytes
 
@@ -24,7 +22,7 @@ class HopperRun:
 
     def __init__(self, recipe: HopperPrefillRecipe, layout: PrefillLayout, device: str) -> None:
         self._recipe, self._layout = recipe, layout
-        self._is_bfloat16 = layout.spec.dtype == _BFLOAT16
+        self._is_bfloat16 = layout.spec.dtype == BFLOAT16
         self._prepare = functools.partial(prepare, recipe, device)
         self._prepare({})  # compiles
         self._addresses: Addresses = {}

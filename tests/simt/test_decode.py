@@ -38,13 +38,14 @@ def run(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(out, lse, arrivals) of one step. A plan may have room for more requests than the batch has.
 
-    num_splits: of every request; 1: as plan_splits has it. first_is_faulty: the indptr of request 0 is wrong.
+    num_splits: of every request. first_is_faulty: the indptr of request 0 is wrong.
     """
     case, rows = inputs.case, inputs.case.batch_size + spare_requests
     query_rows = case.q_len * case.num_qo_heads // case.num_kv_heads
     recipe = decode_recipe(query_rows, case.head_dim, num_pairs, like=case)
     ctas_per_item = case.num_kv_heads * recipe.column_blocks
-    card = A100 if num_splits == 1 else replace(A100, num_sms=(rows * num_splits + 2) * ctas_per_item)
+    # A card of one SM leaves requests whole, so that long ones go round a warp's ring.
+    card = replace(A100, num_sms=1 if num_splits == 1 else (rows * num_splits + 2) * ctas_per_item)
     if first_is_faulty:
         inputs = replace(inputs, indptr=np.append(np.int32(-1), inputs.indptr[1:]))
     plan = HostPlan(inputs, spare_requests=spare_requests, card=card, recipe=recipe, reverse=reverse)

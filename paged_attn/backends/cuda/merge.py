@@ -41,13 +41,7 @@ def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any, out: Any, lse: Any, base
 
 
 def _merge(
-    kernel: str,
-    states: tuple[Any, ...],
-    rows: int,
-    heads: int,
-    out: Any,
-    row_major: bool,
-    fields: dict[str, Any],
+    kernel: str, states: tuple[Any, ...], rows: int, heads: int, out: Any, row_major: bool, fields: dict[str, Any]
 ) -> None:
     """Row-major: the blocks of a row run one after the other, else the blocks of all rows for the same heads."""
     v = states[0]
