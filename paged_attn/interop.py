@@ -128,7 +128,7 @@ def native(x: Any, name: str, *, writable: bool = False) -> Any:
     ValueError: the array was deleted; or `writable`, and it may not be written.
     ImportError: a GPU array, and CuPy is not installed.
     """
-    if type(x) is getattr(sys.modules.get("cupy"), "ndarray", None):  # the usual one, and a launch waits for this
+    if type(x) in _cupy_types:  # the usual one, and a launch waits for this
         return x
     if not isinstance(x, np.ndarray) and not is_native(x):
         return _from_dlpack(x, name, writable)
@@ -137,12 +137,18 @@ def native(x: Any, name: str, *, writable: bool = False) -> Any:
     return x
 
 
+_cupy_types: set[type] = set()  # of arrays that came before
+
+
 def is_native(x: Any) -> bool:
     """Whether `x` is a NumPy or CuPy array already."""
     if isinstance(x, np.ndarray):
         return True
     cupy = sys.modules.get("cupy")
-    return cupy is not None and isinstance(x, cupy.ndarray)
+    if cupy is None or not isinstance(x, cupy.ndarray):
+        return False
+    _cupy_types.add(type(x))
+    return True
 
 
 def _from_dlpack(x: Any, name: str, writable: bool) -> Any:

@@ -169,8 +169,10 @@ def signature_of(array: Any) -> tuple[Any, ...]:
 
 def first_true(wrong: np.ndarray) -> int | None:
     """Index of the first True, or None."""
-    found = int(wrong.argmax()) if wrong.size else 0
-    return found if wrong.size and wrong[found] else None
+    if not wrong.size:
+        return None
+    found = int(wrong.argmax())
+    return found if wrong[found] else None
 
 
 def entry(field: str, index: int, array: np.ndarray) -> dict[str, Any]:

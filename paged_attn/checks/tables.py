@@ -57,10 +57,13 @@ def check_table_values(table: TableArrays, num_pages: int = ANY_PAGE) -> None:
     """A host table in full, against a pool of `num_pages` pages. A device table is not read."""
     if table.device != "cpu":
         return
-    # As unsigned numbers negative ones are too large: one comparison is enough.
+    # As unsigned numbers negative ones are too large, and where none decreases the last is the largest: a table that is
+    # right takes few comparisons.
     indptr, limit = table.indptr, table.indices.shape[0]
-    begins, ends = indptr[:-1].view(np.uint32), indptr[1:].view(np.uint32)
-    if (bad := first_true((ends < begins) | (ends > limit))) is not None:
+    offsets = indptr.view(np.uint32)
+    begins, ends = offsets[:-1], offsets[1:]
+    is_wrong = first_true(ends < begins) is not None or (ends.size and ends[-1] > limit)
+    if is_wrong and (bad := first_true((ends < begins) | (ends > limit))) is not None:
         begin, end = int(indptr[bad]), int(indptr[bad + 1])
         index = bad + 1 if 0 <= begin <= limit else 0
         raise PageTableError(
@@ -78,9 +81,9 @@ def check_table_values(table: TableArrays, num_pages: int = ANY_PAGE) -> None:
             f"pass page ids in [0, {num_pages})",
             **entry("indices", first + bad, table.indices),
         )
-    held = ends > begins
     last = table.last_page_len
-    if (bad := first_true(held & ((last - 1).view(np.uint32) >= table.page_size))) is not None:
+    wrong = last.view(np.uint32) - 1 >= table.page_size
+    if first_true(wrong) is not None and (bad := first_true((ends > begins) & wrong)) is not None:
         raise PageTableError(
             f"last_page_len[{bad}] = {last[bad]}, and a request that has pages has 1 <= last_page_len <= "
             f"page_size={table.page_size}; correct last_page_len[{bad}]",
@@ -98,7 +101,7 @@ def check_table_values(table: TableArrays, num_pages: int = ANY_PAGE) -> None:
     offset = 0 if table.page_offset is None else table.page_offset.astype(np.int64)
     # In float64, which is exact up to 2**53 and never turns round.
     end_position = (offset + (counts - 1) * float(table.page_stride)) * table.page_size + last
-    if (bad := first_true(held & (end_position > INT_MAX))) is not None:
+    if (bad := first_true((ends > begins) & (end_position > INT_MAX))) is not None:
         field = "indptr" if table.page_offset is None else "page_offset"
         raise PageTableError(
             f"request {bad} ends at position {end_position[bad]:.0f}, and positions stay below 2**31 "

@@ -47,7 +47,9 @@ class HopperRun:
         self._out_geometry = tensor_map.out_geometry(*run.q_shape, spec.group_size) if self._recipe.sends else None
         self._rows, self._tiles, self._grid = rows, tiles, min(self._layout.card.num_sms, grid)
 
-    def __call__(self, stream: int, q: int, k: int, v: int, out: int, lse: int, sinks: int) -> None:
+    def launch(self, stream: int, addresses: tuple[int, ...]) -> None:
+        """addresses: RUN_ADDRESSES, 0 for what is not given."""
+        q, k, v, out, lse, sinks = addresses
         layer, geometry = self._layer(k, v), self._out_geometry
         layer.write(q, *self._q_strides, out, lse, sinks, *self._out_form)
         layer.tile_list["q_rows"], layer.tile_list["num_tiles"] = self._rows, self._tiles

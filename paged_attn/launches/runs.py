@@ -40,7 +40,7 @@ class DirectRun:
         )
         self._grid = grid
 
-    def __call__(self, stream: int, *addresses: int) -> None:
+    def launch(self, stream: int, addresses: tuple[int, ...]) -> None:
         """addresses: RUN_ADDRESSES, 0 for what is not given."""
         self._write_addresses(*addresses)
         self._launch(stream, self._grid)

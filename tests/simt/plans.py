@@ -87,7 +87,7 @@ class HostPlan:
         )
         with _on_shim(self._reverse, **self._compiler):
             self._steps.bind(shape)
-            self._steps.launch_run(0, *map(_address, (q, kv.k_pages, kv.v_pages, out, lse, sinks)))
+            self._steps.launch_run(0, tuple(map(_address, (q, kv.k_pages, kv.v_pages, out, lse, sinks))))
 
 
 @contextmanager

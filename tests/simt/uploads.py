@@ -20,6 +20,8 @@ import cupy  # noqa: E402
 
 from paged_attn.backends.cuda import uploads  # noqa: E402
 
+uploads.SMALLEST_STAGING = 1 << 16  # so that blocks fill up
+
 
 class Stream:
     def __init__(self, ptr: int) -> None:

@@ -107,12 +107,20 @@ class Plan:
         if signature != self._signature:
             self._bind(arrays, kv)
             self._signature = signature
-        q, *others = [0 if array is None else array.data.ptr for array in arrays]
+        q, out, lse, sinks = arrays
+        addresses = (
+            q.data.ptr,
+            kv.k_address,
+            kv.v_address,
+            out.data.ptr,
+            0 if lse is None else lse.data.ptr,
+            0 if sinks is None else sinks.data.ptr,
+        )
         if cupy.cuda.runtime.getDevice() == self._index:
-            self._steps.launch_run(stream, q, kv.k_address, kv.v_address, *others)
+            self._steps.launch_run(stream, addresses)
         else:
             with current_device(self._device):
-                self._steps.launch_run(stream, q, kv.k_address, kv.v_address, *others)
+                self._steps.launch_run(stream, addresses)
 
     def _bind(self, arrays: RunArrays, kv: KVPages) -> None:
         """Write what the signature of a run decides."""

@@ -17,7 +17,7 @@ from ... import lifetimes
 from .memory import current_device, is_capturing
 from .per_thread import PerThread
 
-SMALLEST_STAGING = 1 << 16  # bytes
+SMALLEST_STAGING = 1 << 20  # bytes: dozens of tables, as each block that is taken anew is asked for its event
 MOST_IDLE_BLOCKS = 16  # of pinned memory, that threads have left on a device
 _INT32 = np.dtype(np.int32)
 
