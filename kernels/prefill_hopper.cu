@@ -383,7 +383,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             results.leave();
             release(Q_EMPTY, 0);
         }
-        Sinks sinks = tile_sinks(p.to, p.list, tile, first_row);  // asked for long before the rows end
+        Sinks sinks = tile_sinks(p.to, p.list, tile, first_row);  // early: nothing must wait at the end (trial 208)
         if constexpr (SINKS) hold(sinks.row);
         exponentials<0, BLOCK / 2>(s, softmax, softmax.sum, scale);
         results.store<2>();
