@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,19 @@ def environment() -> dict[str, Any]:
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "source_hash": source_hash(),
-        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "command": command(sys.argv[1:]),
     }
+
+
+def command(arguments: Sequence[str]) -> str:
+    """What repeats the measurement. Where its lines are written does not belong to it."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == "--json":
+            next(rest, None)
+        elif not argument.startswith("--json="):
+            kept.append(argument)
+    return " ".join(["python -m bench", *kept])
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
