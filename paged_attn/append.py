@@ -38,7 +38,8 @@ def append(kv: PagedKV, slots: Array, k: Array, v: Array) -> None:
     native_slots, native_k, native_v = native(slots, "slots"), native(k, "k"), native(v, "v")
     signature = (kv.signature, signature_of(native_slots), signature_of(native_k), signature_of(native_v), kv.writable)
     passed, pairs = _passed
-    if signature == passed:
+    if passed is not None and signature == passed:
+        signature = passed  # the same object, whose parts the backend compares at once
         tokens.check_append_apart(kv, native_slots, native_k, native_v, pairs)
     else:
         pairs = tokens.check_append(kv, native_slots, native_k, native_v)

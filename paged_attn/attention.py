@@ -26,8 +26,9 @@ from .paged_kv import PagedKV
 from .plans import AttentionPlan, attend_once, borrow, with_results
 from .spec import RunArrays, Scoring
 
-_DECODE_AXES = ("[batch, num_qo_heads, head_dim]", "[batch, q_len, num_qo_heads, head_dim]")
-_PREFILL_AXES = ("[rows, num_qo_heads, head_dim]",)
+# What q may be, by its number of axes.
+_DECODE_AXES = {3: "[batch, num_qo_heads, head_dim]", 4: "[batch, q_len, num_qo_heads, head_dim]"}
+_PREFILL_AXES = {3: "[rows, num_qo_heads, head_dim]"}
 
 
 def decode(
@@ -161,7 +162,7 @@ def single_decode(
     kv, table = _one_request(k, v, layout)
     given = RunArrays(q, out, lse, sinks)
     arrays, loan = borrow(given)
-    calls.check_q(kv, arrays.q, ("[num_qo_heads, head_dim]",), "single_decode(q, k, v)")
+    calls.check_q(kv, arrays.q, {2: "[num_qo_heads, head_dim]"}, "single_decode(q, k, v)")
     calls.check_single_q(kv, arrays)
     batch = arrays.with_rows(lambda array: array[None])
     scoring = Scoring(sm_scale, True, window_left, logits_soft_cap)

@@ -5,6 +5,7 @@ Nothing here copies or moves data on the way in. NumPy and CuPy arrays pass thro
 
 import contextlib
 import ctypes
+import functools
 import math
 import sys
 import time
@@ -266,12 +267,18 @@ def on_device_of(array: Any) -> Any:
     return contextlib.nullcontext() if isinstance(array, np.ndarray) else array.device
 
 
+@functools.cache
+def device_index(device: str) -> int:
+    """i of "cuda:<i>"."""
+    return int(device.removeprefix("cuda:"))
+
+
 def current_stream(device: str) -> tuple[Any, int]:
     """CuPy's current stream of a GPU and its address; None and 0 on the CPU, where a call returns when its work is
     done."""
     if device == "cpu":
         return None, 0
-    stream = sys.modules["cupy"].cuda.get_current_stream(int(device.removeprefix("cuda:")))
+    stream = sys.modules["cupy"].cuda.get_current_stream(device_index(device))
     return stream, stream.ptr
 
 

@@ -146,7 +146,7 @@ class AttentionPlan:
             )
             if not addresses or overlaps.may_overlap(addresses, self._compared):
                 overlaps.check_pairs((*arrays, kv.k_pages, kv.v_pages), RUN_NAMES, self._compared)
-        return self._signature  # the same object as long as nothing differs, which is quick to compare
+        return self._signature  # the same object while nothing differs, whose parts the backend compares at once
 
     def update(self, step: Step, table: TableArrays, qo_indptr: Any, loan: Loan | None) -> None:
         """Have the backend's plan take over a step. Where that raises, the step before stays."""

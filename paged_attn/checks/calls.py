@@ -1,7 +1,7 @@
 """Attention calls: the options, q, qo_indptr, and the arrays of a run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -103,10 +103,10 @@ def _check_range(number: float, name: str, remedy: str) -> None:
         raise ValueError(f"{name} is {number:g}, and it must be in [2**-126, 2**127], as float32 holds it; {remedy}")
 
 
-def check_q(kv: KVPages, q: Any, axes: Sequence[str], call: str) -> None:
-    """A q from which a one-shot call takes its heads and batch: rank (one of those that `axes` describe) and heads."""
-    if q.ndim not in {form.count(",") + 1 for form in axes}:
-        raise ValueError(f"q must be {' or '.join(axes)}, got q.shape={q.shape}; reshape q, and pass {call}")
+def check_q(kv: KVPages, q: Any, axes: Mapping[int, str], call: str) -> None:
+    """A q from which a one-shot call takes its heads and batch: rank (`axes` has those that may be) and heads."""
+    if q.ndim not in axes:
+        raise ValueError(f"q must be {' or '.join(axes.values())}, got q.shape={q.shape}; reshape q, and pass {call}")
     if q.shape[-2] == 0:
         raise ValueError(f"q has no heads (q.shape={q.shape}); pass a q with {kv.num_kv_heads} heads or a multiple")
     if q.shape[-2] % kv.num_kv_heads:

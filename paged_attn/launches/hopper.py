@@ -30,7 +30,7 @@ class HopperRun:
         self._layer: Callable[[int, int], _Layer]  # by the pools' addresses
         self._q_strides, self._out_form = (0, 0), (0, 0, 0, False)
         self._out_geometry: tensor_map.OutGeometry | None = None  # None: fewer rows than a box, so none is sent
-        self._rows, self._tiles, self._grid = 0, 0, 0
+        self._extents, self._grid = (0, 0), 0
 
     def place(self, addresses: Addresses) -> None:
         """Where the plan's buffers are. Followed by a bind."""
@@ -45,14 +45,15 @@ class HopperRun:
         row, head = run.out_strides
         self._out_form = row // item, head // item, spec.num_qo_heads, run.out_is_float32
         self._out_geometry = tensor_map.out_geometry(*run.q_shape, spec.group_size) if self._recipe.sends else None
-        self._rows, self._tiles, self._grid = rows, tiles, min(self._layout.card.num_sms, grid)
+        self._extents, self._grid = (rows, tiles), min(self._layout.card.num_sms, grid)
 
     def launch(self, stream: int, addresses: tuple[int, ...]) -> None:
         """addresses: RUN_ADDRESSES, 0 for what is not given."""
         q, k, v, out, lse, sinks = addresses
         layer, geometry = self._layer(k, v), self._out_geometry
         layer.write(q, *self._q_strides, out, lse, sinks, *self._out_form)
-        layer.tile_list["q_rows"], layer.tile_list["num_tiles"] = self._rows, self._tiles
+        if layer.extents != self._extents:
+            layer.tile_list["q_rows"], layer.tile_list["num_tiles"] = layer.extents = self._extents
         if geometry is not None and layer.sends_to != (out, geometry):
             layer.out_map["words"] = tensor_map.out_map(out, geometry, self._is_bfloat16)
             layer.sends_to = out, geometry
@@ -103,4 +104,5 @@ class _Layer:
     write: Callable[..., None]  # from "q" to "to"
     tile_list: Any
     out_map: Any
+    extents: tuple[int, int] = (-1, -1)  # rows and tiles that tile_list has
     sends_to: tuple[int, tensor_map.OutGeometry] | None = None  # what out_map is of

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import cupy
 
+from ...interop import device_index
+
 
 def empty(shape: tuple[int, ...], dtype: Any, device: str) -> Any:
+    if cupy.cuda.runtime.getDevice() == device_index(device):
+        return cupy.empty(shape, dtype)
     with current_device(device):
         return cupy.empty(shape, dtype)
 
@@ -36,11 +39,6 @@ class current_device:
     def __exit__(self, *_: object) -> None:
         if self._previous != self._index:
             cupy.cuda.runtime.setDevice(self._previous)
-
-
-@functools.cache
-def device_index(device: str) -> int:
-    return int(device.removeprefix("cuda:"))
 
 
 def is_capturing(stream: Any) -> bool:

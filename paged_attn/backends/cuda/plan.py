@@ -9,10 +9,11 @@ import numpy as np
 
 from ... import lifetimes
 from ...card import card_of
+from ...interop import device_index
 from ...launches.steps import DecodeSteps, PrefillSteps, steps_of
 from ...plan_layout import INT_LARGEST, Capacities, plan_layout
 from ...recipes import RunShape
-from .memory import current_device, device_index, is_capturing, zeros
+from .memory import current_device, is_capturing, zeros
 from .status import STATUS_BYTES, device_word, raise_word
 from .uploads import int32_addresses
 

@@ -105,7 +105,7 @@ class Staging:
             self._next_block(num_bytes)
             self._stream = stream
         begin, end, block = self._used, self._used + num_bytes, self._block
-        np.concatenate(parts, out=block.view[begin:end].view(dtype), casting="same_kind")
+        np.concatenate(parts, out=block.view[begin:end].view(dtype))
         target.copy_from_host_async(block.address + begin, num_bytes, stream)
         block.event.record(stream)
         self._used = -(-end // 16) * 16
