@@ -130,7 +130,7 @@ def native(x: Any, name: str, *, writable: bool = False) -> Any:
     """
     if type(x) is getattr(sys.modules.get("cupy"), "ndarray", None):  # the usual one, and a launch waits for this
         return x
-    if not isinstance(x, np.ndarray) and not is_native(x):
+    if not is_native(x):
         return _from_dlpack(x, name, writable)
     if writable and isinstance(x, np.ndarray) and not x.flags.writeable:
         raise ValueError(f"{name} is a read-only NumPy array; pass {name}.copy(), or an array with flags.writeable")
