@@ -171,14 +171,11 @@ def fill(params: Any, values: Mapping[str, Any]) -> None:
     fields. Raises ValueError for an unknown field.
     """
     for name, value in values.items():
-        kind = type(value)
-        if kind is int or kind is tuple or kind is float or kind is bool:  # most of them, and a launch waits for this
-            params[name] = value
-        elif kind is dict:
+        if isinstance(value, dict):
             fill(params[name], value)
         elif value is None:
             params[name] = 0
-        elif kind is np.ndarray:
+        elif isinstance(value, np.ndarray):
             params[name] = value.ctypes.data
         elif hasattr(value, "__cuda_array_interface__"):
             params[name] = value.data.ptr

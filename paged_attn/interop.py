@@ -131,7 +131,7 @@ def native(x: Any, name: str, *, writable: bool = False) -> Any:
     """
     if type(x) in _cupy_types:  # the usual one, and a launch waits for this
         return x
-    if not isinstance(x, np.ndarray) and not is_native(x):
+    if not is_native(x):
         return _from_dlpack(x, name, writable)
     if writable and isinstance(x, np.ndarray) and not x.flags.writeable:
         raise ValueError(f"{name} is a read-only NumPy array; pass {name}.copy(), or an array with flags.writeable")

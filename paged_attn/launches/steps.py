@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 from .. import recipes
 from ..compile import Launch, Recipe, fast_divide, prepare
 from ..plan_layout import DecodeLayout, PrefillLayout
+from ..recipes import DecodeRecipe, HopperPrefillRecipe, PrefillRecipe, RunShape, row_blocks, with_sinks
 from .hopper import HopperRun
 from .runs import Addresses, DirectRun, place, positions, scoring
 
@@ -34,7 +35,7 @@ class DecodeSteps:
             "fixed_splits": most.fixed_splits,
         })  # fmt: skip
         self._runs = _Runs(functools.partial(_decode_run, layout, device))
-        self.launch_run = self._runs[layout.recipe].launch
+        self.launch_run = self._runs[layout.recipe]
 
     def place(self, addresses: Addresses) -> None:
         self._plan_requests.place(addresses)
@@ -51,13 +52,12 @@ class DecodeSteps:
         self._plan_requests(stream, table, batch_size, num_indices)
         self._plan_splits(stream, 1)
 
-    def bind(self, run: recipes.RunShape) -> None:
+    def bind(self, run: RunShape) -> None:
         """Items past the run's batch belong to rows that q does not have."""
         assert self._layout.spec.q_len is not None
         batch, recipe = run.q_shape[0] // self._layout.spec.q_len, self._layout.recipe
-        bound = self._runs[recipes.with_sinks(recipe) if run.has_sinks else recipe]
-        bound.bind(run, self._layout.grid(batch), batch)
-        self.launch_run = bound.launch
+        self.launch_run = self._runs[with_sinks(recipe) if run.has_sinks else recipe]
+        self.launch_run.bind(run, self._layout.grid(batch), batch)
 
 
 class PrefillSteps:
@@ -76,7 +76,7 @@ class PrefillSteps:
             })  # fmt: skip
         self._runs = _Runs(functools.partial(_prefill_run, layout, device))
         self.recipe = layout.recipes[0]  # of the last bind
-        self.launch_run = self._runs[self.recipe].launch
+        self.launch_run = self._runs[self.recipe]
 
     def place(self, addresses: Addresses) -> None:
         self._plan_requests.place(addresses)
@@ -90,14 +90,13 @@ class PrefillSteps:
         if self._plan_tiles is not None:
             self._plan_tiles(stream, 1)
 
-    def bind(self, run: recipes.RunShape) -> None:
+    def bind(self, run: RunShape) -> None:
         recipe = next(recipe for recipe in self._layout.recipes if recipe.accepts(run))
-        self.recipe = recipes.with_sinks(recipe) if run.has_sinks else recipe
+        self.recipe = with_sinks(recipe) if run.has_sinks else recipe
         rows, spec = run.q_shape[0], self._layout.spec
         tiles = recipe.most_tiles(rows * spec.group_size, self._layout.capacities.requests)
-        bound = self._runs[self.recipe]
-        bound.bind(run, tiles * spec.num_kv_heads, rows, tiles)
-        self.launch_run = bound.launch
+        self.launch_run = self._runs[self.recipe]
+        self.launch_run.bind(run, tiles * spec.num_kv_heads, rows, tiles)
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
@@ -126,7 +125,7 @@ class _Runs(Generic[AnyRecipe, AnyRun]):
         return run
 
 
-def _decode_run(layout: DecodeLayout, device: str, recipe: recipes.DecodeRecipe) -> DirectRun:
+def _decode_run(layout: DecodeLayout, device: str, recipe: DecodeRecipe) -> DirectRun:
     return DirectRun(recipe, device, last="batch", fields={
         "positions": positions(layout),
         "num_qo_heads": layout.spec.num_qo_heads,
@@ -139,8 +138,8 @@ def _decode_run(layout: DecodeLayout, device: str, recipe: recipes.DecodeRecipe)
     })  # fmt: skip
 
 
-def _prefill_run(layout: PrefillLayout, device: str, recipe: recipes.PrefillRecipe) -> DirectRun | HopperRun:
-    if isinstance(recipe, recipes.HopperPrefillRecipe):
+def _prefill_run(layout: PrefillLayout, device: str, recipe: PrefillRecipe) -> DirectRun | HopperRun:
+    if isinstance(recipe, HopperPrefillRecipe):
         return HopperRun(recipe, layout, device)
     return DirectRun(recipe, device, last="num_tiles", fields={
         "positions": positions(layout),
@@ -177,7 +176,7 @@ class _PlanRequests:
 
     def __call__(self, stream: int, table: Sequence[int], batch_size: int, num_indices: int) -> None:
         if batch_size != self._batch_size:  # one block scans the requests, the others copy page ids
-            self._blocks = 1 + (recipes.row_blocks(batch_size, self._max_pages) if batch_size else 0)
+            self._blocks = 1 + (row_blocks(batch_size, self._max_pages) if batch_size else 0)
             self._batch_size = batch_size
         self._write_step(*table, batch_size, num_indices)
         self._launch(stream, self._blocks)
