@@ -2,13 +2,8 @@
 
 import ctypes
 import itertools
-import multiprocessing
-import os
 import re
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,19 +22,9 @@ from tests.nvrtc import (
 )
 
 
-@pytest.fixture(scope="session")
-def logs(request: pytest.FixtureRequest) -> Iterator[dict[Build, Future[str]]]:
-    """ptxas's report of every build that a selected test asks for, under way in one process a core."""
-    calls = [getattr(item, "callspec", None) for item in request.session.items]
-    builds = [call.params["build"] for call in calls if call and isinstance(call.params.get("build"), Build)]
-    pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
-    yield {build: pool.submit(compile_build, build) for build in builds}
-    pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("build", matrix(), ids=str)
-def test_kernels_compile_within_their_limits(build: Build, logs: dict[Build, Future[str]]) -> None:
-    log = logs[build].result()
+def test_kernels_compile_within_their_limits(build: Build) -> None:
+    log = compile_build(build)
     found = [fault for name in build.kernels for fault in faults(log, name, register_limit(name, build.constants))]
     assert not found, "\n".join(found)
 
