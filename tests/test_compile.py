@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest

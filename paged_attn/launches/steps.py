@@ -35,7 +35,7 @@ class DecodeSteps:
             "fixed_splits": most.fixed_splits,
         })  # fmt: skip
         self._runs = _Runs(functools.partial(_decode_run, layout, device))
-        self.launch_run = self._runs[layout.recipe]
+        self.launch_run = self._runs[layout.recipe].launch
 
     def place(self, addresses: Addresses) -> None:
         self._plan_requests.place(addresses)
@@ -56,8 +56,9 @@ class DecodeSteps:
         """Items past the run's batch belong to rows that q does not have."""
         assert self._layout.spec.q_len is not None
         batch, recipe = run.q_shape[0] // self._layout.spec.q_len, self._layout.recipe
-        self.launch_run = self._runs[with_sinks(recipe) if run.has_sinks else recipe]
-        self.launch_run.bind(run, self._layout.grid(batch), batch)
+        bound = self._runs[with_sinks(recipe) if run.has_sinks else recipe]
+        bound.bind(run, self._layout.grid(batch), batch)
+        self.launch_run = bound.launch
 
 
 class PrefillSteps:
@@ -76,7 +77,7 @@ class PrefillSteps:
             })  # fmt: skip
         self._runs = _Runs(functools.partial(_prefill_run, layout, device))
         self.recipe = layout.recipes[0]  # of the last bind
-        self.launch_run = self._runs[self.recipe]
+        self.launch_run = self._runs[self.recipe].launch
 
     def place(self, addresses: Addresses) -> None:
         self._plan_requests.place(addresses)
@@ -95,8 +96,9 @@ class PrefillSteps:
         self.recipe = with_sinks(recipe) if run.has_sinks else recipe
         rows, spec = run.q_shape[0], self._layout.spec
         tiles = recipe.most_tiles(rows * spec.group_size, self._layout.capacities.requests)
-        self.launch_run = self._runs[self.recipe]
-        self.launch_run.bind(run, tiles * spec.num_kv_heads, rows, tiles)
+        bound = self._runs[self.recipe]
+        bound.bind(run, tiles * spec.num_kv_heads, rows, tiles)
+        self.launch_run = bound.launch
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
