@@ -194,11 +194,11 @@ def test_cuda_where_there_is_none_is_an_error_and_auto_says_what_it_took(monkeyp
     monkeypatch.setitem(sys.modules, "cupy", None)  # import cupy raises ImportError
     assert main(["demo", "--backend", "cuda"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("--backend cuda: CuPy is not installed; install it with pip install ")
-    assert '"cuda-toolkit[cublas]>=12.9,<13" (for a driver of CUDA 12) or ' in error
-    assert error.endswith(", or pass --backend numpy\n") and error.count("\n") == 1
+    reason = "device='cuda' needs CuPy, and CuPy cannot be imported (import of cupy halted; None in sys.modules)"
+    doctor = "python -m paged_attn doctor says what to install"
+    assert error == f"--backend cuda: {reason}; {doctor}, or pass --backend numpy\n"
     assert main(["demo", "--prompt", "The Queen", "--max-new-tokens", "2"]) == 0
-    assert capsys.readouterr().out.startswith("glassllm on NumPy (CuPy is not installed), float32")
+    assert capsys.readouterr().out.startswith("glassllm on NumPy (device='cuda' needs CuPy")
 
 
 def test_names_are_understood_in_capitals_and_in_small_letters():
@@ -275,9 +275,9 @@ def test_a_cupy_that_does_not_work_is_no_gpu(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     assert main(["demo", "--backend", "cuda"]) == 2
-    assert "CuPy does not work: OSError: [Errno 30] Read-only file system" in capsys.readouterr().err
+    assert "CuPy cannot be imported (OSError: [Errno 30] Read-only file system)" in capsys.readouterr().err
     assert main(["demo", "--prompt", "The Queen", "--max-new-tokens", "2"]) == 0
-    assert capsys.readouterr().out.startswith("glassllm on NumPy (CuPy does not work: OSError")
+    assert capsys.readouterr().out.startswith("glassllm on NumPy (device='cuda' needs CuPy")
 
 
 # The engine
@@ -291,10 +291,10 @@ def test_a_preempted_request_is_recomputed_to_the_same_text(model):
     assert roomy.stats.preemptions == 0 < tight.stats.preemptions
     assert tight.cache.num_free_pages == 24
     assert tight.stats.peak_pages <= 24
-    assert sum(request.num_preemptions for request in tight.requests) == tight.stats.preemptions
-    assert tight.requests[0].num_preemptions == 0  # the oldest is never the victim
     joined = {(event.step, event.request.number) for event in tight.events if "prefill" in event.text}
     preempted = {(event.step, event.request.number) for event in tight.events if "preempted" in event.text}
+    assert len(preempted) == tight.stats.preemptions
+    assert 0 not in {number for _, number in preempted}  # the oldest is never the victim
     assert not joined & preempted  # nobody is let in only to be put out in the same step
 
 

@@ -7,7 +7,6 @@ import math
 import re
 import sys
 from types import ModuleType
-from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -124,43 +123,25 @@ def choose_backend(name: str) -> tuple[ModuleType, str]:
     """The array module to compute with, and what it runs on in words."""
     if name == "numpy":
         return np, "NumPy"
-    problem = cuda_problem()
-    if problem is None:
-        import cupy
+    if problem := cuda_problem():
+        if name == "cuda":
+            raise UsageError(f"--backend cuda: {problem}, or pass --backend numpy")
+        return np, f"NumPy ({problem.rpartition(';')[0]})"
+    import cupy
 
-        return cupy, cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
-    if name == "cuda":
-        raise UsageError(f"--backend cuda: {problem.what}; {problem.remedy}, or pass --backend numpy")
-    return np, f"NumPy ({problem.what})"
-
-
-class Problem(NamedTuple):
-    """Why the demo cannot run on a GPU here, and what to do."""
-
-    what: str
-    remedy: str
+    return cupy, cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
 
 
-def cuda_problem() -> Problem | None:
-    """What keeps the demo from a GPU, or None."""
-    try:
-        import cupy
-
-        if not cupy.cuda.is_available():
-            return Problem("CuPy sees no CUDA device", "python -m paged_attn doctor looks for the reason")
-    except ImportError:
-        packages = (install.CUPY, install.TOOLKIT, install.CUBLAS)
-        return Problem("CuPy is not installed", f"install it with {install.for_cuda(*packages)}")
-    except Exception as error:  # of any type: a cache folder that cannot be made, a driver that does not answer
-        return Problem(
-            f"CuPy does not work: {type(error).__name__}: {error}", "python -m paged_attn doctor looks for the reason"
-        )
+def cuda_problem() -> str:
+    """What keeps the demo from a GPU, and behind a semicolon what to do; empty where nothing does."""
+    support = pa.supports("decode", device="cuda")
+    if not support:
+        return f"{support.reason.rpartition(';')[0]}; python -m paged_attn doctor says what to install"
     try:
         from cupy.cuda import cublas  # noqa: F401 (the linear layers need it; CuPy loads it here)
     except ImportError:
-        commands = install.for_cuda(install.CUBLAS, where="beside cupy-cuda{}x")
-        return Problem("CuPy finds no cuBLAS", f"install it with {commands}")
-    return None
+        return f"CuPy finds no cuBLAS; install it with {install.for_cuda(install.CUBLAS, where='beside cupy-cuda{}x')}"
+    return ""
 
 
 def positive(text: str) -> int:

@@ -46,7 +46,6 @@ class Request:
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)  # prompt and answer so far
     seq: int = -1  # its sequence in the cache while it runs
-    num_preemptions: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -174,15 +173,10 @@ class Engine:
                 self._preempt(self.running[-1], error)
 
     def _preempt(self, request: Request, error: pa.OutOfPagesError) -> None:
-        """Free the pages of a request; it is the first to come back, and is then recomputed."""
-        free = self.cache.num_free_pages
-        self.cache.free(request.seq)
-        self.running.remove(request)
+        """A request gives its pages back; it is the first to come back, and is then recomputed."""
+        freed = self._release(request, State.PREEMPTED)
         self.waiting.appendleft(request)
-        request.state = State.PREEMPTED
-        request.num_preemptions += 1
         self.stats.preemptions += 1
-        freed = self.cache.num_free_pages - free
         self._report(request, f"preempted, pool full ({error.wanted} wanted, {error.free} free), frees {freed} pages")
 
     def _forward(self, pending: list[list[int]], slots: Array) -> Array:
@@ -209,12 +203,16 @@ class Engine:
         request.tokens.append(token)
         self.stats.new_tokens += 1
         if token == self.stop_id or len(request.new_tokens) == request.max_new_tokens:
-            free = self.cache.num_free_pages
-            self.cache.free(request.seq)
-            self.running.remove(request)
-            request.state = State.DONE
-            freed = self.cache.num_free_pages - free
+            freed = self._release(request, State.DONE)
             self._report(request, f"done after {len(request.new_tokens)} tokens, frees {freed} pages")
+
+    def _release(self, request: Request, state: State) -> int:
+        """A request stops running; returns how many pages that frees."""
+        free = self.cache.num_free_pages
+        self.cache.free(request.seq)
+        self.running.remove(request)
+        request.state = state
+        return self.cache.num_free_pages - free
 
     # Pages
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from rich.console import Console, Group, JustifyMethod
+from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
 from rich.text import Text
 
 from paged_attn.demo.engine import Engine, State
@@ -20,9 +21,9 @@ STATE_STYLES = {
     State.DONE: "blue",
 }
 SECONDS_PER_FRAME = 0.08  # a small model takes its steps faster than an eye can follow
-POOL_WIDTH = 60  # of the bar and of the newest text, where the terminal has room for them
-TEXT_WIDTH = 48
-GAP = 2  # between columns
+POOL_WIDTH, TEXT_WIDTH = 60, 48  # of the bar and of the newest text, where the terminal has room for them
+BESIDE_TEXT = 40  # what the other columns take
+GAP = (0, 2, 0, 0)  # between columns
 
 
 def serve(engine: Engine, decode: Callable[[list[int]], str], console: Console) -> None:
@@ -47,40 +48,21 @@ def picture(engine: Engine, decode: Callable[[list[int]], str], width: int) -> G
 
     Numbers are never cut: the texts and the bar take what room there is beside them.
     """
-    header = ("request", "state", "tokens", "pages")
-    rows = [
-        (
-            str(request.number),
-            str(request.state),
-            f"{len(request.prompt)}+{len(request.new_tokens)}",
-            str(engine.num_pages_of(request)),
-        )
-        for request in engine.requests
-    ]
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    widths[header.index("state")] = len(State.PREEMPTED)  # the longest, so that the columns stay where they are
-    room = min(TEXT_WIDTH, width - sum(widths) - GAP * len(widths))
-    requests = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
-    for name, least in zip(header, widths, strict=True):
-        justify: JustifyMethod = "right" if name in ("tokens", "pages") else "left"
-        requests.add_column(name, justify=justify, min_width=least if room >= 0 else None, overflow="fold")
-    if room >= len("text"):
-        requests.add_column("text", no_wrap=True, overflow="crop", max_width=room)
-    for request, (number, state, *counts) in zip(engine.requests, rows, strict=True):
-        text = " ".join(decode(request.new_tokens).split())
-        cells: list[str | Text] = [number, Text(state, STATE_STYLES[request.state]), *counts, Text(text[-room:])]
-        requests.add_row(*cells[: len(requests.columns)])
+    room = min(TEXT_WIDTH, width - BESIDE_TEXT)
+    columns = [Column(name, overflow="fold") for name in ("request", "state")]
+    columns += [Column(name, justify="right", no_wrap=True) for name in ("tokens", "pages")]
+    columns += [Column("text", no_wrap=True, overflow="crop")] if room >= len("text") else []
+    requests = Table(*columns, box=None, pad_edge=False, padding=GAP)
+    for request in engine.requests:
+        # The longest state always has room, so that the columns stay where they are.
+        state = Text(request.state.ljust(len(State.PREEMPTED)), STATE_STYLES[request.state], overflow="fold")
+        tokens, pages = f"{len(request.prompt)}+{len(request.new_tokens)}", str(engine.num_pages_of(request))
+        newest = Text(" ".join(decode(request.new_tokens).split())[-room:])
+        requests.add_row(*(str(request.number), state, tokens, pages, newest)[: len(columns)])
     used, shared, free = engine.num_used_pages, engine.cache.num_shared_pages, engine.cache.num_free_pages
-    counts_of_pool = f"used {used}, shared {shared}, free {free}"
-    bar = max(0, min(POOL_WIDTH, width - len("pool ") - GAP - len(counts_of_pool)))
-    filled = round(bar * used / engine.cache.num_pages)
-    pool = Text.assemble(
-        "pool ",
-        ("█" * filled, "green" if free else "red"),
-        ("░" * (bar - filled), "dim"),
-        " " * GAP if bar else "",
-        counts_of_pool,
-    )
+    bar = ProgressBar(engine.cache.num_pages, used, complete_style="green" if free else "red", finished_style="red")
+    pool = Table.grid("", Column(max_width=POOL_WIDTH), "", padding=GAP)
+    pool.add_row("pool", bar, f"used {used}, shared {shared}, free {free}")
     stats = engine.stats
     speed = f"step {stats.steps}   {stats.tokens_per_second:.0f} tokens/s   preemptions {stats.preemptions}"
     news = [Text(f"step {e.step}: request {e.request.number} {e.text}", "dim") for e in engine.events[-4:]]
