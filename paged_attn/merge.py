@@ -33,14 +33,7 @@ def merge_state(
 
     Results are arrays of v_a's library.
     """
-    given = {"v_a": v_a, "s_a": s_a, "v_b": v_b, "s_b": s_b}
-    arrays, results, loan = _borrow(given, out, lse)
-    number = states.check_merge_state(arrays, base, *results)
-    merged = _with_results(arrays[0].shape, arrays[0], results)
-    if merged[0].size:
-        with reading(loan):
-            backends.of(device_of(arrays[0])).merge_state(*arrays, *merged, number)
-    return _to_caller(merged, (out, lse), v_a)
+    return _merge("merge_state", {"v_a": v_a, "s_a": s_a, "v_b": v_b, "s_b": s_b, "out": out, "lse": lse}, base)
 
 
 def merge_states(
@@ -68,44 +61,36 @@ def merge_states(
 
     Results are arrays of v's library.
     """
-    (v_states, s_states, sinks_), results, loan = _borrow({"v": v, "s": s, "sinks": sinks}, out, lse)
-    number = states.check_merge_states(v_states, s_states, base, sinks_, *results)
-    shape = v_states.shape
-    merged = _with_results((shape[0], *shape[2:]), v_states, results)
-    if merged[0].size:
-        with reading(loan):
-            backends.of(device_of(v_states)).merge_states(v_states, s_states, *merged, number, sinks_)
-    return _to_caller(merged, (out, lse), v)
+    return _merge("merge_states", {"v": v, "s": s, "sinks": sinks, "out": out, "lse": lse}, base)
 
 
-def _borrow(given: dict[str, Any], out: Any, lse: Any) -> tuple[list[Any], tuple[Any, Any], Any]:
-    """The states and the results as NumPy or CuPy arrays, None where there are none, and what is lent of them."""
-    arrays = [None if array is None else native(array, name) for name, array in given.items()]
-    results = (
-        None if out is None else native(out, "out", writable=True),
-        None if lse is None else native(lse, "lse", writable=True),
-    )
-    return arrays, results, loan_of(*zip((*arrays, *results), (*given.values(), out, lse), strict=True))
-
-
-def _with_results(shape: tuple[int, ...], v: Any, results: tuple[Any, Any]) -> tuple[Any, Any]:
-    """out and lse, new where they were not given. NotImplementedError for what the backend of v cannot merge."""
-    out, lse = results
-    device, dtype = device_of(v), v.dtype
-    check_supported("merge", device, dtype, shape[-1])
+def _merge(function: str, given: dict[str, Any], base: str | float) -> tuple[Any, Any]:
+    """Check and merge arrays by name, None where there is none; the first is the states' v."""
+    arrays: dict[str, Any] = {
+        name: None if array is None else native(array, name, writable=name in ("out", "lse"))
+        for name, array in given.items()
+    }
+    loan = loan_of(*zip(arrays.values(), given.values(), strict=True))
+    number = getattr(states, f"check_{function}")(**arrays, base=base)
+    (v, *_), out, lse = arrays.values(), arrays["out"], arrays["lse"]
+    (rows, *_, heads, dim), dtype, device = v.shape, v.dtype, device_of(v)
+    check_supported("merge", device, dtype, dim)
     backend = backends.of(device)
     if out is None:
-        out = backend.empty(shape, dtype, device)
+        out = backend.empty((rows, heads, dim), dtype, device)
     else:
-        check_supported("merge", device, out.dtype, shape[-1])
+        check_supported("merge", device, out.dtype, dim)
         if device != "cpu" and {dtype.name, out.dtype.name} == {"float16", "bfloat16"}:
             raise NotImplementedError(
                 f"merge on a GPU does not turn {dtype} states into {out.dtype}; pass out of {dtype} or float32"
             )
-    return out, backend.empty(shape[:-1], FLOAT32, device) if lse is None else lse
-
-
-def _to_caller(merged: tuple[Any, Any], given: tuple[Any, Any], like: Any) -> tuple[Any, Any]:
-    """What the caller gave, or else what was made, as arrays of the library of `like`."""
-    out, lse = (to_caller(made, like) if mine is None else mine for made, mine in zip(merged, given, strict=True))
-    return out, lse
+    if lse is None:
+        lse = backend.empty((rows, heads), FLOAT32, device)
+    if out.size:
+        with reading(loan):
+            getattr(backend, function)(**arrays | {"out": out, "lse": lse}, base=number)
+    like = next(iter(given.values()))
+    return (
+        to_caller(out, like) if given["out"] is None else given["out"],
+        to_caller(lse, like) if given["lse"] is None else given["lse"],
+    )

@@ -7,7 +7,7 @@ import numpy as np
 
 from . import backends
 from .checks import scalars, tables
-from .holders import TableArrays
+from .holders import TABLE_ARRAYS, TableArrays
 from .interop import Array, device_of, is_native, is_writable, native, resolve_device
 from .lifetimes import loan_of, reading
 
@@ -48,13 +48,7 @@ class PageTable(TableArrays):
         page_stride: int = 1,
         total_len: Array | None = None,
     ) -> None:
-        given = {
-            "indptr": indptr,
-            "indices": indices,
-            "last_page_len": last_page_len,
-            "page_offset": page_offset,
-            "total_len": total_len,
-        }
+        given = dict(zip(TABLE_ARRAYS, (indptr, indices, last_page_len, page_offset, total_len), strict=True))
         arrays = {name: None if array is None else native(array, name) for name, array in given.items()}
         tables.check_table_arrays(**arrays, page_size=page_size, page_stride=page_stride)
         pairs = list(zip(arrays.values(), given.values(), strict=True))

@@ -1,6 +1,5 @@
 """Partial results of attention that are merged."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,33 +10,46 @@ from .overlaps import check_apart
 from .scalars import as_base
 
 
-def check_merge_state(states: Sequence[Any], base: Any, out: Any, lse: Any) -> float:
-    """v_a, s_a, v_b, s_b of the same rows: v [rows, heads, dim], s float32 [rows, heads]. Returns the base as a
-    number."""
-    v_a, s_a, v_b, s_b = states
+def check_merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any, base: Any, out: Any, lse: Any) -> float:
+    """Returns the base as a number."""
     number = as_base(base)
-    check_float(v_a, "v_a")
-    check_shape(v_a, "v_a", ("rows", "heads", "dim"), "[rows, heads, dim]")
+    _check_states(v_a, s_a, "v_a", "s_a", ("rows", "heads", "dim"))
     check_dtype(v_b, "v_b", v_a.dtype, "as v_a is")
     check_shape(v_b, "v_b", v_a.shape, "as v_a")
-    device = device_of(v_a)
-    check_device(v_b, "v_b", device, "v_a")
-    for array, name in ((v_a, "v_a"), (v_b, "v_b")):
-        check_strides(array, name, aligned=False)
-    for array, name in ((s_a, "s_a"), (s_b, "s_b")):
-        check_dtype(array, name, FLOAT32)
-        check_shape(array, name, v_a.shape[:-1], "[rows, heads], as v_a without its last axis")
-        check_device(array, name, device, "v_a")
-        check_base(array, name, FLOAT32.itemsize)
-    _check_results(out, lse, v_a.shape, v_a.dtype, device, "v_a")
-    if out is not None or lse is not None:
-        read = [(v_b, "v_b"), (s_b, "s_b")]
-        if lse is not None:
-            check_apart([(lse, "lse")], [*read, (v_a, "v_a"), *([] if _is_same(lse, s_a) else [(s_a, "s_a")])])
-        if out is not None:
-            read += [(s_a, "s_a"), (lse, "lse")]
-            check_apart([(out, "out")], [*read, *([] if _is_same(out, v_a) else [(v_a, "v_a")])])
+    check_device(v_b, "v_b", device_of(v_a), "v_a")
+    _check_states(v_b, s_b, "v_b", "s_b", ("rows", "heads", "dim"))
+    _check_results(out, lse, v_a, v_a.shape, "v_a")
+    read = [(v_b, "v_b"), (s_b, "s_b")]
+    if lse is not None:
+        check_apart([(lse, "lse")], [*read, (v_a, "v_a"), *([] if _is_same(lse, s_a) else [(s_a, "s_a")])])
+    if out is not None:
+        read += [(s_a, "s_a"), (lse, "lse")]
+        check_apart([(out, "out")], [*read, *([] if _is_same(out, v_a) else [(v_a, "v_a")])])
     return number
+
+
+def check_merge_states(v: Any, s: Any, sinks: Any, base: Any, out: Any, lse: Any) -> float:
+    """Returns the base as a number."""
+    number = as_base(base)
+    _check_states(v, s, "v", "s", ("rows", "num_states", "heads", "dim"))
+    rows, _, heads, dim = v.shape
+    _check_results(out, lse, v, (rows, heads, dim), "v without num_states")
+    if sinks is not None:
+        device = device_of(v)
+        check_whole(sinks, "sinks", (heads,), "one for each head of v", (FLOAT32,), device, "v", is_written=False)
+    check_apart([(out, "out"), (lse, "lse")], [(v, "v"), (s, "s"), (sinks, "sinks")])
+    return number
+
+
+def _check_states(v: Any, s: Any, v_name: str, s_name: str, axes: tuple[str, ...]) -> None:
+    """v has these axes, s is float32 without the last one."""
+    check_float(v, v_name)
+    check_shape(v, v_name, axes, f"[{', '.join(axes)}]")
+    check_strides(v, v_name, aligned=False)
+    check_dtype(s, s_name, FLOAT32)
+    check_shape(s, s_name, v.shape[:-1], f"[{', '.join(axes[:-1])}], as {v_name} without its last axis")
+    check_device(s, s_name, device_of(v), v_name)
+    check_base(s, s_name, FLOAT32.itemsize)
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -50,29 +62,10 @@ def _is_same(a: Any, b: Any) -> bool:
     return a.ctypes.data == b.ctypes.data if isinstance(a, np.ndarray) else a.data.ptr == b.data.ptr
 
 
-def check_merge_states(v: Any, s: Any, base: Any, sinks: Any, out: Any, lse: Any) -> float:
-    """v [rows, num_states, heads, dim], s float32 [rows, num_states, heads], sinks float32 [heads] or None. Returns the
-    base as a number."""
-    number = as_base(base)
-    check_float(v, "v")
-    check_shape(v, "v", ("rows", "num_states", "heads", "dim"), "[rows, num_states, heads, dim]")
-    check_strides(v, "v", aligned=False)
-    check_dtype(s, "s", FLOAT32)
-    check_shape(s, "s", v.shape[:-1], "[rows, num_states, heads], as v without its last axis")
-    device = device_of(v)
-    check_device(s, "s", device, "v")
-    check_base(s, "s", FLOAT32.itemsize)
-    rows, _, heads, dim = v.shape
-    _check_results(out, lse, (rows, heads, dim), v.dtype, device, "v without num_states")
-    if sinks is not None:
-        check_whole(sinks, "sinks", (heads,), "one for each head of v", (FLOAT32,), device, "v", is_written=False)
-    check_apart([(out, "out"), (lse, "lse")], [(v, "v"), (s, "s"), (sinks, "sinks")])
-    return number
-
-
-def _check_results(out: Any, lse: Any, shape: tuple[int, ...], dtype: np.dtype, device: str, source: str) -> None:
+def _check_results(out: Any, lse: Any, v: Any, shape: tuple[int, ...], source: str) -> None:
     """`out` of any float dtype and `lse` float32, where they are given."""
+    device = device_of(v)
     if out is not None:
-        check_whole(out, "out", shape, f"as {source} gives it", (dtype, *FLOAT_DTYPES.values()), device, source)
+        check_whole(out, "out", shape, f"as {source} gives it", (v.dtype, *FLOAT_DTYPES.values()), device, source)
     if lse is not None:
         check_whole(lse, "lse", shape[:-1], f"as {source} without its last axis", (FLOAT32,), device, source)

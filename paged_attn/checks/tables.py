@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import PageTableError
-from ..holders import TableArrays
+from ..holders import TABLE_ARRAYS, TableArrays
 from ..interop import device_of
 from .arrays import INT32, check_device, check_metadata_device, check_shape, check_vector, entry, first_true
 from .overlaps import check_apart
@@ -179,11 +179,9 @@ def check_split_out(out: Any, table: TableArrays, num_chunks: int) -> None:
 
 def check_apart_of_table(out: TableArrays, *sources: TableArrays) -> None:
     """The arrays of a table that is written overlap neither each other nor those of tables it is written from."""
-    names = ("indptr", "indices", "last_page_len", "page_offset", "total_len")
-    read = [(getattr(source, name), f"the table's {name}") for source in sources for name in names]
-    check_apart(
-        [(getattr(out, name), f"out.{name}") for name in names], read, "an out whose arrays have memory of their own"
-    )
+    read = [(getattr(source, name), f"the table's {name}") for source in sources for name in TABLE_ARRAYS]
+    written = [(getattr(out, name), f"out.{name}") for name in TABLE_ARRAYS]
+    check_apart(written, read, "an out whose arrays have memory of their own")
 
 
 def check_block_table(block_table: Any, seq_lens: Any, page_size: int) -> None:
