@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -108,23 +109,29 @@ def release_finished() -> None:
     if _waiting:
         busy: list[Any] = []
         with capture_of_others():
-            while len(busy) < MOST_BUSY:
-                try:
-                    events, views = _waiting.popleft()
-                except IndexError:
-                    break
+            for events, views in popped(_waiting):
                 if not all(event.done for event in events):
                     busy.append((events, views))
+                if len(busy) == MOST_BUSY:
+                    break
         _waiting.extend(busy)  # behind the others, so that one stream that is stuck holds up no other
-    for _ in range(min(len(_kept), MOST_BUSY)):
-        try:
-            semaphore, kept = _kept.popleft()
-        except IndexError:
-            break
+    for semaphore, kept in itertools.islice(popped(_kept), MOST_BUSY):
         if _libc().sem_trywait(semaphore):  # it has not been posted: the graph exists
             _kept.append((semaphore, kept))
         else:
             _idle_semaphores.append(semaphore)
+
+
+Item = TypeVar("Item")
+
+
+def popped(queue: deque[Item]) -> Iterator[Item]:
+    """Takes out what a queue holds now, the first one first, while other threads may take out some, too."""
+    for _ in range(len(queue)):
+        try:
+            yield queue.popleft()
+        except IndexError:
+            return
 
 
 # --- 2. memory that a graph knows -------------------------------------------------------------------------------------

@@ -49,14 +49,7 @@ class PoolGeometry:
     dims: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
-    page_step: int  # steps of the last dimension from a page, 8 tokens, a head to the next
-    rows_step: int
-    head_step: int
-
-    @property
-    def outside(self) -> int:
-        """An index of the last dimension past the pool: TMA gives zeros."""
-        return self.dims[-1]
+    steps: tuple[int, int, int]  # of the last dimension, from a page, from 8 tokens, from a head to the next
 
 
 @lru_cache(maxsize=256)
@@ -72,15 +65,13 @@ def pool_geometry(
         return None
     page, token, head = strides
     # Strides of axes along which no box is counted may be anything.
-    counted = {
-        "page": page if num_pages > 1 else 0,
-        "rows": token * _GROUP if page_size > tokens else 0,
-        "head": head if num_kv_heads > 1 else 0,
-    }
-    unit = gcd(*counted.values()) or 16
-    steps = {name: stride // unit for name, stride in counted.items()}
-    last_rows = (page_size - tokens) // _GROUP
-    boxes = 1 + (num_pages - 1) * steps["page"] + last_rows * steps["rows"] + (num_kv_heads - 1) * steps["head"]
+    counts = num_pages, 1 + (page_size - tokens) // _GROUP, num_kv_heads
+    page_stride, rows_stride, head_stride = (
+        stride if count > 1 else 0 for stride, count in zip((page, token * _GROUP, head), counts, strict=True)
+    )
+    unit = gcd(page_stride, rows_stride, head_stride) or 16
+    steps = page_stride // unit, rows_stride // unit, head_stride // unit
+    boxes = 1 + sum((count - 1) * step for count, step in zip(counts, steps, strict=True))
     if boxes >= _MOST_BOXES:
         return None
     columns = head_dim if head_dim % _COLUMNS else _COLUMNS
@@ -89,9 +80,7 @@ def pool_geometry(
         dims=(columns, *inner, boxes),
         strides=(token, _COLUMNS * 2, token * _GROUP, unit),
         box=(_COLUMNS, *inner, 1),
-        page_step=steps["page"],
-        rows_step=steps["rows"],
-        head_step=steps["head"],
+        steps=steps,
     )
 
 
@@ -100,10 +89,8 @@ def pool_map(pointer: int, geometry: PoolGeometry, bfloat16: bool) -> dict[str, 
     """The fields of the kernel's ``Pool`` for the pool at ``pointer``: its map, and how to count in it. Made once."""
     return {
         "map": {"words": _encode(pointer, geometry.dims, geometry.strides, geometry.box, bfloat16)},
-        "page_step": geometry.page_step,
-        "rows_step": geometry.rows_step,
-        "head_step": geometry.head_step,
-        "outside": geometry.outside,
+        **dict(zip(("page_step", "rows_step", "head_step"), geometry.steps, strict=True)),
+        "outside": geometry.dims[-1],  # an index past the pool: TMA gives zeros
     }
 
 

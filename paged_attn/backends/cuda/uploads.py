@@ -112,7 +112,7 @@ class Staging:
         self._block, self._used = None, 0
         if block is not None:
             idle.append(block)
-            for _ in zip(range(len(idle) - MOST_IDLE_BLOCKS), _finished(idle)):  # noqa: B905 (the shorter of the two)
+            for _ in itertools.islice(_finished(idle), max(0, len(idle) - MOST_IDLE_BLOCKS)):
                 pass  # dropped: CuPy gives its memory to others
 
     def __del__(self) -> None:
@@ -137,11 +137,7 @@ def _take_block(device: str, num_bytes: int) -> PinnedBlock:
 
 def _finished(idle: deque[PinnedBlock]) -> Iterator[PinnedBlock]:
     """Takes blocks out, the longest waiting first; those with copies under way stay."""
-    for _ in range(len(idle)):
-        try:
-            block = idle.popleft()
-        except IndexError:  # another thread was faster
-            return
+    for block in lifetimes.popped(idle):
         if _is_over(block.event):
             yield block
         else:
