@@ -290,8 +290,9 @@ class _BatchAttention:
             signature = plan.check_run(plan.step, arrays, kv)
             if out is None or return_lse:
                 arrays = with_results(arrays, plan.step.spec, return_lse)
+            addresses = plan.check_apart(arrays, kv)
             if arrays.q.size:
-                plan.launch(arrays, kv, signature, loan)
+                plan.launch(arrays, kv, addresses, signature, loan)
             return out if out is not None and not return_lse else _results(given, arrays, return_lse)
         finally:
             self._in_use.release()

@@ -2,11 +2,12 @@
 
     check_decode, check_prefill    what a step computes, from its pool, table and options     -> Step
     check_run                      the arrays of a run                                        -> signature
+    check_apart                    what it writes overlaps nothing                            -> addresses
     update                         a backend's plan takes over the step's metadata
     launch                         attention over one layer
 
-The Batch... classes keep an AttentionPlan: the first and the third once a step, the others once a layer. A one-shot
-call does all four, with a plan that the last such call left (attend_once).
+The Batch... classes keep an AttentionPlan: the first and update once a step, the others once a layer. A one-shot call
+does all of it, with a plan that the last such call left (attend_once).
 """
 
 import threading
@@ -18,13 +19,12 @@ from . import backends
 from .checks import calls, overlaps, tables
 from .checks.arrays import signature_of
 from .holders import KVPages, TableArrays
-from .interop import Array, current_stream, native
+from .interop import FLOAT32, Array, current_stream, native, native_types
 from .lifetimes import Loan, loan_of, used
 from .spec import RUN_ARRAYS, AttentionSpec, RunArrays, Scoring
 from .support import check_supported
 
 MOST_KEPT = 16  # plans of one-shot calls that a thread keeps
-_LSE_DTYPE = np.dtype(np.float32)
 
 Rows = tuple[int, ...] | range  # the extents that axis 0 of q may have
 
@@ -118,35 +118,25 @@ class AttentionPlan:
 
     def check_run(self, step: Step, arrays: RunArrays, kv: KVPages) -> tuple[Any, ...]:
         """Check a run, unless one with this signature was checked last. Returns the signature."""
-        q, out, lse, sinks = arrays  # one by one here and in `borrow`: every layer waits for this
-        signature = (
-            kv.signature,
-            signature_of(q),
-            None if out is None else signature_of(out),
-            None if lse is None else signature_of(lse),
-            None if sinks is None else signature_of(sinks),
-            step,
-        )
+        signature = kv.signature, *[None if array is None else signature_of(array) for array in arrays], step
         if signature != self._signature:
             self._signature = None
             calls.check_layer(step.spec, kv)
             calls.check_arrays(step.spec, arrays, step.rows, self._remedy)
-            calls.check_sinks(sinks, step.is_split)
-            self._compared = overlaps.compared((*arrays, kv.k_pages, kv.v_pages), RUN_PAIRS)
+            calls.check_sinks(arrays.sinks, step.is_split)
+            self._compared = overlaps.compared((kv.k_pages, kv.v_pages, *arrays), RUN_PAIRS)
             self._signature = signature
-        if self._compared:
-            k_address = kv.k_address  # 0 on the host, where NumPy compares
-            addresses = k_address and (
-                q.data.ptr,
-                0 if out is None else out.data.ptr,
-                0 if lse is None else lse.data.ptr,
-                0 if sinks is None else sinks.data.ptr,
-                k_address,
-                kv.v_address,
-            )
-            if not addresses or overlaps.may_overlap(addresses, self._compared):
-                overlaps.check_pairs((*arrays, kv.k_pages, kv.v_pages), RUN_NAMES, self._compared)
         return self._signature  # the same object while nothing differs, whose parts the backend compares at once
+
+    def check_apart(self, arrays: RunArrays, kv: KVPages) -> tuple[int, ...]:
+        """What was given to be written overlaps nothing. Returns the addresses of RUN_NAMES; none on the host."""
+        k_address = kv.k_address  # 0 on the host, where NumPy compares
+        addresses: tuple[int, ...] = ()
+        if k_address:
+            addresses = k_address, kv.v_address, *[0 if array is None else array.data.ptr for array in arrays]
+        if self._compared and (not addresses or overlaps.may_overlap(addresses, self._compared)):
+            overlaps.check_pairs((kv.k_pages, kv.v_pages, *arrays), RUN_NAMES, self._compared)
+        return addresses
 
     def update(self, step: Step, table: TableArrays, qo_indptr: Any, loan: Loan | None) -> None:
         """Have the backend's plan take over a step. Where that raises, the step before stays."""
@@ -164,20 +154,22 @@ class AttentionPlan:
                 used(loan, table.loan)
         self.backend_plan, self.step = plan, step
 
-    def launch(self, arrays: RunArrays, kv: KVPages, signature: tuple[Any, ...], loan: Loan | None) -> None:
+    def launch(
+        self, arrays: RunArrays, kv: KVPages, addresses: tuple[int, ...], signature: Any, loan: Loan | None
+    ) -> None:
         """Attend by the step of the last update. loan: what was lent of the arrays."""
         assert self.step is not None
         if arrays.q.ndim == 4:
             arrays = arrays.with_rows(_as_rows)
         try:
-            self.backend_plan.run(self.step.spec, arrays, kv, signature)
+            self.backend_plan.run(self.step.spec, arrays, kv, addresses, signature)
         finally:
             if loan is not None or kv.loan is not None:
                 used(loan, kv.loan)
 
 
-RUN_NAMES = (*RUN_ARRAYS, "kv.k_pages", "kv.v_pages")
-_WRITTEN = [i for i, array in enumerate(RUN_ARRAYS.values()) if array.is_written]
+RUN_NAMES = ("kv.k_pages", "kv.v_pages", *RUN_ARRAYS)
+_WRITTEN = [i for i, array in enumerate(RUN_ARRAYS.values(), start=2) if array.is_written]
 RUN_PAIRS = [(i, j) for i in _WRITTEN for j in range(len(RUN_NAMES)) if j > i or j not in _WRITTEN]
 
 
@@ -196,24 +188,24 @@ def spec_key(
 
 def with_results(arrays: RunArrays, spec: AttentionSpec, return_lse: bool) -> RunArrays:
     """The arrays with new ones for the results that were not given; lse only where it is asked for."""
-    q, out, lse, sinks = arrays
-    if out is None:
-        out = backends.of(spec.device).empty(spec.out_shape(q.shape), spec.dtype, spec.device)
-    if lse is None and return_lse:
-        lse = backends.of(spec.device).empty(q.shape[:-1], _LSE_DTYPE, spec.device)
-    return RunArrays(q, out, lse, sinks)
+    empty, q_shape = backends.of(spec.device).empty, arrays.q.shape
+    if arrays.out is None:
+        arrays = arrays._replace(out=empty(spec.out_shape(q_shape), spec.dtype, spec.device))
+    if arrays.lse is None and return_lse:
+        arrays = arrays._replace(lse=empty(q_shape[:-1], FLOAT32, spec.device))
+    return arrays
 
 
 def borrow(given: RunArrays) -> tuple[RunArrays, Loan | None]:
     """The arrays that a caller gave as NumPy or CuPy arrays, each taken once, and what is lent of them."""
-    q, out, lse, sinks = given
-    native_q = native(q, "q")
-    native_out = None if out is None else native(out, "out", writable=True)
-    native_lse = None if lse is None else native(lse, "lse", writable=True)
-    native_sinks = None if sinks is None else native(sinks, "sinks")
-    if native_q is q and native_out is out and native_lse is lse and native_sinks is sinks:
+    if given.q is not None and native_types.issuperset(map(type, given)):  # the usual ones: every layer waits for this
         return given, None
-    arrays = RunArrays(native_q, native_out, native_lse, native_sinks)
+    arrays = RunArrays(
+        *[
+            array if array is None and name != "q" else native(array, name, rule.dtypes[0], writable=rule.is_written)
+            for array, (name, rule) in zip(given, RUN_ARRAYS.items(), strict=True)
+        ]
+    )
     return arrays, loan_of(*zip(arrays, given, strict=True))
 
 
@@ -267,9 +259,10 @@ def attend_once(
     step = planned[0]
     signature = plan.check_run(step, arrays, kv)
     arrays = with_results(arrays, step.spec, return_lse)
+    addresses = plan.check_apart(arrays, kv)
     if arrays.q.size:
         plan.update(*planned)
-        plan.launch(arrays, kv, signature, loan)
+        plan.launch(arrays, kv, addresses, signature, loan)
     if key:
         _kept.plans[key] = plan, stream  # held so that no other stream gets its address
         if len(_kept.plans) > MOST_KEPT:

@@ -159,7 +159,7 @@ def _prefill(card: Card, head_dim: int, **fields: Any) -> Iterator[Recipe]:
 
 
 def _with_feature(recipe: Recipe, *, sinks: bool = False, **others: Any) -> Recipe:
-    return recipes.with_sinks(recipe) if sinks else recipe
+    return recipes.with_constants(recipe, ("SINKS",)) if sinks else recipe
 
 
 def matrix(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Build]:
