@@ -259,8 +259,8 @@ def device_of(array: Any) -> str:
 
 
 def address_of(array: Any) -> int:
-    """Where a CuPy array begins; 0 for a NumPy array."""
-    return 0 if isinstance(array, np.ndarray) else int(array.data.ptr)
+    """Where a CuPy array begins; 0 for a NumPy array, and for None."""
+    return 0 if array is None or isinstance(array, np.ndarray) else int(array.data.ptr)
 
 
 def on_device_of(array: Any) -> Any:

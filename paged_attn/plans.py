@@ -1,8 +1,7 @@
 """A plan and a run: how every attention call is checked, planned by a backend, and launched.
 
     check_decode, check_prefill    what a step computes, from its pool, table and options     -> Step
-    check_run                      the arrays of a run                                        -> signature
-    check_apart                    what it writes overlaps nothing                            -> addresses
+    check_run                      the arrays of a run                                        -> signature, addresses
     update                         a backend's plan takes over the step's metadata
     launch                         attention over one layer
 
@@ -17,9 +16,9 @@ import numpy as np
 
 from . import backends
 from .checks import calls, overlaps, tables
-from .checks.arrays import signature_of
+from .checks.arrays import signatures_of
 from .holders import KVPages, TableArrays
-from .interop import FLOAT32, Array, current_stream, native, native_types
+from .interop import FLOAT32, Array, address_of, current_stream, native, native_types
 from .lifetimes import Loan, loan_of, used
 from .spec import RUN_ARRAYS, AttentionSpec, RunArrays, Scoring
 from .support import check_supported
@@ -91,7 +90,7 @@ class AttentionPlan:
             calls.check_qo_indptr(indptr, table.batch_size, total_rows)
             rows = (int(indptr[-1]),) if capacity is None else (int(indptr[-1]), capacity)
             return self._step_of(spec, rows, table), table, indptr, None
-        signature = signature_of(indptr), table.batch_size, spec.device
+        signature = signatures_of((indptr,))[0], table.batch_size, spec.device
         if signature != self._qo_indptr:
             calls.check_qo_indptr(indptr, table.batch_size, total_rows, spec.device)
             self._qo_indptr = signature
@@ -116,9 +115,14 @@ class AttentionPlan:
         tables.check_table_values(table, self._spec.num_pages)
         return self._spec
 
-    def check_run(self, step: Step, arrays: RunArrays, kv: KVPages) -> tuple[Any, ...]:
-        """Check a run, unless one with this signature was checked last. Returns the signature."""
-        signature = kv.signature, *[None if array is None else signature_of(array) for array in arrays], step
+    def check_run(self, step: Step, arrays: RunArrays, kv: KVPages) -> tuple[tuple[Any, ...], list[int]]:
+        """Check a run; what its signature decides only where it is not that of the run before.
+
+        Returns the signature and the addresses of RUN_NAMES, 0 on the host and for what is not given.
+        """
+        signatures, addresses = signatures_of(arrays)
+        signature = kv.signature, signatures, step
+        addresses[:0] = kv.k_address, kv.v_address
         if signature != self._signature:
             self._signature = None
             calls.check_layer(step.spec, kv)
@@ -126,17 +130,9 @@ class AttentionPlan:
             calls.check_sinks(arrays.sinks, step.is_split)
             self._compared = overlaps.compared((kv.k_pages, kv.v_pages, *arrays), RUN_PAIRS)
             self._signature = signature
-        return self._signature  # the same object while nothing differs, whose parts the backend compares at once
-
-    def check_apart(self, arrays: RunArrays, kv: KVPages) -> tuple[int, ...]:
-        """What was given to be written overlaps nothing. Returns the addresses of RUN_NAMES; none on the host."""
-        k_address = kv.k_address  # 0 on the host, where NumPy compares
-        addresses: tuple[int, ...] = ()
-        if k_address:
-            addresses = k_address, kv.v_address, *[0 if array is None else array.data.ptr for array in arrays]
-        if self._compared and (not addresses or overlaps.may_overlap(addresses, self._compared)):
+        if self._compared and (not kv.k_address or overlaps.may_overlap(addresses, self._compared)):
             overlaps.check_pairs((kv.k_pages, kv.v_pages, *arrays), RUN_NAMES, self._compared)
-        return addresses
+        return self._signature, addresses  # the same object while nothing differs, which is quick to compare
 
     def update(self, step: Step, table: TableArrays, qo_indptr: Any, loan: Loan | None) -> None:
         """Have the backend's plan take over a step. Where that raises, the step before stays."""
@@ -154,9 +150,7 @@ class AttentionPlan:
                 used(loan, table.loan)
         self.backend_plan, self.step = plan, step
 
-    def launch(
-        self, arrays: RunArrays, kv: KVPages, addresses: tuple[int, ...], signature: Any, loan: Loan | None
-    ) -> None:
+    def launch(self, arrays: RunArrays, kv: KVPages, addresses: list[int], signature: Any, loan: Loan | None) -> None:
         """Attend by the step of the last update. loan: what was lent of the arrays."""
         assert self.step is not None
         if arrays.q.ndim == 4:
@@ -186,14 +180,16 @@ def spec_key(
     return kv.signature, table.page_size, table.device, *map(type, numbers), numbers
 
 
-def with_results(arrays: RunArrays, spec: AttentionSpec, return_lse: bool) -> RunArrays:
-    """The arrays with new ones for the results that were not given; lse only where it is asked for."""
-    empty, q_shape = backends.of(spec.device).empty, arrays.q.shape
-    if arrays.out is None:
-        arrays = arrays._replace(out=empty(spec.out_shape(q_shape), spec.dtype, spec.device))
-    if arrays.lse is None and return_lse:
-        arrays = arrays._replace(lse=empty(q_shape[:-1], FLOAT32, spec.device))
-    return arrays
+def with_results(arrays: RunArrays, addresses: list[int], spec: AttentionSpec, return_lse: bool) -> RunArrays:
+    """The arrays with new ones for the results that were not given, lse only where it is asked for. Their addresses are
+    written to `addresses` (of RUN_NAMES)."""
+    empty, (q, out, lse, *others) = backends.of(spec.device).empty, arrays
+    if out is None:
+        out = empty(spec.out_shape(q.shape), spec.dtype, spec.device)
+    if lse is None and return_lse:
+        lse = empty(q.shape[:-1], FLOAT32, spec.device)
+    addresses[3:5] = address_of(out), address_of(lse)
+    return RunArrays(q, out, lse, *others)
 
 
 def borrow(given: RunArrays) -> tuple[RunArrays, Loan | None]:
@@ -214,10 +210,11 @@ def borrow(given: RunArrays) -> tuple[RunArrays, Loan | None]:
 
 
 class _Kept(threading.local):
-    """The plans that one-shot calls of this thread left, the latest last."""
+    """The plans that one-shot calls of this thread left, the latest last; with each its stream, held so that no other
+    gets its address, and what it is a plan of."""
 
     def __init__(self) -> None:
-        self.plans: dict[tuple[Any, ...], tuple[AttentionPlan, Any]] = {}
+        self.plans: dict[tuple[Any, ...], tuple[AttentionPlan, Any, Any]] = {}
 
 
 _kept = _Kept()
@@ -237,34 +234,47 @@ def attend_once(
     """Plan and run once: decode by q_len, or prefill by qo_indptr. Returns the arrays with results.
 
     The plan is one that a call like this one left behind: of this thread, on this stream, with buffers of this size.
-    It is taken out meanwhile, so that a call from a finaliser gets another. What raises loses it.
+    It is taken out meanwhile, so that a call from a finaliser gets another. What raises loses it. Where the host's
+    metadata is what it was, as in the next layer of a step, nothing is to be planned.
     """
     shape = arrays.q.shape
     # A device's qo_indptr must not point behind q, which that plan's capacity is for.
     max_tokens = None if q_len is not None or isinstance(qo_indptr, np.ndarray) else shape[0]
     stream, stream_address = current_stream(kv.device)
-    size = table.batch_size, table.indices.shape[0].bit_length(), table.page_stride, max_tokens
+    size = table.batch_size, table.indices.shape[0].bit_length(), table.page_stride, table.is_split, max_tokens
     key = (stream_address, size, *spec_key(kv, table, shape[-2], scoring, q_len))
     try:
-        plan, _ = _kept.plans.pop(key, (None, None))
+        plan, _, planned_of = _kept.plans.pop(key, (None, None, None))
     except TypeError:  # an option is an array, which the checks know
-        key, plan = (), None
+        key, plan, planned_of = (), None, None
+    metadata = _host_metadata(table, qo_indptr, shape[0])
     if plan is None:
         remedy = "pass a qo_indptr that ends there" if q_len is None else "pass a table of that batch"
         plan = AttentionPlan(max_tokens=max_tokens, one_shot=True, remedy=remedy)
-    if q_len is None:
-        planned = plan.check_prefill(kv, table, qo_indptr, shape[-2], scoring, shape[0])
-    else:
-        planned = plan.check_decode(kv, table, shape[-2], q_len, scoring)
-    step = planned[0]
-    signature = plan.check_run(step, arrays, kv)
-    arrays = with_results(arrays, step.spec, return_lse)
-    addresses = plan.check_apart(arrays, kv)
+    planned = None
+    if not metadata or metadata != planned_of:
+        if q_len is None:
+            planned = plan.check_prefill(kv, table, qo_indptr, shape[-2], scoring, shape[0])
+        else:
+            planned = plan.check_decode(kv, table, shape[-2], q_len, scoring)
+    step = planned[0] if planned else plan.step
+    assert step is not None
+    signature, addresses = plan.check_run(step, arrays, kv)
+    arrays = with_results(arrays, addresses, step.spec, return_lse)
     if arrays.q.size:
-        plan.update(*planned)
+        if planned:
+            plan.update(*planned)
         plan.launch(arrays, kv, addresses, signature, loan)
-    if key:
-        _kept.plans[key] = plan, stream  # held so that no other stream gets its address
-        if len(_kept.plans) > MOST_KEPT:
-            del _kept.plans[next(iter(_kept.plans))]
+        if key:
+            _kept.plans[key] = plan, stream, metadata
+            if len(_kept.plans) > MOST_KEPT:
+                del _kept.plans[next(iter(_kept.plans))]
     return arrays
+
+
+def _host_metadata(table: TableArrays, qo_indptr: Any, num_rows: int) -> tuple[Any, ...]:
+    """What a plan copies of a table and qo_indptr, and the rows of q; () where some of it is on a device."""
+    arrays = table.indptr, table.indices, table.last_page_len, table.page_offset, table.total_len, qo_indptr
+    if table.device != "cpu" or not isinstance(qo_indptr, np.ndarray | None):
+        return ()
+    return num_rows, *[None if array is None else (array.shape, array.dtype, array.tobytes()) for array in arrays]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class HopperRun:
         self._out_geometry = tensor_map.out_geometry(*run.q_shape, spec.group_size) if self._recipe.sends else None
         self._extents, self._grid = (rows, tiles), min(self._layout.card.num_sms, grid)
 
-    def launch(self, stream: int, addresses: tuple[int, ...]) -> None:
+    def launch(self, stream: int, addresses: Sequence[int]) -> None:
         """addresses: of K, V and RunArrays, 0 for what is not given."""
         k, v, q, out, lse, *scored_by = addresses
         layer, geometry = self._layer(k, v), self._out_geometry

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..compile import Launch, Recipe, fast_divide, fill, load_source, params_dtype, prepare
@@ -39,7 +39,7 @@ class DirectRun:
         )
         self._grid = grid
 
-    def launch(self, stream: int, addresses: tuple[int, ...]) -> None:
+    def launch(self, stream: int, addresses: Sequence[int]) -> None:
         """addresses: of K, V and RunArrays, 0 for what is not given."""
         self._write_addresses(*addresses, *self._scoring)
         self._launch(stream, self._grid)

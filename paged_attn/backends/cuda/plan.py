@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import cupy
@@ -100,7 +101,7 @@ class Plan:
         self._steps = steps
 
     def run(
-        self, spec: AttentionSpec, arrays: RunArrays, kv: KVPages, addresses: tuple[int, ...], signature: Any
+        self, spec: AttentionSpec, arrays: RunArrays, kv: KVPages, addresses: Sequence[int], signature: Any
     ) -> None:
         """Attend. signature: equal to that of the run before where nothing but addresses differs from it."""
         stream: int = cupy.cuda.get_current_stream(self._index).ptr
