@@ -123,15 +123,15 @@ def needed_recipes(op: str, shapes: Shapes, card: Card) -> Iterator[Recipe]:
     """What calls of these shapes can need, but for prefill on Hopper with arrays that only the portable kernel takes
     (recipes.HopperPrefillRecipe.accepts)."""
     yield from recipes.TABLES
-    if op == "append":
+    if op != "merge":
         yield recipes.append_recipe(shapes.num_kv_heads, shapes.head_dim, shapes.v_head_dim)
-        return
+    attending: list[Recipe] = []
     if op == "merge":
         attending = list(recipes.merge_recipes(shapes.num_qo_heads, shapes.v_head_dim, shapes.dtype))
     elif op == "decode":
         yield from (recipes.PLAN_REQUESTS, recipes.PLAN_SPLITS)
         attending = [*recipes.decode_recipes(shapes.spec(op), shapes.max_batch_size, card)]
-    else:
+    elif op == "prefill":
         yield recipes.PLAN_REQUESTS
         in_order = [recipes.prefill_recipes(shapes.spec(op), card, is_long=is_long) for is_long in (False, True)]
         attending = [recipe for preferred, *others in in_order for recipe in (preferred, *others[:-1])]

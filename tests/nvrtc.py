@@ -1,8 +1,8 @@
 """Every kernel through NVRTC without a GPU: with which constants, for which cards, and what ptxas may say of it.
 
 One row of the matrix is one compilation: a file of kernels/, which may hold several kernels, with one set of constants
-for one architecture. Layouts, windows, positions, page and group sizes are run-time values of the kernels; of their
-features only the soft cap is a constant. Texts without constants are compiled once an architecture.
+for one architecture. Layouts, windows, positions, page and group sizes are run-time values of the kernels; the soft cap
+and sinks are constants. Texts without constants are compiled once an architecture.
 """
 
 import functools
