@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import re
 import struct
 from collections.abc import Callable, Mapping
@@ -31,8 +30,7 @@ _KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\(
 _ALIGNMENT = r"(?:__align__|alignas)\s*\(\s*(\d+)\s*\)"
 _STRUCT = re.compile(rf"\bstruct\s+(?:{_ALIGNMENT}\s*)?(\w+)\s*\{{([^{{}}]*)\}}\s*;")
 _FIELD = re.compile(r"(?:const\s+)?([\w ]+?)\s*(\*?)\s*(?:__restrict__\s*)?\b(\w+)\s*(?:\[\s*(\d+)\s*\])?")
-_SCALARS = {"int": "i4", "u32": "u4", "u64": "u8", "i64": "i8", "float": "f4"}
-_STRUCT_CODES = {"i4": "i", "u4": "I", "u8": "Q", "i8": "q", "f4": "f"}
+_SCALARS = {"int": "i", "u32": "I", "u64": "Q", "i64": "q", "float": "f"}  # codes of numpy and of struct
 
 MIN_NVRTC = (12, 9)
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
@@ -91,8 +89,7 @@ def _flatten(path: Path, seen: set[Path]) -> str:
 
 def define_options(defines: Mapping[str, Any]) -> tuple[str, ...]:
     """``-DNAME=value`` by name; True and False are 1 and 0."""
-    values = {name: int(value) if isinstance(value, bool) else value for name, value in sorted(defines.items())}
-    return tuple(f"-D{name}={value}" for name, value in values.items())
+    return tuple(f"-D{name}={int(value)}" for name, value in sorted(defines.items()))
 
 
 def options(arch: str | None, **defines: Any) -> tuple[str, ...]:
@@ -124,44 +121,47 @@ def params_dtype(source: str, struct: str) -> np.dtype[np.void]:
     declarator a line, and no preprocessor directive. Raises ValueError for anything else, and for a struct that the
     text does not have.
     """
-    known: dict[str, tuple[np.dtype[Any], int]] = {
-        kind: (np.dtype(code), np.dtype(code).itemsize) for kind, code in _SCALARS.items()
-    }
-    faults: dict[str, str] = {}  # not of structs that live on the device only
-    for given_alignment, name, body in _STRUCT.findall(_COMMENT.sub("", source)):
-        fields: dict[str, list[Any]] = {"names": [], "formats": [], "offsets": []}
-        end, alignment = 0, int(given_alignment or 1)
-        if directive := re.search(r"#.*", body):
-            faults[name] = (
-                f"{directive[0].strip()!r} is among its fields, and the host would not know which of them the "
-                f"compiler sees; keep every field in every build"
-            )
-        elif name in known or name in faults:
+    known = {kind: (np.dtype(code), np.dtype(code).itemsize) for kind, code in _SCALARS.items()}
+    faults: dict[str, Exception] = {}  # not of structs that live on the device only
+    for alignment, name, body in _STRUCT.findall(_COMMENT.sub("", source)):
+        try:
+            if name in known or name in faults:
+                raise ValueError("the text defines it more than once, maybe under #if; give each its own name")
+            known[name] = _struct_layout(body, int(alignment or 1), known)
+        except ValueError as error:
             known.pop(name, None)
-            faults[name] = "the text defines it more than once, maybe under #if; give each definition its own name"
-        for declaration in filter(None, map(str.strip, body.split(";"))):
-            if name in faults:
-                break
-            field = _FIELD.fullmatch(declaration)
-            if field is None or not (field[2] or field[1] in known):
-                types = ", ".join(_SCALARS)
-                faults[name] = f"{declaration!r} is not one field of type pointer, {types} or an earlier struct"
-                break
-            dtype, field_alignment = (np.dtype("u8"), 8) if field[2] else known[field[1]]
-            begin = -(-end // field_alignment) * field_alignment
-            end = begin + dtype.itemsize * int(field[4] or 1)
-            alignment = max(alignment, field_alignment)
-            fields["names"].append(field[3])
-            fields["formats"].append((dtype, int(field[4])) if field[4] else dtype)
-            fields["offsets"].append(begin)
-        if name not in faults:
-            itemsize = -(-end // alignment) * alignment
-            known[name] = np.dtype({**fields, "itemsize": itemsize}), alignment  # type: ignore[call-overload]
-    if struct in faults:
-        raise ValueError(f"struct {struct}: {faults[struct]}")
+            faults[name] = error
     if struct not in known:
-        raise ValueError(f"the text has no struct {struct}")
+        raise ValueError(f"struct {struct}: {faults.get(struct, 'it is not in the text')}")
     return known[struct][0]
+
+
+_Layout = tuple[np.dtype[Any], int]  # a type's dtype and alignment
+
+
+def _struct_layout(body: str, alignment: int, known: Mapping[str, _Layout]) -> _Layout:
+    """The layout of a struct with these fields, aligned to `alignment` at least."""
+    if directive := re.search(r"#.*", body):
+        raise ValueError(
+            f"{directive[0].strip()!r} is among its fields, and the host would not know which of them the compiler "
+            f"sees; keep every field in every build"
+        )
+    fields: dict[str, list[Any]] = {"names": [], "formats": [], "offsets": []}
+    end = 0
+    for declaration in filter(None, map(str.strip, body.split(";"))):
+        field = _FIELD.fullmatch(declaration)
+        if field is None or not (field[2] or field[1] in known):
+            types = ", ".join(_SCALARS)
+            raise ValueError(f"{declaration!r} is not one field of type pointer, {types} or an earlier struct")
+        dtype, field_alignment = known["u64" if field[2] else field[1]]
+        begin = -(-end // field_alignment) * field_alignment
+        end = begin + dtype.itemsize * int(field[4] or 1)
+        alignment = max(alignment, field_alignment)
+        fields["names"].append(field[3])
+        fields["formats"].append((dtype, int(field[4])) if field[4] else dtype)
+        fields["offsets"].append(begin)
+    itemsize = -(-end // alignment) * alignment
+    return np.dtype({**fields, "itemsize": itemsize}), alignment  # type: ignore[call-overload]
 
 
 def fill(params: Any, values: Mapping[str, Any]) -> None:
@@ -212,7 +212,7 @@ class Recipe:
 
     @property
     def num_threads(self) -> int:
-        return self.threads if isinstance(self.threads, int) else math.prod(self.threads)
+        return int(np.prod(self.threads))
 
 
 class _LaunchAttribute(ctypes.Structure):
@@ -258,7 +258,8 @@ class Launch:
             raise ValueError(f"params has dtype {params.dtype}; pass what the kernel's own params() gives")
         self.kernel = kernel
         self.params = params
-        self._config = _LaunchConfig(1, 1, 1, *_extent(block), kernel.shared_bytes)
+        extents = (block,) if isinstance(block, int) else block
+        self._config = _LaunchConfig(1, 1, 1, *(*extents, 1, 1)[:3], kernel.shared_bytes)
         if cluster > 1:
             self._cluster = _LaunchAttribute(_CLUSTER_DIMENSION, 0, (cluster, 1, 1))
             self._config.attributes, self._config.num_attributes = ctypes.addressof(self._cluster), 1
@@ -281,10 +282,8 @@ class Launch:
         codes, end = "=", offsets[names[0]]
         for name in names:
             field, offset = dtype[name], offsets[name]
-            codes += "x" * (offset - end)
-            codes += "".join(
-                _STRUCT_CODES[part.str[1:]] for part in [field[part] for part in field.names or ()] or [field]
-            )
+            parts = [field[part] for part in field.names] if field.names else [field]
+            codes += "x" * (offset - end) + "".join(part.char for part in parts)
             end = offset + field.itemsize
         record = struct.Struct(codes)
         return functools.partial(record.pack_into, self.params.reshape(1).view(np.uint8).data, offsets[names[0]])
@@ -368,11 +367,6 @@ def _device(device: str) -> Any:
     import cupy
 
     return cupy.cuda.Device(int(device.removeprefix("cuda:")))
-
-
-def _extent(extent: int | tuple[int, ...]) -> tuple[int, ...]:
-    sizes = (extent,) if isinstance(extent, int) else extent
-    return (*sizes, *(1,) * (3 - len(sizes)))
 
 
 @cache

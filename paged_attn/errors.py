@@ -1,23 +1,5 @@
 """The errors of paged_attn, and the codes by which a kernel names the field that was wrong."""
 
-FAULT_FIELDS = (
-    "none",
-    "indptr",
-    "indices",
-    "last_page_len",
-    "page_offset",
-    "total_len",
-    "qo_indptr",
-    "slots",
-    "batch_indices",
-    "positions",
-    "max_pages",
-    "max_batch_size",
-    "seq_lens",
-    "block_table",
-)
-"""Index in this tuple == code in a status word == value of `enum FaultField` in kernels/page_table.cuh."""
-
 _RULES = {
     "indptr": "indptr does not decrease and stays within [0, len(indices)]",
     "indices": "page ids lie in [0, num_pages)",
@@ -33,6 +15,9 @@ _RULES = {
     "seq_lens": "seq_lens lie in [0, max_pages_per_seq * page_size]",
     "block_table": "a block table holds a page id >= 0 for each page of a sequence",
 }
+FAULT_FIELDS = ("none", *_RULES)
+"""Index in this tuple == code in a status word == value of `enum FaultField` in kernels/page_table.cuh."""
+
 _REMEDIES = {
     "max_pages": "make the plan, or the table that was written, with a larger max_pages",
     "max_batch_size": "make the plan, or the table that was written, with a larger max_batch_size",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .checks.scalars import as_int
-from .interop import FLOAT_DTYPES, any_dtype, as_dtype, cupy_for, parse_device, resolve_device
+from .interop import any_dtype, as_dtype, cupy_for, parse_device, resolve_device
 from .layout import Layout, as_layout
 
 
@@ -22,21 +22,8 @@ class Support:
         return self.supported
 
 
-@dataclass(frozen=True)
-class _Limits:
-    dtypes: tuple[str, ...] = tuple(FLOAT_DTYPES)
-    head_dim_multiple: int = 1
-    max_head_dim: int | None = None
-
-
 OPS = ("append", "decode", "prefill", "merge")
-_KERNELS = _Limits(("float16", "bfloat16"), head_dim_multiple=16, max_head_dim=256)
-_LIMITS = {("cpu", op): _Limits() for op in OPS} | {
-    ("cuda", "append"): _KERNELS,
-    ("cuda", "decode"): _KERNELS,
-    ("cuda", "prefill"): _KERNELS,
-    ("cuda", "merge"): _Limits(("float16", "bfloat16", "float32")),
-}
+_HEAD_DIM_MULTIPLE, _MAX_HEAD_DIM = 16, 256  # on a GPU; merge takes any
 _MIN_COMPUTE_CAPABILITY = 80
 
 
@@ -70,14 +57,9 @@ def supports(
     ValueError, TypeError: what is no question, as a head_dim of 0 or a dtype that NumPy does not know.
     """
     check_op(op)
-    numbers = {
-        "head_dim": head_dim,
-        "v_head_dim": v_head_dim,
-        "page_size": page_size,
-        "num_qo_heads": num_qo_heads,
-        "num_kv_heads": num_kv_heads,
-    }
-    for name, value in numbers.items():
+    dims = {"head_dim": head_dim, "v_head_dim": v_head_dim, "page_size": page_size}
+    heads = {"num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads}
+    for name, value in (dims | heads).items():
         if value is not None:
             as_int(value, name, minimum=1)
     if layout is not None:
@@ -113,20 +95,21 @@ def _kind(device: str) -> str:
 
 
 def _check_limits(op: str, kind: str, dtype: str | None, head_dim: int | None, v_head_dim: int | None) -> None:
-    limits = _LIMITS[kind, op]
-    if dtype is not None and dtype not in limits.dtypes:
+    if kind == "cpu":
+        return
+    dtypes = ["float16", "bfloat16"] + ["float32"] * (op == "merge")
+    if dtype is not None and dtype not in dtypes:
         raise NotImplementedError(
-            f"{op} on a GPU takes {', '.join(limits.dtypes)}, not {dtype}; pass .astype(np.float16) arrays, or NumPy "
-            f"arrays to compute on the CPU in {dtype}"
+            f"{op} on a GPU takes {', '.join(dtypes)}, not {dtype}; pass .astype(np.float16) arrays, or NumPy arrays "
+            f"to compute on the CPU in {dtype}"
         )
-    multiple, most = limits.head_dim_multiple, limits.max_head_dim
     for name, dim in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
-        if dim is not None and (dim % multiple or (most is not None and dim > most)):
+        if op != "merge" and dim is not None and (dim % _HEAD_DIM_MULTIPLE or dim > _MAX_HEAD_DIM):
             scale = f" and pass sm_scale=1/sqrt({dim})" if name == "head_dim" else ""
-            pad = f"pad it with zeros{scale}, or " if most is None or dim <= most else ""
+            pad = f"pad it with zeros{scale}, or " if dim <= _MAX_HEAD_DIM else ""
             raise NotImplementedError(
-                f"{op} on a GPU takes a {name} that is a multiple of {multiple} up to {most}, not {dim}; {pad}"
-                f"pass NumPy arrays to compute on the CPU"
+                f"{op} on a GPU takes a {name} that is a multiple of {_HEAD_DIM_MULTIPLE} up to {_MAX_HEAD_DIM}, not "
+                f"{dim}; {pad}pass NumPy arrays to compute on the CPU"
             )
 
 

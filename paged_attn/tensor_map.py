@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import gcd
 from typing import Any
 
@@ -152,11 +152,11 @@ def _encode(
     rank = len(dims)
     memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     address = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
-    error = _encode_function()(
-        address,
+    error = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
+        ctypes.c_void_p(address),
         _BFLOAT16 if bfloat16 else _FLOAT16,
         rank,
-        pointer,
+        ctypes.c_void_p(pointer),
         (ctypes.c_uint64 * rank)(*dims),
         (ctypes.c_uint64 * (rank - 1))(*strides),
         (ctypes.c_uint32 * rank)(*box),
@@ -172,15 +172,3 @@ def _encode(
             f"strides {strides} and box {box}"
         )
     return tuple((ctypes.c_uint64 * (_MAP_BYTES // 8)).from_address(address))
-
-
-@cache
-def _encode_function() -> Any:
-    function = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
-    sizes, extents = ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint32)
-    numbers = ctypes.c_uint32
-    function.argtypes = (
-        ctypes.c_void_p, numbers, numbers, ctypes.c_void_p, sizes, sizes, extents, extents,
-        numbers, numbers, numbers, numbers,
-    )  # fmt: skip
-    return function

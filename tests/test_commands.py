@@ -173,14 +173,14 @@ def doctor_messages(patch: pytest.MonkeyPatch) -> Iterator[str]:
     def fails(*arguments: Any) -> Any:
         raise RuntimeError("cannot be found")
 
-    def conclusion(findings: list[doctor.Finding]) -> str:
-        console = Console(file=io.StringIO(), highlight=False, markup=False)
-        doctor.conclude(console, findings)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+    def conclusion(*probes: doctor.Probe) -> str:
+        file = io.StringIO()
+        findings = [finding for probe in probes for finding in doctor.attempt("", probe)]
+        doctor.conclude(Console(file=file, highlight=False, markup=False), findings)
+        return file.getvalue()
 
     for major in (12, 13):
-        driver = doctor.Driver((major, 0), ())
+        driver = doctor.Driver((major, 0), [])
         patch.setattr(doctor, "read_driver", lambda driver=driver: driver)
         patch.setattr(doctor, "on_card", lambda: False)
         patch.setitem(sys.modules, "jax", None)
@@ -189,7 +189,7 @@ def doctor_messages(patch: pytest.MonkeyPatch) -> Iterator[str]:
         patch.delitem(sys.modules, "cupy.cuda", raising=False)
         for wheels in ((), ("cupy-cuda12x", "cupy-cuda13x")):
             patch.setattr(doctor, "installed", lambda each, wheels=wheels: doctor.distribution_name(each) in wheels)
-            yield conclusion([*doctor.find_cupy(), *doctor.find_nvrtc(), *doctor.find_jax(), *doctor.kernels()])
+            yield conclusion(doctor.find_cupy, doctor.find_nvrtc, doctor.find_jax, *doctor.kernels().values())
         own = install.CUPY[25 - major]  # of the other CUDA
         patch.setattr(doctor, "installed", lambda each, own=own: each == own)
         patch.setattr(doctor, "on_card", lambda: True)
@@ -201,9 +201,7 @@ def doctor_messages(patch: pytest.MonkeyPatch) -> Iterator[str]:
                 )
                 patch.setitem(sys.modules, "cupy", SimpleNamespace(__version__="14.1.0", cuda=cuda))
                 patch.setitem(sys.modules, "cupy.cuda", cuda)
-                yield conclusion(
-                    [*doctor.find_cupy(), *doctor.find_runtime(), *doctor.find_nvrtc(), *doctor.find_jax()]
-                )
+                yield conclusion(doctor.find_cupy, doctor.find_runtime, doctor.find_nvrtc, doctor.find_jax)
 
 
 @pytest.mark.parametrize(("messages", "count"), [(cuda_messages, 7), (model_messages, 4), (doctor_messages, 10)])

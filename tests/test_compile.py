@@ -178,7 +178,7 @@ def test_a_struct_that_cannot_be_read_says_why() -> None:
         kernels.params_dtype("struct Two { int a, b; };", "Two")
     with pytest.raises(ValueError, match=r"struct Pick: '#if SINKS' is among its fields.*; keep every field"):
         kernels.params_dtype("struct Pick {\n int a;\n#if SINKS\n float* sinks;\n#endif\n};", "Pick")
-    with pytest.raises(ValueError, match="the text has no struct Missing"):
+    with pytest.raises(ValueError, match="struct Missing: it is not in the text"):
         kernels.params_dtype(STRUCTS, "Missing")
     with pytest.raises(ValueError, match="the text has no kernel thrice"):
         kernels.params_name(STRUCTS, "thrice")

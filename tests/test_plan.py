@@ -175,9 +175,9 @@ def test_an_array_for_a_number_is_refused_after_a_good_plan_too() -> None:
     for value in (np.array([8, 8]), np.array([8])):
         for good in (8, np.int64(8), heads):
             plan.plan(inputs.kv(), inputs.table(), good, sm_scale=scale if good is heads else 0.5)
-            with pytest.raises(TypeError, match=r"num_qo_heads must be an int, got an array of shape .*pass one int"):
+            with pytest.raises(TypeError, match=r"num_qo_heads must be an int, got an array of shape .*pass an int"):
                 plan.plan(inputs.kv(), inputs.table(), value)
-            with pytest.raises(TypeError, match=r"sm_scale must be a float, got an array of shape .*pass one float"):
+            with pytest.raises(TypeError, match=r"sm_scale must be a float, got an array of shape .*pass a float"):
                 plan.plan(inputs.kv(), inputs.table(), 8, sm_scale=value)
     np.testing.assert_array_equal(plan.run(inputs.q, inputs.kv()), once(inputs, sm_scale=0.5))
     scale[...] = 0.25

@@ -49,29 +49,28 @@ def check_device(array: Any, name: str, device: str, other: str) -> None:
     if found != device:
         raise TypeError(
             f"{name} lives on {found} and {other} on {device}; they must be together (nothing is moved by itself): "
-            f"pass {moved(name, device)}"
+            f"pass {_moved(name, device)}"
         )
 
 
-def check_metadata_device(array: Any, name: str, device: str) -> None:
-    """Metadata lives beside the data, or on the host, from where it is uploaded."""
+def check_metadata_device(array: Any, name: str, device: str, other: str = "kv") -> None:
+    """Metadata lives beside the data of `other`, or on the host, from where it is uploaded."""
     found = device_of(array)
     if found not in ("cpu", device):
         raise TypeError(
-            f"{name} lives on {found} and kv on {device}; metadata must be a NumPy array or live on kv's device: "
-            f"pass {moved(name, device)}"
+            f"{name} lives on {found} and {other} on {device}; metadata must be a NumPy array or live on {device}: "
+            f"pass {_moved(name, device)}"
         )
 
 
-def moved(name: str, device: str) -> str:
+def _moved(name: str, device: str) -> str:
     return f"cupy.asnumpy({name})" if device == "cpu" else f"cupy.asarray({name}), made on {device}"
 
 
 def check_vector(array: Any, name: str, dtype: np.dtype, length: int | None, meaning: str) -> None:
     """A contiguous 1-D array of metadata: `length` entries, if that is known."""
-    found = array.dtype
-    if found is not dtype and found != dtype:  # NumPy has one object for each, but not for what comes by DLPack
-        raise TypeError(f"{name} must be {dtype}, got {found}; pass {name}.astype(np.{dtype})")
+    if array.dtype is not dtype:  # NumPy has one object for each, but not for what comes by DLPack
+        check_dtype(array, name, dtype)
     if array.ndim != 1:
         raise ValueError(f"{name} must be 1-D, {meaning}, got {name}.shape={array.shape}; pass {name}.reshape(-1)")
     if length is not None and array.shape[0] != length:
@@ -83,8 +82,7 @@ def check_vector(array: Any, name: str, dtype: np.dtype, length: int | None, mea
             f"{name} must be contiguous, got a stride of {array.strides[0]} bytes for {dtype}; "
             f"pass np.ascontiguousarray({name})"
         )
-    if not isinstance(array, np.ndarray):
-        check_base(array, name, dtype.itemsize)
+    check_base(array, name, dtype.itemsize)
 
 
 def check_strides(array: Any, name: str, *, aligned: bool = True) -> None:
@@ -103,22 +101,18 @@ def check_strides(array: Any, name: str, *, aligned: bool = True) -> None:
         unit = ALIGNMENT if aligned else dtype.itemsize
         check_base(array, name, unit)
     for axis, stride in enumerate(strides[:-1]):
-        if (stride < 0 or stride % unit) and shape[axis] > 1:
-            _refuse_stride(array, name, axis, unit)
-
-
-def _refuse_stride(array: Any, name: str, axis: int, unit: int) -> None:
-    stride = array.strides[axis]
-    if stride < 0:
+        if (stride >= 0 and stride % unit == 0) or shape[axis] == 1:
+            continue
+        if stride < 0:
+            raise ValueError(
+                f"{name} runs backwards along axis {axis}, in steps of {stride} bytes; "
+                f"pass a contiguous copy, np.ascontiguousarray({name})"
+            )
         raise ValueError(
-            f"{name} runs backwards along axis {axis}, in steps of {stride} bytes; "
-            f"pass a contiguous copy, np.ascontiguousarray({name})"
+            f"{name} has a stride of {stride} bytes along axis {axis}, no multiple of {unit} (the kernels load {unit} "
+            f"at once; {name}.shape={shape}, {dtype}); pad the axes inside it to multiples of "
+            f"{unit // dtype.itemsize} elements, or pass a copy"
         )
-    raise ValueError(
-        f"{name} has a stride of {stride} bytes along axis {axis}, no multiple of {unit} (the kernels load "
-        f"{unit} at once; {name}.shape={array.shape}, {array.dtype}); pad the axes inside it to multiples of "
-        f"{unit // array.dtype.itemsize} elements, or pass a copy"
-    )
 
 
 def check_base(array: Any, name: str, unit: int = ALIGNMENT) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import LayoutMismatchError
-from ..holders import KVPages, TableArrays
+from ..holders import KVPages
 from ..interop import device_of
 from ..layout import Layout
 from ..spec import ALIGNMENT
@@ -26,10 +26,8 @@ def check_kv(kv: Any, call: str) -> None:
 
 def check_operands(kv: Any, table: Any, call: str) -> None:
     """`kv` is a PagedKV and `table` a PageTable."""
-    if not isinstance(kv, KVPages):
-        check_kv(kv, call)
-    if not isinstance(table, TableArrays):
-        check_table(table, call=call)
+    check_kv(kv, call)
+    check_table(table, call=call)
 
 
 def check_pool(k_pages: Any, v_pages: Any, layout: Layout) -> None:

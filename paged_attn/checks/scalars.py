@@ -18,7 +18,7 @@ def as_int(value: Any, name: str, *, minimum: int, maximum: int = INT_MAX) -> in
     except TypeError:
         number = None
     if number is None:
-        raise TypeError(f"{name} must be an int, got {_shown(value)}; pass {_one_of(value, name, 'int')}")
+        raise _wrong_kind(value, name, "an int")
     if not minimum <= number <= maximum:
         raise ValueError(
             f"{name} is {number}, which is not in [{minimum}, {maximum}]; pass {name} of at least {minimum}"
@@ -35,7 +35,7 @@ def as_float(value: Any, name: str, *, rule: str = "", minimum: float = -math.in
     except (TypeError, ValueError, OverflowError):
         number = None
     if number is None:
-        raise TypeError(f"{name} must be a float, got {_shown(value)}; pass {_one_of(value, name, 'float')}")
+        raise _wrong_kind(value, name, "a float")
     if not math.isfinite(number) or number < minimum:
         bound = f" and at least {minimum:g}" if minimum > -math.inf else ""
         raise ValueError(f"{name} is {number}, and it must be finite{bound}; {rule or f'pass another {name}'}")
@@ -44,25 +44,14 @@ def as_float(value: Any, name: str, *, rule: str = "", minimum: float = -math.in
 
 def as_bool(value: Any, name: str) -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be a bool, got {_shown(value)}; pass True or False")
+        raise _wrong_kind(value, name, "a bool", "True or False")
     return bool(value)
 
 
-def _shown(value: Any) -> str:
-    """What came instead of a number; of an array its shape, as its values may be many."""
-    kind = type(value).__name__
-    return f"an array of shape {tuple(value.shape)} ({kind})" if _is_array(value) else f"{value!r} ({kind})"
-
-
-def _one_of(value: Any, name: str, kind: str) -> str:
-    """How to make the number that was wanted."""
-    if _is_array(value):
-        return f"one {kind}"
-    try:
-        {"int": int, "float": float}[kind](value)
-    except Exception:  # what came is no number, in whatever way
-        return "an int" if kind == "int" else "a float"
-    return f"{kind}({name})"
+def _wrong_kind(value: Any, name: str, kind: str, remedy: str = "") -> TypeError:
+    """What came instead of a number is shown; of an array its shape, as its values may be many."""
+    came = f"an array of shape {tuple(value.shape)}" if _is_array(value) else repr(value)
+    return TypeError(f"{name} must be {kind}, got {came} ({type(value).__name__}); pass {remedy or kind}")
 
 
 def _is_array(value: Any) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 from ..errors import PageTableError
 from ..holders import TableArrays
 from ..interop import device_of
-from .arrays import INT32, check_device, check_shape, check_vector, entry, first_true, moved
+from .arrays import INT32, check_device, check_metadata_device, check_shape, check_vector, entry, first_true
 from .overlaps import check_apart
 from .scalars import INT_MAX, as_int
 
@@ -232,14 +232,9 @@ def check_token_positions(batch_indices: Any, positions: Any, table: TableArrays
     """The arguments of PageTable.slots: int32 [n] both, beside the table or on the host, where values are checked."""
     check_vector(batch_indices, "batch_indices", INT32, None, "the request of each token")
     check_vector(positions, "positions", INT32, batch_indices.shape[0], "one for each entry of batch_indices")
-    for array, name in ((batch_indices, "batch_indices"), (positions, "positions")):
-        found = device_of(array)
-        if found not in ("cpu", table.device):
-            raise TypeError(
-                f"{name} lives on {found} and the table on {table.device}; pass NumPy or {moved(name, table.device)}"
-            )
     limits = ((batch_indices, "batch_indices", table.batch_size), (positions, "positions", INT_MAX))
     for array, name, limit in limits:
+        check_metadata_device(array, name, table.device, "the table")
         if isinstance(array, np.ndarray) and (bad := first_true((array < 0) | (array >= limit))) is not None:
             raise PageTableError(
                 f"{name}[{bad}] = {array[bad]}, which is not in [0, {limit}); correct {name}[{bad}]",

@@ -7,15 +7,12 @@ from typing import Any
 
 from ...recipes import merge_recipe
 from .launch import launch
-from .memory import current_device
 
 MAX_GRID_Y = 65535  # and z: CUDA's limit
 
 
 def merge_states(v: Any, s: Any, out: Any, lse: Any, base: float, sinks: Any = None) -> None:
     rows, num_states, heads, _ = v.shape
-    if not rows * heads:
-        return
     row_major = num_states > 3  # with few states the other order is better, as merge_state has shown
     _merge("merge_states", (v,), rows, heads, out, row_major, {
         "v": v, "s": s, "out": out, "lse": lse,
@@ -28,8 +25,6 @@ def merge_states(v: Any, s: Any, out: Any, lse: Any, base: float, sinks: Any = N
 
 def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any, out: Any, lse: Any, base: float) -> None:
     rows, heads, _ = v_a.shape
-    if not rows * heads:
-        return
     _merge("merge_state", (v_a, v_b), rows, heads, out, False, {
         "v_a": v_a, "v_b": v_b, "s_a": s_a, "s_b": s_b, "out": out, "lse": lse,
         "v_a_row_stride": _stride(v_a, 0), "v_a_head_stride": _stride(v_a, 1),
@@ -53,9 +48,7 @@ def _merge(
     recipe = merge_recipe(kernel, heads, head_dim, vector, v.dtype, out.dtype, fields.get("sinks") is not None)
     groups, layers = -(-heads * 32 // recipe.num_threads), -(-rows // MAX_GRID_Y)
     grid = (groups, -(-rows // layers), layers) if row_major else (rows, groups)
-    device = f"cuda:{v.device.id}"
-    with current_device(device):
-        launch(recipe, device, grid, fields)
+    launch(recipe, f"cuda:{v.device.id}", grid, fields)
 
 
 def _stride(array: Any, axis: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ import numpy as np
 from ...compile import Launch, Recipe, fast_divide, prepare
 from ...recipes import COPY_PAGES, append_recipe, row_blocks
 from .launch import launch, launch_prepared
-from .memory import current_device
 from .per_thread import PerThread
 from .status import device_word
 from .uploads import to_backend
@@ -29,12 +27,11 @@ def copy_pages(storage: Any, source: np.ndarray[Any, Any], target: np.ndarray[An
     num_layers, num_pages = storage.shape[:2]
     pairs = to_backend(np.stack([source, target]).astype(np.int32, copy=False), device)
     page_units = storage.strides[1] // 16
-    with current_device(device):
-        launch(COPY_PAGES, device, (row_blocks(source.size, source.size * page_units), num_layers), {
-            "storage": storage, "source": pairs[0], "target": pairs[1], "status": device_word(device),
-            "layer_units": storage.strides[0] // 16, "page_units": page_units, "num_pages": num_pages,
-            "num_pairs": source.size,
-        })  # fmt: skip
+    launch(COPY_PAGES, device, (row_blocks(source.size, source.size * page_units), num_layers), {
+        "storage": storage, "source": pairs[0], "target": pairs[1], "status": device_word(device),
+        "layer_units": storage.strides[0] // 16, "page_units": page_units, "num_pages": num_pages,
+        "num_pairs": source.size,
+    })  # fmt: skip
 
 
 def append(kv: KVPages, slots: Any, k: Any, v: Any, signature: tuple[Any, ...]) -> None:
@@ -52,8 +49,8 @@ class AppendLaunch:
         self._device = device
         self._signature: Any = None
         self._launch: Launch
+        self._write: Callable[..., None]  # addresses
         self._launches: dict[Recipe, tuple[Launch, Callable[..., None], Callable[..., None]]] = {}
-        self._write: Callable[..., None]
         self._grid = 0
 
     def run(self, kv: KVPages, slots: Any, k: Any, v: Any, signature: tuple[Any, ...]) -> None:
@@ -67,11 +64,13 @@ class AppendLaunch:
         """Write what the signature of an append decides."""
         self._signature = None
         recipe = append_recipe(kv.num_kv_heads, kv.head_dim, kv.v_head_dim)
-        self._launch, self._write, write_rest = self._prepared(recipe)
+        if recipe not in self._launches:
+            launch = prepare(recipe, self._device, {"status": device_word(self._device)})
+            self._launches[recipe] = launch, launch.writer("k", "slots"), launch.writer("k_pool_strides")
+        self._launch, self._write, write_rest = self._launches[recipe]
         self._grid = min(-(-slots.size // recipe.tokens_per_block), MOST_APPEND_BLOCKS)
         write_rest(
-            *_units_of_16_bytes(kv.k_strides),
-            *_units_of_16_bytes(kv.v_strides),
+            *(stride // 16 for stride in (*kv.k_strides, *kv.v_strides)),
             *fast_divide(kv.page_size),
             *(stride // 16 for stride in (*k_strides[:2], *v_strides[:2])),
             slots.size,
@@ -80,21 +79,5 @@ class AppendLaunch:
             slots.dtype == _INT32,
         )
 
-    def _prepared(self, recipe: Recipe) -> tuple[Launch, Callable[..., None], Callable[..., None]]:
-        """The launch, and what writes its addresses and all else."""
-        prepared = self._launches.get(recipe)
-        if prepared is None:
-            launch = prepare(recipe, self._device, {"status": device_word(self._device)})
-            prepared = launch, launch.writer("k", "slots"), launch.writer("k_pool_strides")
-            self._launches[recipe] = prepared
-        return prepared
-
 
 _appends = PerThread()  # by device
-
-
-@functools.lru_cache(maxsize=1024)
-def _units_of_16_bytes(strides: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(page, slot, head) strides in bytes in the units that kernels count in."""
-    page, slot, head = strides
-    return page // 16, slot // 16, head // 16

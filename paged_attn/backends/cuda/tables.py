@@ -8,6 +8,7 @@ import cupy
 import numpy as np
 
 from ... import compile, lifetimes, recipes
+from ...interop import device_index
 from .launch import launch
 from .memory import current_device, empty, is_capturing, zeros
 from .status import STATUS_BYTES, device_word
@@ -19,80 +20,55 @@ if TYPE_CHECKING:
 
 def seq_lens(table: TableArrays) -> Any:
     lens = empty((table.batch_size,), np.int32, table.device)
-    if table.batch_size:
-        with current_device(table.device):
-            launch(recipes.SEQ_LENS, table.device, -(-table.batch_size // recipes.THREADS), {
-                "indptr": table.indptr, "last_page_len": table.last_page_len, "seq_lens": lens,
-                "batch": table.batch_size, "page_size": table.page_size,
-            })  # fmt: skip
+    blocks = -(-table.batch_size // recipes.THREADS)
+    launch(recipes.SEQ_LENS, table.device, blocks, _table_fields(table) | {"seq_lens": lens})
     return lens
 
 
 def split_table(table: TableArrays, num_chunks: int, out: TableArrays) -> None:
-    fields = {
-        **_table_fields(table),
-        **_out_fields(out),
-        "out_page_offset": out.page_offset, "out_total_len": out.total_len, "status": device_word(table.device),
-        "num_chunks": num_chunks, "page_size": table.page_size, "page_stride": table.page_stride,
-    }  # fmt: skip
-    rows = num_chunks * table.batch_size
-    with current_device(table.device):
-        launch(recipes.SPLIT_ROWS, table.device, 1, fields)
-        launch(recipes.SPLIT_PAGES, table.device, recipes.row_blocks(rows, out.indices.size), fields)
+    fields = _table_fields(table) | _out_fields(out) | {"num_chunks": num_chunks}
+    launch(recipes.SPLIT_ROWS, table.device, 1, fields)
+    blocks = recipes.row_blocks(num_chunks * table.batch_size, out.indices.size)
+    launch(recipes.SPLIT_PAGES, table.device, blocks, fields)
 
 
 def from_block_table(block_table: Any, seq_lens: Any, page_size: int, out: TableArrays) -> None:
-    device = out.device
     batch, width = block_table.shape
-    fields = {
-        **_out_fields(out),
-        "block_table": block_table, "seq_lens": seq_lens, "status": device_word(device), "batch": batch, "width": width,
-        "row_stride": block_table.strides[0] // 4, "column_stride": block_table.strides[1] // 4, "page_size": page_size,
+    fields = _out_fields(out) | {
+        "block_table": block_table, "seq_lens": seq_lens, "status": device_word(out.device), "batch": batch,
+        "width": width, "row_stride": block_table.strides[0] // 4, "column_stride": block_table.strides[1] // 4,
+        "page_size": page_size,
     }  # fmt: skip
-    with current_device(device):
-        launch(recipes.BLOCK_TABLE_ROWS, device, 1, fields)
-        launch(recipes.BLOCK_TABLE_PAGES, device, recipes.row_blocks(batch, out.indices.size), fields)
+    launch(recipes.BLOCK_TABLE_ROWS, out.device, 1, fields)
+    launch(recipes.BLOCK_TABLE_PAGES, out.device, recipes.row_blocks(batch, out.indices.size), fields)
 
 
 def to_block_table(table: TableArrays, max_pages_per_seq: int) -> Any:
     block_table = empty((table.batch_size, max_pages_per_seq), np.int32, table.device)
-    if block_table.size:
-        with current_device(table.device):
-            launch(recipes.TO_BLOCK_TABLE, table.device, -(-block_table.size // recipes.THREADS), {
-                "indptr": table.indptr, "indices": table.indices, "block_table": block_table,
-                "status": device_word(table.device), "batch": table.batch_size,
-                "num_indices": table.indices.size, "width": max_pages_per_seq,
-            })  # fmt: skip
+    fields = _table_fields(table) | {"block_table": block_table, "width": max_pages_per_seq}
+    launch(recipes.TO_BLOCK_TABLE, table.device, -(-block_table.size // recipes.THREADS), fields)
     return block_table
 
 
 def table_slots(table: TableArrays, batch_indices: Any, positions: Any) -> Any:
     slots = empty(positions.shape, np.int64, table.device)
-    if slots.size:
-        with current_device(table.device):
-            launch(recipes.TABLE_SLOTS, table.device, -(-slots.size // recipes.THREADS), {
-                "indptr": table.indptr, "indices": table.indices, "page_offset": table.page_offset,
-                "batch_indices": batch_indices, "positions": positions, "slots": slots,
-                "status": device_word(table.device), "page_size": compile.fast_divide(table.page_size),
-                "batch": table.batch_size, "num_indices": table.indices.size, "tokens": slots.size,
-                "page_stride": table.page_stride,
-            })  # fmt: skip
+    fields = _table_fields(table) | {
+        "batch_indices": batch_indices, "positions": positions, "slots": slots, "tokens": slots.size,
+        "page_size": compile.fast_divide(table.page_size),
+    }  # fmt: skip
+    launch(recipes.TABLE_SLOTS, table.device, -(-slots.size // recipes.THREADS), fields)
     return slots
 
 
 def check_table(table: TableArrays, num_pages: int) -> Any:
     """The status word that a kernel fills, now or at every replay of a graph."""
     word = zeros((STATUS_BYTES,), np.uint8, table.device)
-    fields = {
-        **_table_fields(table),
-        "status": word, "page_size": table.page_size, "page_stride": table.page_stride, "num_pages": num_pages,
-    }  # fmt: skip
-    with current_device(table.device):
-        stream = cupy.cuda.get_current_stream()
-        if is_capturing(stream):
-            lifetimes.keep_with_graph(stream.ptr, word)
-        blocks = recipes.row_blocks(table.batch_size, table.indices.size) if table.batch_size else 1
-        launch(recipes.CHECK_TABLE, table.device, blocks, fields)
+    stream = cupy.cuda.get_current_stream(device_index(table.device))
+    if is_capturing(stream):
+        lifetimes.keep_with_graph(stream.ptr, word)
+    blocks = recipes.row_blocks(table.batch_size, table.indices.size) if table.batch_size else 1
+    fields = _table_fields(table) | {"status": word, "num_pages": num_pages}
+    launch(recipes.CHECK_TABLE, table.device, blocks, fields)
     return word
 
 
@@ -111,11 +87,10 @@ def update_table(
     with current_device(device):
         parts = (update_index, update_value, starts, indptr, last_page_len)
         _memory, (index, value, start, row, last) = upload_together(parts, device)
-        if num_updates:
-            launch(recipes.UPDATE_PAGE_LISTS, device, -(-num_updates // recipes.THREADS), {
-                "page_lists": page_lists, "update_index": index, "update_value": value, "status": status,
-                "num_entries": num_entries, "num_updates": num_updates,
-            })  # fmt: skip
+        launch(recipes.UPDATE_PAGE_LISTS, device, -(-num_updates // recipes.THREADS), {
+            "page_lists": page_lists, "update_index": index, "update_value": value, "status": status,
+            "num_entries": num_entries, "num_updates": num_updates,
+        })  # fmt: skip
         launch(recipes.BUILD_TABLE, device, recipes.row_blocks(batch, int(indptr[-1])) if batch else 1, {
             **_out_fields(out),
             "page_lists": page_lists, "starts": start, "indptr": row, "last_page_len": last, "status": status,
@@ -124,17 +99,18 @@ def update_table(
 
 
 def _table_fields(table: TableArrays) -> dict[str, Any]:
-    """The table's arrays, on its kv's device, as the fields that kernels know them by."""
+    """A table by the fields that kernels know it by, and the device's status word."""
     return {
         "indptr": table.indptr, "indices": table.indices, "last_page_len": table.last_page_len,
         "page_offset": table.page_offset, "total_len": table.total_len, "num_indices": table.indices.size,
-        "batch": table.batch_size,
+        "batch": table.batch_size, "page_size": table.page_size, "page_stride": table.page_stride,
+        "status": device_word(table.device),
     }  # fmt: skip
 
 
 def _out_fields(out: TableArrays) -> dict[str, Any]:
-    """The arrays of a table that is written."""
+    """A table that is written."""
     return {
         "out_indptr": out.indptr, "out_indices": out.indices, "out_last_page_len": out.last_page_len,
-        "out_num_indices": out.indices.size,
+        "out_page_offset": out.page_offset, "out_total_len": out.total_len, "out_num_indices": out.indices.size,
     }  # fmt: skip

@@ -6,7 +6,7 @@ import functools
 import itertools
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,86 +79,72 @@ class PinnedBlock:
     event: Any  # recorded after the last copy out of it
 
 
-_NO_BLOCK = PinnedBlock(np.empty(0, np.uint8), 0, None)
-
-
 class Staging:
     """Pinned memory for the uploads of one thread: a block is filled piece by piece, for copies on one stream.
 
-    The block's event is recorded anew after every copy; a full block is used again when the event is over. Blocks that
-    a thread leaves when it ends serve other threads, once their copies are over.
+    The block's event is recorded anew after every copy. A block that is full, or whose thread has ended, is left to
+    whichever thread needs one when the event is over.
     """
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._block = _NO_BLOCK
+        self._block: PinnedBlock | None = None
         self._used = 0  # bytes of the block
         self._stream: Any = None  # of the block's copies, held so that no other stream gets its address
-        self._full: list[PinnedBlock] = []  # the longest waiting first
 
     def copy(
         self, parts: Sequence[np.ndarray[Any, Any]], dtype: np.dtype[Any], target: Any, num_bytes: int, stream: Any
     ) -> None:
         """Copies 1-D arrays, one after the other as `dtype` and num_bytes in all, to the device address `target`."""
-        is_same = self._stream is not None and stream.ptr == self._stream.ptr
-        if not is_same or self._used + num_bytes > self._block.view.size:
-            self._next_block(num_bytes)
-            self._stream = stream
-        begin, end, block = self._used, self._used + num_bytes, self._block
+        block = self._block
+        if block is None or stream.ptr != self._stream.ptr or self._used + num_bytes > block.view.size:
+            self._leave_block()  # before: where no other can be allocated, nothing is written into it
+            block, self._stream = _take_block(self._device, num_bytes), stream
+            self._block = block
+        begin, end = self._used, self._used + num_bytes
         np.concatenate(parts, out=block.view[begin:end].view(dtype))
         target.copy_from_host_async(block.address + begin, num_bytes, stream)
         block.event.record(stream)
         self._used = -(-end // 16) * 16
 
-    def _next_block(self, num_bytes: int) -> None:
-        if self._used:  # the full block is let go first: where no other can be allocated, nothing is written into it
-            self._full.append(self._block)
-            self._block, self._used = _NO_BLOCK, 0
-        for index, block in enumerate(self._full):
-            if block.view.size >= num_bytes and _is_over(block.event):
-                self._block = self._full.pop(index)
-                return
-        if (left := _take_idle_block(self._device, num_bytes)) is not None:
-            self._block = left
-            return
-        size = max(SMALLEST_STAGING, 1 << (num_bytes - 1).bit_length())
-        memory = cupy.cuda.alloc_pinned_memory(size)
-        view = np.frombuffer(memory, np.uint8, size)
-        self._block = PinnedBlock(view, memory.ptr, cupy.cuda.Event(disable_timing=True))
+    def _leave_block(self) -> None:
+        idle, block = _idle_blocks.setdefault(self._device, deque()), self._block
+        self._block, self._used = None, 0
+        if block is not None:
+            idle.append(block)
+            for _ in zip(range(len(idle) - MOST_IDLE_BLOCKS), _finished(idle)):  # noqa: B905 (the shorter of the two)
+                pass  # dropped: CuPy gives its memory to others
 
     def __del__(self) -> None:
         if not sys.is_finalizing():
-            _leave_blocks(self._device, [block for block in (*self._full, self._block) if block.event])
+            self._leave_block()
 
 
-_idle_blocks: dict[str, deque[PinnedBlock]] = {}  # by device
+_idle_blocks: dict[str, deque[PinnedBlock]] = {}  # by device: those that no thread fills, some with copies under way
 
 
-def _take_idle_block(device: str, num_bytes: int) -> PinnedBlock | None:
-    """A block of a thread that has ended, if there is one of that size with nothing under way."""
-    idle = _idle_blocks.setdefault(device, deque())
+def _take_block(device: str, num_bytes: int) -> PinnedBlock:
+    """A block of that size with nothing under way: an idle one, else a new one."""
+    idle = _idle_blocks[device]
+    for block in _finished(idle):
+        if block.view.size >= num_bytes:
+            return block
+        idle.append(block)
+    size = max(SMALLEST_STAGING, 1 << (num_bytes - 1).bit_length())
+    memory = cupy.cuda.alloc_pinned_memory(size)
+    return PinnedBlock(np.frombuffer(memory, np.uint8, size), memory.ptr, cupy.cuda.Event(disable_timing=True))
+
+
+def _finished(idle: deque[PinnedBlock]) -> Iterator[PinnedBlock]:
+    """Takes blocks out, the longest waiting first; those with copies under way stay."""
     for _ in range(len(idle)):
         try:
             block = idle.popleft()
         except IndexError:  # another thread was faster
-            return None
-        if block.view.size >= num_bytes and _is_over(block.event):
-            return block
-        idle.append(block)
-    return None
-
-
-def _leave_blocks(device: str, blocks: list[PinnedBlock]) -> None:
-    idle = _idle_blocks.setdefault(device, deque())
-    idle.extend(blocks)
-    for _ in range(len(idle)):
-        if len(idle) <= MOST_IDLE_BLOCKS:
             return
-        try:
-            block = idle.popleft()
-        except IndexError:
-            return
-        if not _is_over(block.event):  # CuPy would give its memory to others
+        if _is_over(block.event):
+            yield block
+        else:
             idle.append(block)
 
 
