@@ -125,13 +125,13 @@ static_assert((Q_IN_SHARED ? Q_OFFSET + COLUMNS * KRows::BYTES : ASSIGNMENT_END)
 // -- 2. parameters ----------------------------------------------------------------------------------------------------
 
 struct DecodeParams {
-    const u16* q;  // from here to batch: what a run may change
-    const u16* k;
+    const u16* k;  // from here to batch: what a run may change
     const u16* v;
+    const u16* q;
     void* out;
     float* lse;
-    const float* sinks;  // [num_qo_heads] with SINKS, natural logarithms
-    i64 q_row_stride;    // strides of q and out in elements
+    Scoring scoring;
+    i64 q_row_stride;  // strides of q and out in elements
     i64 q_head_stride;
     i64 out_row_stride;
     i64 out_head_stride;
@@ -150,7 +150,6 @@ struct DecodeParams {
     int q_len;
     FastDivide column_blocks;  // ceil(q_len * group_size / COLUMNS)
     int num_page_ids;
-    Scoring scoring;
 };
 
 // What the end needs to know of the item. It waits in shared memory: registers are scarce in the loop.
@@ -467,7 +466,7 @@ struct Results {
 
     __device__ __forceinline__ float sink_of_column(int c) const {
         const PackedRow of = packed_row(block * COLUMNS + c, p.group_size);
-        return sink_of(p.sinks, kv_head * int(p.group_size.divisor) + of.head, assignment.has_request);
+        return sink_of(p.scoring, kv_head * int(p.group_size.divisor) + of.head, assignment.has_request);
     }
 
     __device__ __forceinline__ void write(int c, int dim, const RowState& state, float sink) const {
@@ -599,7 +598,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
     const int column = column_block * COLUMNS + (lane < num_columns ? lane : num_columns - 1);
     const PackedRow of = packed_row(column, p.group_size);
     const int row = item.batch_index * p.q_len + of.token, head = kv_head * group_size + of.head;
-    if (SINKS && warp == 0) prefetch_to_l2(reinterpret_cast<const int*>(p.sinks + head));
+    if (SINKS && warp == 0) prefetch_to_l2(reinterpret_cast<const int*>(p.scoring.sinks + head));
     Queries<Q_IN_SHARED> q;
     q.ask(p, row, head, shared_memory);
 
@@ -643,11 +642,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
         ring::advance(k_slot, warp_base);
 
         // Weights. Only tiles at an edge of some column's interval need a mask.
+        const int first_token = item.end - left;
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) score[n][i] = score_of<true>(score[n][i], score_factors(p.scoring));
-        const int first_token = item.end - left;
+            for (int i = 0; i < 4; ++i) {
+                const int c = n * 8 + (lane & 3) * 2 + (i & 1), x = first_token + (lane >> 2) + (i >> 1) * 8;
+                const PackedRow at = packed_row(column_block * COLUMNS + c, p.group_size);
+                score[n][i] = score_of<true>(score[n][i], score_factors(p.scoring),
+                                             {item.request, at.token, kv_head * group_size + at.head, x});
+            }
         if (first_token < last_begin || first_token + TILE > first_end) mask(score, warp_limits, first_token);
         state.raise_max(score, scale);
         u32 weight[PARTS][N_TILES][2];

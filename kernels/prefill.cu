@@ -80,12 +80,12 @@ static_assert(SHARED_BYTES >= ROWS_OFFSET + TILE_ROWS * 16, "SHARED_BYTES must b
 static_assert(SHARED_BYTES <= 99 * 1024, "the smallest shared memory of a CTA from sm_80 on");
 
 struct PrefillParams {
-    const u16* q;  // from here to num_tiles: what a run may change
-    const u16* k;
+    const u16* k;  // from here to num_tiles: what a run may change
     const u16* v;
+    const u16* q;
     void* out;
     float* lse;
-    const float* sinks;
+    Scoring scoring;
     i64 q_row_stride;  // strides of q and out in elements
     i64 q_head_stride;
     i64 out_row_stride;
@@ -102,7 +102,6 @@ struct PrefillParams {
     int num_qo_heads;
     int num_kv_heads;
     FastDivide group_size;
-    Scoring scoring;
 };
 
 // Offsets of the tokens of one block in the two pools, in units of 16 bytes.
@@ -271,7 +270,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
 #pragma unroll
             for (int n = 0; n < BLOCK_STEPS * 2; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) score[m][n][i] = score_of(score[m][n][i], score_factors(p.scoring));
+                for (int i = 0; i < 4; ++i) {
+                    const Row& row = rows[warp * WARP_ROWS + m * 16 + i / 2 * 8 + quad];
+                    const int query = row.query - request.first_query, x = block + n * 8 + 2 * pair + i % 2;
+                    score[m][n][i] = score_of(score[m][n][i], score_factors(p.scoring), {request, query, row.head, x});
+                }
 
         // Only blocks at the edge of what a row of this warp sees need a mask.
         if (block < last_begin || next_block > first_end) {
@@ -366,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
             total += __shfl_xor_sync(~0u, total, 2);
             const int r = warp * WARP_ROWS + m * 16 + half * 8 + quad;
             const Row row = rows[r];
-            const RowEnd end = end_row(max[m][half], total, sink_of(p.sinks, row.head, row.limits.end >= 0));
+            const RowEnd end = end_row(max[m][half], total, sink_of(p.scoring, row.head, row.limits.end >= 0));
             if (p.lse && pair == 0 && row.query >= 0) p.lse[i64(row.query) * p.num_qo_heads + row.head] = end.lse();
             const i64 at = row.query * p.out_row_stride + row.head * p.out_head_stride + 2 * pair;
 #pragma unroll

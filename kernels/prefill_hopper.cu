@@ -116,11 +116,11 @@ struct PrefillHopperParams {
     u32 q_row_stride;  // strides of q in units of 16 bytes
     u32 q_head_stride;
     Output to;
+    Scoring scoring;
     TileList list;
     const int* page_ids;  // [max_pages]
     u32* claims;          // [1], with -DCOUNT_FALLBACKS [3]
     int box_tokens;       // tokens of a box: 16 or 8, as divides page_size; else GATHER
-    Scoring scoring;
     TensorMap out_map;  // TMA_OUT: of `to.out`
 };
 
@@ -329,20 +329,24 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         last_begin = __shfl_sync(~0u, seen[8].begin, 31);
         if (!WIDE && !TMA_OUT) release(Q_EMPTY, 0);
     };
-    auto prepare_scores = [&](int block, bool edge) {
+    auto prepare_scores = [&](const Tile& tile, int block, bool edge) {
 #pragma unroll
-        for (int i = 0; i < BLOCK / 2; ++i) s[i] = score_of(s[i], factors);
+        for (int i = 0; i < BLOCK / 2; ++i) {
+            const TileRow row = tile_row(p.list, tile, first_row + i / 2 % 2 * 8);
+            const int query = int(row.query) - tile.request.first_query, x = block + 2 * pair + i / 4 * 8 + i % 2;
+            s[i] = score_of(s[i], factors, {tile.request, query, row.head, x});
+        }
         if (edge) mask_scores(s, seen, block + 2 * pair);
     };
     // P of a block, with the sums `added`, that is too large is scaled down, or made again from its scores.
-    auto shrink_weights = [&](int block, float(&added)[2]) {
+    auto shrink_weights = [&](const Tile& tile, int block, float(&added)[2]) {
         if (__all_sync(~0u, added[0] < MOST_SCALED && added[1] < MOST_SCALED)) {
             scale_down(s, softmax, added, keep);
             count_fallback(p, 1);
         } else {
             const shared_address k_block = shared + K_OFFSET + k_ring.slot * BLOCK_BYTES;
             repeat_scores<K_STEPS, GROUP_BYTES, PIECE_BYTES>(s, queries, k_block);
-            prepare_scores(block, false);
+            prepare_scores(tile, block, false);
             keep[0] = keep[1] = 1.f;
             raise_max(s, softmax, keep, scale);
             added[0] = added[1] = 0.f;
@@ -376,14 +380,14 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         softmax.sum[0] = softmax.sum[1] = 0.f;
         if (WIDE && block == first_block) release(Q_EMPTY, 0);
         results.store<0>();
-        prepare_scores(block, true);
+        prepare_scores(tile, block, true);
         results.store<1>();
         raise_max(s, softmax, keep, scale);
         if (TMA_OUT) {  // here the results have left, and nothing waits for them (trial 206)
             results.leave();
             release(Q_EMPTY, 0);
         }
-        Sinks sinks = tile_sinks(p.to, p.list, tile, first_row);  // early: nothing must wait at the end (trial 208)
+        Sinks sinks = tile_sinks(p.scoring, p.list, tile, first_row);  // early: nothing must wait at the end (trial 208)
         if constexpr (SINKS) hold(sinks.row);
         exponentials<0, BLOCK / 2>(s, softmax, softmax.sum, scale);
         results.store<2>();
@@ -425,7 +429,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             const bool edge = block + BLOCK >= first_end || block < last_begin;
             wgmma_wait<1>();
             hold(s);
-            prepare_scores(block, edge);
+            prepare_scores(tile, block, edge);
             bool moved = edge && raise_max(s, softmax, keep, scale);
             added[0] = added[1] = 0.f;
             exponentials<0, FIRST_PART>(s, softmax, added, scale);
@@ -445,7 +449,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
             // At an edge the maximum is known, and only a NaN of Q, K or V can be too large, which stays.
             if (!edge && __any_sync(~0u, !(added[0] <= MOST_SUM) || !(added[1] <= MOST_SUM))) {
                 moved = true;
-                shrink_weights(block, added);
+                shrink_weights(tile, block, added);
                 if (ROUNDS_FIRST) round_weights(weights, s);
             }
             softmax.sum[0] += added[0];

@@ -11,13 +11,11 @@
 //              StreamingLLM's). A row has one sink, so it is added once, where the row ends, never to the state of a
 //              part of its keys.
 //
-// Where a new variant of a score goes:
-//   a bias by position (ALiBi)   score_of(): give it the positions of the query and of token x (page_table.cuh) and the
-//                                slope of the head; the array of slopes is a pointer beside `sinks` in each kernel's
-//                                parameters
+// Where a new variant of a score goes (spec.py says what is to do in Python):
+//   a bias by position (ALiBi)   score_of(), with the array of slopes as a pointer of Scoring. It returns a score before
+//                                its scale, so a bias in natural-log units is to be divided by sm_scale
 //   a custom mask                mask_score() and visible_columns(); a kernel masks only blocks at an edge of what its
 //                                rows see, so every block becomes an edge
-//   a factor a head              score_factors()
 //   something in the denominator end_row()
 #pragma once
 #include "attention_state.cuh"
@@ -27,8 +25,10 @@
 static_assert(SOFT_CAP == 0 || SOFT_CAP == 1, "SOFT_CAP must be 0 or 1");
 static_assert(SINKS == 0 || SINKS == 1, "SINKS must be 0 or 1");
 
-// The part of every attention kernel's parameters that turns products into scores.
+// The part of every attention kernel's parameters that turns products into scores: first the arrays, as spec.py has
+// them in RunArrays behind lse, then the numbers. The host fills it by these names.
 struct Scoring {
+    const float* sinks;  // [num_qo_heads] with SINKS, natural logarithms
     float sm_scale;
     float logits_soft_cap;  // c, where SOFT_CAP
 };
@@ -47,11 +47,21 @@ __device__ __forceinline__ ScoreFactors score_factors(const Scoring& scoring) {
         return {scoring.sm_scale * LOG2_E, 0.f, 0.f};
 }
 
+// Which score it is: of the query number `query` of the request, in its head `head`, with the key of the request's token
+// x, a local index (page_table.cuh has its position); the arguments that FlexAttention gives its score_mod. What a
+// variant does not read costs nothing: it is not computed.
+struct ScoreAt {
+    const Request& request;
+    int query;
+    int head;
+    int x;
+};
+
 // `rounded`: the score is a float of its own. Otherwise the compiler may round it together with a difference that is
 // taken of it, and then a score and the maximum that is equal to it differ. Kernels which subtract before they multiply
 // by `scale` need it rounded, because scores may be large.
 template <bool rounded = false>
-__device__ __forceinline__ float score_of(float product, const ScoreFactors& factors) {
+__device__ __forceinline__ float score_of(float product, const ScoreFactors& factors, const ScoreAt&) {
     if constexpr (SOFT_CAP) {
         const float capped = tanh_fast(product * factors.to_cap);
         return rounded ? __fmul_rn(factors.from_cap, capped) : factors.from_cap * capped;
@@ -76,9 +86,9 @@ __device__ __forceinline__ u32 visible_columns(const KvLimits& row, int first) {
 }
 
 // The sink of a row of q. -INF is none: rows without a request (is_request) have none.
-__device__ __forceinline__ float sink_of(const float* sinks, int head, bool has_request) {
+__device__ __forceinline__ float sink_of(const Scoring& scoring, int head, bool has_request) {
     if constexpr (SINKS)
-        return has_request ? __ldg(sinks + head) : -INF;
+        return has_request ? __ldg(scoring.sinks + head) : -INF;
     else
         return -INF;
 }

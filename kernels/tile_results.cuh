@@ -17,10 +17,9 @@
 static_assert(TMA_OUT == 0 || TMA_OUT == 1 && HEAD_DIM == 128, "TMA_OUT must be 0 or, with HEAD_DIM 128, 1");
 
 struct Output {
-    void* out;           // [q_rows, num_qo_heads, HEAD_DIM] fp16/bf16 or, with TMA_OUT=0, float
-    float* lse;          // [q_rows, num_qo_heads] or null
-    const float* sinks;  // [num_qo_heads] with SINKS
-    i64 row_stride;      // strides of out in elements
+    void* out;       // [q_rows, num_qo_heads, HEAD_DIM] fp16/bf16 or, with TMA_OUT=0, float
+    float* lse;      // [q_rows, num_qo_heads] or null
+    i64 row_stride;  // strides of out in elements
     i64 head_stride;
     int num_qo_heads;
     int is_float32;
@@ -45,13 +44,14 @@ struct Sinks {
     float row[2];
 };
 
-__device__ __forceinline__ Sinks tile_sinks(const Output& to, const TileList& list, const Tile& tile, int first_row) {
+__device__ __forceinline__ Sinks tile_sinks(const Scoring& scoring, const TileList& list, const Tile& tile,
+                                            int first_row) {
     Sinks sinks = {{-INF, -INF}};
     if constexpr (SINKS) {
 #pragma unroll
         for (int row = 0; row < 2; ++row)
             sinks.row[row] =
-                sink_of(to.sinks, tile_row(list, tile, first_row + 8 * row).head, is_request(tile.request));
+                sink_of(scoring, tile_row(list, tile, first_row + 8 * row).head, is_request(tile.request));
     }
     return sinks;
 }

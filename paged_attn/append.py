@@ -6,7 +6,7 @@ import numpy as np
 
 from . import backends
 from .checks import overlaps, pools, tokens
-from .checks.arrays import signature_of
+from .checks.arrays import signatures_of
 from .interop import Array, native
 from .lifetimes import loan_of, used
 from .paged_kv import PagedKV
@@ -36,7 +36,7 @@ def append(kv: PagedKV, slots: Array, k: Array, v: Array) -> None:
     global _passed
     pools.check_kv(kv, "append(kv, slots, k, v)")
     native_slots, native_k, native_v = native(slots, "slots"), native(k, "k"), native(v, "v")
-    signature = (kv.signature, signature_of(native_slots), signature_of(native_k), signature_of(native_v), kv.writable)
+    signature = kv.signature, signatures_of((native_slots, native_k, native_v))[0], kv.writable
     passed, pairs = _passed
     if passed is not None and signature == passed:
         signature = passed  # the same object, whose parts the backend compares at once

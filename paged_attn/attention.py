@@ -287,11 +287,11 @@ class _BatchAttention:
             arrays, loan = borrow(given)
             if type(kv) is not PagedKV:
                 pools.check_kv(kv, "run(q, kv)")
-            signature = plan.check_run(plan.step, arrays, kv)
+            signature, addresses = plan.check_run(plan.step, arrays, kv)
             if out is None or return_lse:
-                arrays = with_results(arrays, plan.step.spec, return_lse)
+                arrays = with_results(arrays, addresses, plan.step.spec, return_lse)
             if arrays.q.size:
-                plan.launch(arrays, kv, signature, loan)
+                plan.launch(arrays, kv, addresses, signature, loan)
             return out if out is not None and not return_lse else _results(given, arrays, return_lse)
         finally:
             self._in_use.release()

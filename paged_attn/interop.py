@@ -113,13 +113,14 @@ class Array(Protocol):
     def __dlpack__(self, *args: Any, **options: Any) -> Any: ...
 
 
-def native(x: Any, name: str, *, writable: bool = False) -> Any:
+def native(x: Any, name: str, dtype: np.dtype | None = None, *, writable: bool = False) -> Any:
     """A NumPy or CuPy array over the memory of `x`, without a copy.
 
     Parameters
     ----------
     x: numpy.ndarray, cupy.ndarray, jax.Array, or any object with `__dlpack__`.
     name: how messages call the argument.
+    dtype: the one that `x` must have, for messages. Default None: a float format, or what _METADATA says of the name.
     writable: whether paged_attn is going to write into it.
 
     Raises
@@ -129,16 +130,16 @@ def native(x: Any, name: str, *, writable: bool = False) -> Any:
     ValueError: the array was deleted; or `writable`, and it may not be written.
     ImportError: a GPU array, and CuPy is not installed.
     """
-    if type(x) in _cupy_types:  # the usual one, and a launch waits for this
+    if type(x) in native_types and x is not None:  # the usual one, and a launch waits for this
         return x
     if not is_native(x):
-        return _from_dlpack(x, name, writable)
+        return _from_dlpack(x, name, _METADATA.get(name, "") if dtype is None else dtype.name, writable)
     if writable and isinstance(x, np.ndarray) and not x.flags.writeable:
         raise ValueError(f"{name} is a read-only NumPy array; pass {name}.copy(), or an array with flags.writeable")
     return x
 
 
-_cupy_types: set[type] = set()  # of arrays that came before
+native_types: set[type] = {type(None)}  # of what may stay as it is: no array, and the types of CuPy's that came before
 
 
 def is_native(x: Any) -> bool:
@@ -148,12 +149,12 @@ def is_native(x: Any) -> bool:
     cupy = sys.modules.get("cupy")
     if cupy is None or not isinstance(x, cupy.ndarray):
         return False
-    _cupy_types.add(type(x))
+    native_types.add(type(x))
     return True
 
 
-def _from_dlpack(x: Any, name: str, writable: bool) -> Any:
-    wanted = _METADATA.get(name, "float16")
+def _from_dlpack(x: Any, name: str, metadata: str, writable: bool) -> Any:
+    wanted = metadata or "float16"
     if not hasattr(x, "__dlpack__"):
         kind = type(x).__name__
         remedy = f"pass np.asarray({name}, dtype=np.{wanted}) or its like"
@@ -191,7 +192,7 @@ def _from_dlpack(x: Any, name: str, writable: bool) -> Any:
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         dtype = str(getattr(x, "dtype", "")).rpartition(".")[2]
         if dtype and dtype not in (*FLOAT_DTYPES, wanted):
-            rule = wanted if name in _METADATA else f"one of {', '.join(FLOAT_DTYPES)}"
+            rule = metadata or f"one of {', '.join(FLOAT_DTYPES)}"
             raise TypeError(f"{name} must be {rule}, got {dtype}; pass {name}.astype(np.{wanted})") from error
         raise TypeError(f"{name} cannot be taken by DLPack ({error}); pass a NumPy or CuPy array") from error
     if writable and (producer.read_only or (isinstance(array, np.ndarray) and not array.flags.writeable)):
@@ -258,8 +259,8 @@ def device_of(array: Any) -> str:
 
 
 def address_of(array: Any) -> int:
-    """Where a CuPy array begins; 0 for a NumPy array."""
-    return 0 if isinstance(array, np.ndarray) else int(array.data.ptr)
+    """Where a CuPy array begins; 0 for a NumPy array, and for None."""
+    return 0 if array is None or isinstance(array, np.ndarray) else int(array.data.ptr)
 
 
 def on_device_of(array: Any) -> Any:

@@ -1,12 +1,12 @@
 """A plan and a run: how every attention call is checked, planned by a backend, and launched.
 
     check_decode, check_prefill    what a step computes, from its pool, table and options     -> Step
-    check_run                      the arrays of a run                                        -> signature
+    check_run                      the arrays of a run                                        -> signature, addresses
     update                         a backend's plan takes over the step's metadata
     launch                         attention over one layer
 
-The Batch... classes keep an AttentionPlan: the first and the third once a step, the others once a layer. A one-shot
-call does all four, with a plan that the last such call left (attend_once).
+The Batch... classes keep an AttentionPlan: the first and update once a step, the others once a layer. A one-shot call
+does all of it, with a plan that the last such call left (attend_once).
 """
 
 import threading
@@ -16,15 +16,14 @@ import numpy as np
 
 from . import backends
 from .checks import calls, overlaps, tables
-from .checks.arrays import signature_of
+from .checks.arrays import signatures_of
 from .holders import KVPages, TableArrays
-from .interop import Array, current_stream, native
+from .interop import FLOAT32, Array, address_of, current_stream, native, native_types
 from .lifetimes import Loan, loan_of, used
 from .spec import RUN_ARRAYS, AttentionSpec, RunArrays, Scoring
 from .support import check_supported
 
 MOST_KEPT = 16  # plans of one-shot calls that a thread keeps
-_LSE_DTYPE = np.dtype(np.float32)
 
 Rows = tuple[int, ...] | range  # the extents that axis 0 of q may have
 
@@ -91,7 +90,7 @@ class AttentionPlan:
             calls.check_qo_indptr(indptr, table.batch_size, total_rows)
             rows = (int(indptr[-1]),) if capacity is None else (int(indptr[-1]), capacity)
             return self._step_of(spec, rows, table), table, indptr, None
-        signature = signature_of(indptr), table.batch_size, spec.device
+        signature = signatures_of((indptr,))[0], table.batch_size, spec.device
         if signature != self._qo_indptr:
             calls.check_qo_indptr(indptr, table.batch_size, total_rows, spec.device)
             self._qo_indptr = signature
@@ -116,37 +115,24 @@ class AttentionPlan:
         tables.check_table_values(table, self._spec.num_pages)
         return self._spec
 
-    def check_run(self, step: Step, arrays: RunArrays, kv: KVPages) -> tuple[Any, ...]:
-        """Check a run, unless one with this signature was checked last. Returns the signature."""
-        q, out, lse, sinks = arrays  # one by one here and in `borrow`: every layer waits for this
-        signature = (
-            kv.signature,
-            signature_of(q),
-            None if out is None else signature_of(out),
-            None if lse is None else signature_of(lse),
-            None if sinks is None else signature_of(sinks),
-            step,
-        )
+    def check_run(self, step: Step, arrays: RunArrays, kv: KVPages) -> tuple[tuple[Any, ...], list[int]]:
+        """Check a run; what its signature decides only where it is not that of the run before.
+
+        Returns the signature and the addresses of RUN_NAMES, 0 on the host and for what is not given.
+        """
+        signatures, addresses = signatures_of(arrays)
+        signature = kv.signature, signatures, step
+        addresses[:0] = kv.k_address, kv.v_address
         if signature != self._signature:
             self._signature = None
             calls.check_layer(step.spec, kv)
             calls.check_arrays(step.spec, arrays, step.rows, self._remedy)
-            calls.check_sinks(sinks, step.is_split)
-            self._compared = overlaps.compared((*arrays, kv.k_pages, kv.v_pages), RUN_PAIRS)
+            calls.check_sinks(arrays.sinks, step.is_split)
+            self._compared = overlaps.compared((kv.k_pages, kv.v_pages, *arrays), RUN_PAIRS)
             self._signature = signature
-        if self._compared:
-            k_address = kv.k_address  # 0 on the host, where NumPy compares
-            addresses = k_address and (
-                q.data.ptr,
-                0 if out is None else out.data.ptr,
-                0 if lse is None else lse.data.ptr,
-                0 if sinks is None else sinks.data.ptr,
-                k_address,
-                kv.v_address,
-            )
-            if not addresses or overlaps.may_overlap(addresses, self._compared):
-                overlaps.check_pairs((*arrays, kv.k_pages, kv.v_pages), RUN_NAMES, self._compared)
-        return self._signature  # the same object while nothing differs, whose parts the backend compares at once
+        if self._compared and (not kv.k_address or overlaps.may_overlap(addresses, self._compared)):
+            overlaps.check_pairs((kv.k_pages, kv.v_pages, *arrays), RUN_NAMES, self._compared)
+        return self._signature, addresses  # the same object while nothing differs, which is quick to compare
 
     def update(self, step: Step, table: TableArrays, qo_indptr: Any, loan: Loan | None) -> None:
         """Have the backend's plan take over a step. Where that raises, the step before stays."""
@@ -164,20 +150,20 @@ class AttentionPlan:
                 used(loan, table.loan)
         self.backend_plan, self.step = plan, step
 
-    def launch(self, arrays: RunArrays, kv: KVPages, signature: tuple[Any, ...], loan: Loan | None) -> None:
+    def launch(self, arrays: RunArrays, kv: KVPages, addresses: list[int], signature: Any, loan: Loan | None) -> None:
         """Attend by the step of the last update. loan: what was lent of the arrays."""
         assert self.step is not None
         if arrays.q.ndim == 4:
             arrays = arrays.with_rows(_as_rows)
         try:
-            self.backend_plan.run(self.step.spec, arrays, kv, signature)
+            self.backend_plan.run(self.step.spec, arrays, kv, addresses, signature)
         finally:
             if loan is not None or kv.loan is not None:
                 used(loan, kv.loan)
 
 
-RUN_NAMES = (*RUN_ARRAYS, "kv.k_pages", "kv.v_pages")
-_WRITTEN = [i for i, array in enumerate(RUN_ARRAYS.values()) if array.is_written]
+RUN_NAMES = ("kv.k_pages", "kv.v_pages", *RUN_ARRAYS)
+_WRITTEN = [i for i, array in enumerate(RUN_ARRAYS.values(), start=2) if array.is_written]
 RUN_PAIRS = [(i, j) for i in _WRITTEN for j in range(len(RUN_NAMES)) if j > i or j not in _WRITTEN]
 
 
@@ -194,26 +180,28 @@ def spec_key(
     return kv.signature, table.page_size, table.device, *map(type, numbers), numbers
 
 
-def with_results(arrays: RunArrays, spec: AttentionSpec, return_lse: bool) -> RunArrays:
-    """The arrays with new ones for the results that were not given; lse only where it is asked for."""
-    q, out, lse, sinks = arrays
+def with_results(arrays: RunArrays, addresses: list[int], spec: AttentionSpec, return_lse: bool) -> RunArrays:
+    """The arrays with new ones for the results that were not given, lse only where it is asked for. Their addresses are
+    written to `addresses` (of RUN_NAMES)."""
+    empty, (q, out, lse, *others) = backends.of(spec.device).empty, arrays
     if out is None:
-        out = backends.of(spec.device).empty(spec.out_shape(q.shape), spec.dtype, spec.device)
+        out = empty(spec.out_shape(q.shape), spec.dtype, spec.device)
     if lse is None and return_lse:
-        lse = backends.of(spec.device).empty(q.shape[:-1], _LSE_DTYPE, spec.device)
-    return RunArrays(q, out, lse, sinks)
+        lse = empty(q.shape[:-1], FLOAT32, spec.device)
+    addresses[3:5] = address_of(out), address_of(lse)
+    return RunArrays(q, out, lse, *others)
 
 
 def borrow(given: RunArrays) -> tuple[RunArrays, Loan | None]:
     """The arrays that a caller gave as NumPy or CuPy arrays, each taken once, and what is lent of them."""
-    q, out, lse, sinks = given
-    native_q = native(q, "q")
-    native_out = None if out is None else native(out, "out", writable=True)
-    native_lse = None if lse is None else native(lse, "lse", writable=True)
-    native_sinks = None if sinks is None else native(sinks, "sinks")
-    if native_q is q and native_out is out and native_lse is lse and native_sinks is sinks:
+    if given.q is not None and native_types.issuperset(map(type, given)):  # the usual ones: every layer waits for this
         return given, None
-    arrays = RunArrays(native_q, native_out, native_lse, native_sinks)
+    arrays = RunArrays(
+        *[
+            array if array is None and name != "q" else native(array, name, rule.dtypes[0], writable=rule.is_written)
+            for array, (name, rule) in zip(given, RUN_ARRAYS.items(), strict=True)
+        ]
+    )
     return arrays, loan_of(*zip(arrays, given, strict=True))
 
 
@@ -222,10 +210,11 @@ def borrow(given: RunArrays) -> tuple[RunArrays, Loan | None]:
 
 
 class _Kept(threading.local):
-    """The plans that one-shot calls of this thread left, the latest last."""
+    """The plans that one-shot calls of this thread left, the latest last; with each its stream, held so that no other
+    gets its address, and what it is a plan of."""
 
     def __init__(self) -> None:
-        self.plans: dict[tuple[Any, ...], tuple[AttentionPlan, Any]] = {}
+        self.plans: dict[tuple[Any, ...], tuple[AttentionPlan, Any, Any]] = {}
 
 
 _kept = _Kept()
@@ -245,33 +234,47 @@ def attend_once(
     """Plan and run once: decode by q_len, or prefill by qo_indptr. Returns the arrays with results.
 
     The plan is one that a call like this one left behind: of this thread, on this stream, with buffers of this size.
-    It is taken out meanwhile, so that a call from a finaliser gets another. What raises loses it.
+    It is taken out meanwhile, so that a call from a finaliser gets another. What raises loses it. Where the host's
+    metadata is what it was, as in the next layer of a step, nothing is to be planned.
     """
     shape = arrays.q.shape
     # A device's qo_indptr must not point behind q, which that plan's capacity is for.
     max_tokens = None if q_len is not None or isinstance(qo_indptr, np.ndarray) else shape[0]
     stream, stream_address = current_stream(kv.device)
-    size = table.batch_size, table.indices.shape[0].bit_length(), table.page_stride, max_tokens
+    size = table.batch_size, table.indices.shape[0].bit_length(), table.page_stride, table.is_split, max_tokens
     key = (stream_address, size, *spec_key(kv, table, shape[-2], scoring, q_len))
     try:
-        plan, _ = _kept.plans.pop(key, (None, None))
+        plan, _, planned_of = _kept.plans.pop(key, (None, None, None))
     except TypeError:  # an option is an array, which the checks know
-        key, plan = (), None
+        key, plan, planned_of = (), None, None
+    metadata = _host_metadata(table, qo_indptr, shape[0])
     if plan is None:
         remedy = "pass a qo_indptr that ends there" if q_len is None else "pass a table of that batch"
         plan = AttentionPlan(max_tokens=max_tokens, one_shot=True, remedy=remedy)
-    if q_len is None:
-        planned = plan.check_prefill(kv, table, qo_indptr, shape[-2], scoring, shape[0])
-    else:
-        planned = plan.check_decode(kv, table, shape[-2], q_len, scoring)
-    step = planned[0]
-    signature = plan.check_run(step, arrays, kv)
-    arrays = with_results(arrays, step.spec, return_lse)
+    planned = None
+    if not metadata or metadata != planned_of:
+        if q_len is None:
+            planned = plan.check_prefill(kv, table, qo_indptr, shape[-2], scoring, shape[0])
+        else:
+            planned = plan.check_decode(kv, table, shape[-2], q_len, scoring)
+    step = planned[0] if planned else plan.step
+    assert step is not None
+    signature, addresses = plan.check_run(step, arrays, kv)
+    arrays = with_results(arrays, addresses, step.spec, return_lse)
     if arrays.q.size:
-        plan.update(*planned)
-        plan.launch(arrays, kv, signature, loan)
-    if key:
-        _kept.plans[key] = plan, stream  # held so that no other stream gets its address
-        if len(_kept.plans) > MOST_KEPT:
-            del _kept.plans[next(iter(_kept.plans))]
+        if planned:
+            plan.update(*planned)
+        plan.launch(arrays, kv, addresses, signature, loan)
+        if key:
+            _kept.plans[key] = plan, stream, metadata
+            if len(_kept.plans) > MOST_KEPT:
+                del _kept.plans[next(iter(_kept.plans))]
     return arrays
+
+
+def _host_metadata(table: TableArrays, qo_indptr: Any, num_rows: int) -> tuple[Any, ...]:
+    """What a plan copies of a table and qo_indptr, and the rows of q; () where some of it is on a device."""
+    arrays = table.indptr, table.indices, table.last_page_len, table.page_offset, table.total_len, qo_indptr
+    if table.device != "cpu" or not isinstance(qo_indptr, np.ndarray | None):
+        return ()
+    return num_rows, *[None if array is None else (array.shape, array.dtype, array.tobytes()) for array in arrays]

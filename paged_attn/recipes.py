@@ -7,7 +7,7 @@ Pure functions of a call's spec and a card: kernels' constants, threads and shar
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,9 +17,10 @@ from . import compile, tensor_map
 from .card import Card
 from .compile import Recipe
 from .interop import BFLOAT16, FLOAT32
+from .spec import RUN_ARRAYS, AttentionSpec, RunArrays
 
 if TYPE_CHECKING:
-    from .spec import AttentionSpec
+    from .holders import KVPages
 
 
 @functools.cache
@@ -36,9 +37,9 @@ def defines(**constants: int) -> tuple[tuple[str, int], ...]:
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
-def with_sinks(recipe: AnyRecipe) -> AnyRecipe:
-    """The recipe of an attention kernel, or of merge_states, for calls that have sinks."""
-    return replace(recipe, constants=defines(**dict(recipe.constants) | {"SINKS": 1}))
+def with_constants(recipe: AnyRecipe, names: Iterable[str]) -> AnyRecipe:
+    """The recipe of an attention kernel, or of merge_states, for calls that have these (RunArrays.constants)."""
+    return replace(recipe, constants=defines(**dict(recipe.constants) | dict.fromkeys(names, 1)))
 
 
 # -- tables, and the metadata of a step ------------------------------------------------------------------------------
@@ -237,12 +238,26 @@ class RunShape:
 
     q_shape: tuple[int, int, int]  # [rows, num_qo_heads, head_dim]
     q_strides: tuple[int, int]  # (row, head)
-    has_sinks: bool
+    constants: tuple[str, ...]  # RunArrays.constants
     out_strides: tuple[int, int]
     out_is_float32: bool
     pool_shape: tuple[int, int, int, int]  # (pages, slots, heads, head_dim), whatever the layout
     k_strides: tuple[int, int, int]  # (page, slot, head)
     v_strides: tuple[int, int, int]
+
+    @staticmethod
+    def of(arrays: RunArrays, kv: KVPages) -> RunShape:
+        """arrays: in rows."""
+        return RunShape(
+            q_shape=arrays.q.shape,
+            q_strides=arrays.q.strides[:2],
+            constants=arrays.constants(),
+            out_strides=arrays.out.strides[:2],
+            out_is_float32=arrays.out.dtype.itemsize == 4,
+            pool_shape=(kv.num_pages, kv.page_size, kv.num_kv_heads, kv.head_dim),
+            k_strides=kv.k_strides,
+            v_strides=kv.v_strides,
+        )
 
     @property
     def q_units(self) -> tuple[int, int]:
@@ -347,8 +362,8 @@ def _attention_constants(spec: AttentionSpec) -> dict[str, int]:
         "HEAD_DIM": spec.head_dim,
         "V_HEAD_DIM": spec.v_head_dim,
         "BFLOAT16": spec.dtype == BFLOAT16,
-        "SOFT_CAP": spec.scoring.logits_soft_cap > 0,
-        "SINKS": False,
+        **spec.scoring.constants(),
+        **{array.constant: False for array in RUN_ARRAYS.values() if array.constant},
     }
 
 

@@ -2,9 +2,12 @@
 
 checks/ makes them of what a caller passes, and backends read them. Nothing here checks or computes anything.
 
-A new option of scores is a field of Scoring (its keyword in attention.py, its check in checks/calls.py), its meaning in
-backends/reference.py, and its code in kernels/scores.cuh. A new array of a run is a field of RunArrays and a row of
-RUN_ARRAYS; plans.py takes each by name.
+A new variant of scores is written in four places:
+    1. its keyword in attention.py (and in warm_up.py, where kernels are compiled for it)
+    2. here, a number as a field of Scoring (checks/calls.py checks it; a -D constant, if any, in Scoring.constants), or
+       an array as a field of RunArrays and a row of RUN_ARRAYS: checks, signatures, addresses and -D constants follow
+    3. what it means, in backends/reference.py
+    4. what kernels do, in kernels/scores.cuh: a field of its struct Scoring of the same name, and its code
 """
 
 from collections.abc import Callable
@@ -42,6 +45,10 @@ class Scoring(NamedTuple):
     causal: bool = True
     window_left: int = -1
     logits_soft_cap: float = 0.0
+
+    def constants(self) -> dict[str, bool]:
+        """What kernels are compiled for: -D constants of kernels/scores.cuh."""
+        return {"SOFT_CAP": self.logits_soft_cap > 0}
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,14 @@ class RunArrays(NamedTuple):
     sinks: Any = None  # [num_qo_heads]
 
     def with_rows(self, change: Callable[[Any], Any]) -> "RunArrays":
-        """The same with q, out and lse, which have rows, changed."""
-        q, out, lse, sinks = self
-        return RunArrays(change(q), None if out is None else change(out), None if lse is None else change(lse), sinks)
+        """The same with those that have rows changed."""
+        by_row = (rule.has_rows for rule in RUN_ARRAYS.values())
+        return RunArrays(*[change(x) if rows and x is not None else x for x, rows in zip(self, by_row, strict=True)])
+
+    def constants(self) -> tuple[str, ...]:
+        """What kernels are compiled for beside Scoring.constants."""
+        rules = zip(self, RUN_ARRAYS.values(), strict=True)
+        return tuple(rule.constant for array, rule in rules if rule.constant and array is not None)
 
 
 @dataclass(frozen=True)
@@ -97,35 +109,39 @@ class RunArray:
 
     shape: Callable[[AttentionSpec, tuple[int, ...]], tuple[int, ...]]  # by the spec and the shape of q
     why: str  # where the shape comes from, for messages
-    dtypes: Callable[[AttentionSpec], tuple[np.dtype, ...]]
+    dtypes: tuple[np.dtype | None, ...]  # None: that of the pool
     alignment: int = 4  # bytes: the address of the first element on a GPU is a multiple of it
     is_written: bool = False
+    has_rows: bool = True  # its first axis is that of q
+    constant: str = ""  # the -D constant of kernels/scores.cuh that is 1 where the array is given
 
 
 RUN_ARRAYS = {
     "q": RunArray(
         shape=lambda spec, q_shape: (*q_shape[:-2], spec.num_qo_heads, spec.head_dim),
         why="[rows, num_qo_heads, head_dim]",
-        dtypes=lambda spec: (spec.dtype,),
+        dtypes=(None,),
         alignment=ALIGNMENT,
     ),
     "out": RunArray(
         shape=lambda spec, q_shape: spec.out_shape(q_shape),
         why="as q gives it",
-        dtypes=lambda spec: (spec.dtype, FLOAT32),
+        dtypes=(None, FLOAT32),
         alignment=ALIGNMENT,
         is_written=True,
     ),
     "lse": RunArray(
         shape=lambda spec, q_shape: q_shape[:-1],
         why="as q without its last axis",
-        dtypes=lambda spec: (FLOAT32,),
+        dtypes=(FLOAT32,),
         is_written=True,
     ),
     "sinks": RunArray(
         shape=lambda spec, q_shape: (spec.num_qo_heads,),
         why="one for each query head",
-        dtypes=lambda spec: (FLOAT32,),
+        dtypes=(FLOAT32,),
+        has_rows=False,
+        constant="SINKS",
     ),
 }
 """A row for each field of RunArrays, in the order of the fields."""

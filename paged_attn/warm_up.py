@@ -69,7 +69,7 @@ def warm_up(
         page_size=as_int(page_size, "page_size", minimum=1),
         q_len=as_int(q_len, "q_len", minimum=1),
         max_batch_size=None if max_batch_size is None else as_int(max_batch_size, "max_batch_size", minimum=1),
-        sinks=as_bool(sinks, "sinks"),
+        constants=("SINKS",) if as_bool(sinks, "sinks") else (),
         soft_cap=as_bool(soft_cap, "soft_cap"),
     )
     if num_qo_heads % num_kv_heads:
@@ -99,7 +99,7 @@ class Shapes:
     page_size: int
     q_len: int = 1
     max_batch_size: int | None = None
-    sinks: bool = False
+    constants: tuple[str, ...] = ()  # RunArrays.constants
     soft_cap: bool = False
 
     def spec(self, op: str) -> AttentionSpec:
@@ -123,23 +123,23 @@ def needed_recipes(op: str, shapes: Shapes, card: Card) -> Iterator[Recipe]:
     """What calls of these shapes can need, but for prefill on Hopper with arrays that only the portable kernel takes
     (recipes.HopperPrefillRecipe.accepts)."""
     yield from recipes.TABLES
-    if op == "append":
+    if op != "merge":
         yield recipes.append_recipe(shapes.num_kv_heads, shapes.head_dim, shapes.v_head_dim)
-        return
+    attending: list[Recipe] = []
     if op == "merge":
-        takes_sinks = list(recipes.merge_recipes(shapes.num_qo_heads, shapes.v_head_dim, shapes.dtype))
+        attending = list(recipes.merge_recipes(shapes.num_qo_heads, shapes.v_head_dim, shapes.dtype))
     elif op == "decode":
         yield from (recipes.PLAN_REQUESTS, recipes.PLAN_SPLITS)
-        takes_sinks = [*recipes.decode_recipes(shapes.spec(op), shapes.max_batch_size, card)]
-    else:
+        attending = [*recipes.decode_recipes(shapes.spec(op), shapes.max_batch_size, card)]
+    elif op == "prefill":
         yield recipes.PLAN_REQUESTS
         in_order = [recipes.prefill_recipes(shapes.spec(op), card, is_long=is_long) for is_long in (False, True)]
-        takes_sinks = [recipe for preferred, *others in in_order for recipe in (preferred, *others[:-1])]
-        if isinstance(takes_sinks[0], recipes.HopperPrefillRecipe):
+        attending = [recipe for preferred, *others in in_order for recipe in (preferred, *others[:-1])]
+        if isinstance(attending[0], recipes.HopperPrefillRecipe):
             yield recipes.PLAN_TILES
-    yield from takes_sinks
-    if shapes.sinks:
-        yield from map(recipes.with_sinks, takes_sinks)
+    yield from attending
+    if shapes.constants:
+        yield from (recipes.with_constants(recipe, shapes.constants) for recipe in attending)
 
 
 def compile_all(needed: Iterator[Recipe], device: str) -> None:

@@ -1,8 +1,8 @@
 """Every kernel through NVRTC without a GPU: with which constants, for which cards, and what ptxas may say of it.
 
 One row of the matrix is one compilation: a file of kernels/, which may hold several kernels, with one set of constants
-for one architecture. Layouts, windows, positions, page and group sizes are run-time values of the kernels; of their
-features only the soft cap is a constant. Texts without constants are compiled once an architecture.
+for one architecture. Layouts, windows, positions, page and group sizes are run-time values of the kernels; the soft cap
+and sinks are constants. Texts without constants are compiled once an architecture.
 """
 
 import functools
@@ -159,7 +159,7 @@ def _prefill(card: Card, head_dim: int, **fields: Any) -> Iterator[Recipe]:
 
 
 def _with_feature(recipe: Recipe, *, sinks: bool = False, **others: Any) -> Recipe:
-    return recipes.with_sinks(recipe) if sinks else recipe
+    return recipes.with_constants(recipe, ("SINKS",)) if sinks else recipe
 
 
 def matrix(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Build]:

@@ -50,7 +50,7 @@ class Server:
 
     def warm_up(self, **more: Any) -> None:
         num_qo_heads, num_kv_heads, head_dim = self.heads
-        for op in ("append", "decode", "prefill", "merge"):
+        for op in ("decode", "prefill", "merge"):  # append comes with them
             pa.warm_up(
                 op,
                 num_qo_heads=num_qo_heads,

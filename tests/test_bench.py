@@ -372,6 +372,11 @@ def test_a_slow_floor_is_noise_on_the_card_that_was_measured() -> None:
     assert not is_noisy(slow | {"case": "1x128"})
 
 
+def test_the_recorded_command_leaves_out_where_lines_are_written() -> None:
+    for given in (["decode", "--json", "a b.jsonl", "--reps", "3"], ["decode", "--json=x", "--reps", "3"]):
+        assert record.command(given) == "python -m bench decode --reps 3"
+
+
 def test_the_command_line_chooses_cases_and_settings() -> None:
     options = parse(["prefill", "--cases", "1x8192", "--page-size", "64", "--layout", "HND", "--dtype", "float16"])
     (case,) = select(BENCHES["prefill"], options)

@@ -238,16 +238,17 @@ class Plan:
         ]
 
     @np.errstate(all="ignore")
-    def run(self, spec: AttentionSpec, arrays: RunArrays, kv: KVPages, signature: Any) -> None:
-        """Rows past the batch become out = 0, lse = -inf. signature: by which the other backend knows a repetition."""
-        q, out, lse, sinks = arrays
+    def run(self, spec: AttentionSpec, arrays: RunArrays, kv: KVPages, addresses: Any, signature: Any) -> None:
+        """Rows past the batch become out = 0, lse = -inf. addresses and signature: for the other backend."""
+        out, lse = arrays.out, arrays.lse
         out[...] = 0
         if lse is not None:
             lse[...] = -np.inf
         for request in self._requests:
             for rows, tokens, begin, end in _blocks(spec, request):
                 k, v = (_gather(pages, kv, request, tokens) for pages in (kv.k_pages, kv.v_pages))
-                block_out, block_lse = _attend(spec, q[rows], k, v, begin - tokens.start, end - tokens.start, sinks)
+                seen = begin - tokens.start, end - tokens.start
+                block_out, block_lse = _attend(spec, arrays.q[rows], k, v, *seen, arrays.sinks)
                 out[rows] = block_out  # a result past float16's range is inf, as on a GPU
                 if lse is not None:
                     lse[rows] = block_lse

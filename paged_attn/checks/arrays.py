@@ -1,6 +1,6 @@
 """One array: dtype, shape, strides, device, alignment; and the signature that says when these were checked before."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,12 +153,23 @@ def check_whole(
     check_base(array, name, array.dtype.itemsize)
 
 
-def signature_of(array: Any) -> tuple[Any, ...]:
-    """Shape, strides, dtype, device and alignment. Arrays with equal signatures pass or fail the checks together."""
-    if isinstance(array, np.ndarray):
-        return array.shape, array.strides, array.dtype
-    pointer = array.data
-    return array.shape, array.strides, array.dtype, pointer.device_id, pointer.ptr % ALIGNMENT
+def signatures_of(arrays: Iterable[Any]) -> tuple[list[tuple[Any, ...] | None], list[int]]:
+    """Of each array its signature: shape, strides, dtype, device and alignment, by which arrays pass or fail the checks
+    together; and its address, 0 on the host. An array may be None: there is none."""
+    signatures: list[tuple[Any, ...] | None] = []
+    addresses = []
+    for array in arrays:  # one loop for both: every launch waits for it
+        address = 0
+        if array is None:
+            signatures.append(None)
+        elif isinstance(array, np.ndarray):
+            signatures.append((array.shape, array.strides, array.dtype))
+        else:
+            pointer = array.data
+            address = pointer.ptr
+            signatures.append((array.shape, array.strides, array.dtype, pointer.device_id, address % ALIGNMENT))
+        addresses.append(address)
+    return signatures, addresses
 
 
 def first_true(wrong: np.ndarray) -> int | None:

@@ -124,12 +124,12 @@ def check_single_kv(k: Any, v: Any, layout: Layout) -> None:
 
 def check_single_q(kv: KVPages, arrays: RunArrays) -> None:
     """q [num_qo_heads, head_dim], out [num_qo_heads, v_head_dim] and lse [num_qo_heads] of single_decode."""
-    q, out, lse, _ = arrays
-    check_shape(q, "q", ("num_qo_heads", kv.head_dim), "[num_qo_heads, head_dim], as k has it")
-    if out is not None:
-        check_shape(out, "out", (q.shape[0], kv.v_head_dim), "as q and v give it")
-    if lse is not None:
-        check_shape(lse, "lse", q.shape[:1], "as q without its last axis")
+    heads = arrays.q.shape[0]
+    check_shape(arrays.q, "q", ("num_qo_heads", kv.head_dim), "[num_qo_heads, head_dim], as k has it")
+    if arrays.out is not None:
+        check_shape(arrays.out, "out", (heads, kv.v_head_dim), "as q and v give it")
+    if arrays.lse is not None:
+        check_shape(arrays.lse, "lse", (heads,), "as q without its last axis")
 
 
 def check_qo_indptr(qo_indptr: Any, batch_size: int, total_rows: int | None, device: str = "cpu") -> None:
@@ -232,7 +232,7 @@ def check_arrays(
     check_strides(q, "q")
     for array, (name, rule) in zip(arrays, RUN_ARRAYS.items(), strict=True):
         if array is not None and array is not q:
-            shape, dtypes = rule.shape(spec, q.shape), rule.dtypes(spec)
+            shape, dtypes = rule.shape(spec, q.shape), [dtype or spec.dtype for dtype in rule.dtypes]
             check_whole(array, name, shape, rule.why, dtypes, spec.device, "q", is_written=rule.is_written)
             if array.size:
                 check_base(array, name, rule.alignment)

@@ -89,7 +89,7 @@ def compared(arrays: Sequence[Any], pairs: Iterable[tuple[int, int]]) -> Compare
     The bytes are those from the first to the last one, of GPU arrays whose strides are not negative; 0 on the host,
     where NumPy compares. Arrays that are None or empty, and host metadata beside GPU arrays, overlap nothing.
     """
-    on_host = isinstance(arrays[-1], np.ndarray)
+    on_host = all(array is None or isinstance(array, np.ndarray) for array in arrays)
     sizes = [
         -1 if array is None or not array.size or isinstance(array, np.ndarray) is not on_host
         else 0 if on_host

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class HopperRun:
         self._addresses: Addresses = {}
         self._layers_of = functools.lru_cache(maxsize=8)(self._new_layers)  # by the pools' shape and strides
         self._layer: Callable[[int, int], _Layer]  # by the pools' addresses
+        self._scoring = tuple(scoring(layout).values())
         self._q_strides, self._out_form = (0, 0), (0, 0, 0, False)
         self._out_geometry: tensor_map.OutGeometry | None = None  # None: fewer rows than a box, so none is sent
         self._extents, self._grid = (0, 0), 0
@@ -47,11 +48,11 @@ class HopperRun:
         self._out_geometry = tensor_map.out_geometry(*run.q_shape, spec.group_size) if self._recipe.sends else None
         self._extents, self._grid = (rows, tiles), min(self._layout.card.num_sms, grid)
 
-    def launch(self, stream: int, addresses: tuple[int, ...]) -> None:
-        """addresses: RUN_ADDRESSES, 0 for what is not given."""
-        q, k, v, out, lse, sinks = addresses
+    def launch(self, stream: int, addresses: Sequence[int]) -> None:
+        """addresses: of K, V and RunArrays, 0 for what is not given."""
+        k, v, q, out, lse, *scored_by = addresses
         layer, geometry = self._layer(k, v), self._out_geometry
-        layer.write(q, *self._q_strides, out, lse, sinks, *self._out_form)
+        layer.write(q, *self._q_strides, out, lse, *self._out_form, *scored_by, *self._scoring)
         if layer.extents != self._extents:
             layer.tile_list["q_rows"], layer.tile_list["num_tiles"] = layer.extents = self._extents
         if geometry is not None and layer.sends_to != (out, geometry):
@@ -68,7 +69,7 @@ class HopperRun:
             pools = {"k": self._pool(k, shape, k_strides), "v": self._pool(v, shape, v_strides)}
             launch = self._prepare(self._fields() | pools)
             place(launch, self._addresses)
-            return _Layer(launch, launch.writer("q", "to"), launch.params["list"], launch.params["out_map"])
+            return _Layer(launch, launch.writer("q", "scoring"), launch.params["list"], launch.params["out_map"])
 
         return functools.lru_cache(maxsize=1024)(make)
 
@@ -92,7 +93,6 @@ class HopperRun:
                 "num_kv_heads": spec.num_kv_heads,
             },
             "box_tokens": tensor_map.box_tokens(spec.page_size),
-            "scoring": scoring(self._layout),
         }
 
 
@@ -101,7 +101,7 @@ class _Layer:
     """The launch for a layer's pools, and the fields that runs write."""
 
     launch: Launch
-    write: Callable[..., None]  # from "q" to "to"
+    write: Callable[..., None]  # from "q" to "scoring"
     tile_list: Any
     out_map: Any
     extents: tuple[int, int] = (-1, -1)  # rows and tiles that tile_list has

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..compile import Launch, Recipe, fast_divide, fill, prepare
+from ..compile import Launch, Recipe, fast_divide, fill, load_source, params_dtype, prepare
 from ..plan_layout import DecodeLayout, PrefillLayout
 from ..recipes import RunShape
-from ..spec import RunArrays
 
 Addresses = Mapping[str, int]  # of a plan's buffers and its status word, by name
-RUN_ADDRESSES = ("q", "k", "v", *RunArrays._fields[1:])  # of a run's arrays, as the kernels' parameters begin
 
 
 class DirectRun:
@@ -20,7 +18,8 @@ class DirectRun:
     def __init__(self, recipe: Recipe, device: str, fields: Mapping[str, Any], *, last: str) -> None:
         """last: the last field that the shape of a run decides."""
         self._launch = prepare(recipe, device, fields)
-        self._write_addresses = self._launch.writer(RUN_ADDRESSES[0], RUN_ADDRESSES[-1])
+        self._write_addresses = self._launch.writer("k", "scoring")
+        self._scoring = tuple(fields["scoring"].values())
         self._write_shape = self._launch.writer("q_row_stride", last)
         self._grid = 0
 
@@ -40,9 +39,9 @@ class DirectRun:
         )
         self._grid = grid
 
-    def launch(self, stream: int, addresses: tuple[int, ...]) -> None:
-        """addresses: RUN_ADDRESSES, 0 for what is not given."""
-        self._write_addresses(*addresses)
+    def launch(self, stream: int, addresses: Sequence[int]) -> None:
+        """addresses: of K, V and RunArrays, 0 for what is not given."""
+        self._write_addresses(*addresses, *self._scoring)
         self._launch(stream, self._grid)
 
 
@@ -53,8 +52,9 @@ def place(launch: Launch, addresses: Addresses) -> None:
 
 
 def scoring(layout: DecodeLayout | PrefillLayout) -> dict[str, Any]:
-    """The fields of Scoring."""
-    return {"sm_scale": layout.spec.scoring.sm_scale, "logits_soft_cap": layout.spec.scoring.logits_soft_cap}
+    """The fields of the kernels' Scoring behind its addresses, by the names of the spec's."""
+    names, options = params_dtype(load_source("scores.cuh"), "Scoring").names or (), layout.spec.scoring._asdict()
+    return {name: options[name] for name in names if name in options}
 
 
 def positions(layout: DecodeLayout | PrefillLayout) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from .. import recipes
 from ..compile import Launch, Recipe, fast_divide, prepare
 from ..plan_layout import DecodeLayout, PrefillLayout
-from ..recipes import DecodeRecipe, HopperPrefillRecipe, PrefillRecipe, RunShape, row_blocks, with_sinks
+from ..recipes import DecodeRecipe, HopperPrefillRecipe, PrefillRecipe, RunShape, row_blocks, with_constants
 from .hopper import HopperRun
 from .runs import Addresses, DirectRun, place, positions, scoring
 
@@ -56,7 +56,7 @@ class DecodeSteps:
         """Items past the run's batch belong to rows that q does not have."""
         assert self._layout.spec.q_len is not None
         batch, recipe = run.q_shape[0] // self._layout.spec.q_len, self._layout.recipe
-        bound = self._runs[with_sinks(recipe) if run.has_sinks else recipe]
+        bound = self._runs[with_constants(recipe, run.constants)]
         bound.bind(run, self._layout.grid(batch), batch)
         self.launch_run = bound.launch
 
@@ -93,7 +93,7 @@ class PrefillSteps:
 
     def bind(self, run: RunShape) -> None:
         recipe = next(recipe for recipe in self._layout.recipes if recipe.accepts(run))
-        self.recipe = with_sinks(recipe) if run.has_sinks else recipe
+        self.recipe = with_constants(recipe, run.constants)
         rows, spec = run.q_shape[0], self._layout.spec
         tiles = recipe.most_tiles(rows * spec.group_size, self._layout.capacities.requests)
         bound = self._runs[self.recipe]

@@ -33,12 +33,17 @@ INPUTS = [
     )
 ]
 made: list[Any] = []
+updates: list[Any] = []
 
 
 class CountedPlan(cuda.Plan):
     def __init__(self, *given: Any, **options: Any) -> None:
         made.append(None)
         super().__init__(*given, **options)
+
+    def update(self, *given: Any) -> None:
+        updates.append(None)
+        super().update(*given)
 
 
 cuda.Plan = CountedPlan  # type: ignore[misc]
@@ -77,6 +82,41 @@ def in_turns(rng: np.random.Generator) -> Iterator[bool]:
     other.start()
     other.join()
     yield results == [True] * 3 and len(made) == before + 1
+
+
+def layers(rng: np.random.Generator) -> Iterator[bool]:
+    """The layers of a step, whose metadata the host has, are planned once; metadata that has changed in place is seen,
+    and a device's is copied each time, as nobody knows."""
+    plans._kept.plans.clear()
+    for i in (0, 3):
+        inputs, kv, table, q = INPUTS[i], INPUTS[i].kv(cupy.asarray), INPUTS[i].table(), cupy.asarray(INPUTS[i].q)
+        on_host = inputs.kv(), table
+
+        def call(q: Any, kv: Any, table: Any, qo_indptr: Any = inputs.qo_indptr, is_decode: bool = i == 0) -> Any:
+            return pa.decode(q, kv, table) if is_decode else pa.prefill(q, qo_indptr, kv, table)
+
+        for _ in range(2):
+            before = len(updates)
+            right = call(inputs.q, *on_host).astype(np.float32)
+            for _ in range(3):
+                yield bool(np.allclose(call(q, kv, table).host.astype(np.float32), right, rtol=0.01, atol=0.01))
+            yield len(updates) == before + 1
+            inputs.indices[:2] = inputs.indices[1::-1]  # of the first request: its first two pages change places
+        try:
+            inputs.indices[0] += 1000
+            call(q, kv, table)
+            yield False
+        except pa.PageTableError:
+            inputs.indices[0] -= 1000
+        inputs.indices[:2] = inputs.indices[1::-1]
+    before = len(updates)
+    yield all(is_right(0, cupy.asarray) for _ in range(2)) and len(updates) == before + 2
+    inputs = INPUTS[3]
+    try:  # a qo_indptr that ends elsewhere than q is refused as in a first call
+        pa.prefill(cupy.asarray(inputs.q[1:]), inputs.qo_indptr, inputs.kv(cupy.asarray), inputs.table())
+        yield False
+    except pa.PageTableError as error:
+        yield error.field == "qo_indptr"
 
 
 def bounded(rng: np.random.Generator) -> Iterator[bool]:
@@ -137,5 +177,5 @@ def errors(rng: np.random.Generator) -> Iterator[bool]:
 
 if __name__ == "__main__":
     rng = np.random.default_rng(0)
-    works = (in_turns, bounded, faults, errors)
+    works = (in_turns, layers, bounded, faults, errors)
     print(json.dumps({work.__name__: list(work(rng)) for work in works}))

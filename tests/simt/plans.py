@@ -21,6 +21,7 @@ from paged_attn.card import A100, Card
 from paged_attn.launches.steps import steps_of
 from paged_attn.plan_layout import Capacities, PrefillLayout, plan_layout
 from paged_attn.recipes import DecodeRecipe, RunShape
+from paged_attn.spec import RunArrays
 from tests.cases import Inputs
 from tests.simt import card as shim
 from tests.specs import spec_of
@@ -75,19 +76,10 @@ class HostPlan:
         self, q: np.ndarray, kv: pa.PagedKV, out: np.ndarray, lse: np.ndarray | None, sinks: np.ndarray | None = None
     ) -> None:
         """q, out, lse: rows."""
-        shape = RunShape(
-            q_shape=q.shape,
-            q_strides=q.strides[:2],
-            has_sinks=sinks is not None,
-            out_strides=out.strides[:2],
-            out_is_float32=out.dtype == np.float32,
-            pool_shape=(kv.num_pages, kv.page_size, kv.num_kv_heads, kv.head_dim),
-            k_strides=kv.k_strides,
-            v_strides=kv.v_strides,
-        )
+        arrays = RunArrays(q, out, lse, sinks)
         with _on_shim(self._reverse, **self._compiler):
-            self._steps.bind(shape)
-            self._steps.launch_run(0, tuple(map(_address, (q, kv.k_pages, kv.v_pages, out, lse, sinks))))
+            self._steps.bind(RunShape.of(arrays, kv))
+            self._steps.launch_run(0, tuple(map(_address, (kv.k_pages, kv.v_pages, *arrays))))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import cupy
@@ -99,46 +100,23 @@ class Plan:
         steps.place(addresses | {"status": self._status.data.ptr})
         self._steps = steps
 
-    def run(self, spec: AttentionSpec, arrays: RunArrays, kv: KVPages, signature: tuple[Any, ...]) -> None:
+    def run(
+        self, spec: AttentionSpec, arrays: RunArrays, kv: KVPages, addresses: Sequence[int], signature: Any
+    ) -> None:
         """Attend. signature: equal to that of the run before where nothing but addresses differs from it."""
         stream: int = cupy.cuda.get_current_stream(self._index).ptr
         if cupy.cuda.runtime.streamIsCapturing(stream):
             self._check_capturable("run")
             self._keep_with_graph(stream)
         if signature != self._signature:
-            self._bind(arrays, kv)
+            self._signature = None
+            self._steps.bind(RunShape.of(arrays, kv))
             self._signature = signature
-        q, out, lse, sinks = arrays
-        addresses = (
-            q.data.ptr,
-            kv.k_address,
-            kv.v_address,
-            out.data.ptr,
-            0 if lse is None else lse.data.ptr,
-            0 if sinks is None else sinks.data.ptr,
-        )
         if cupy.cuda.runtime.getDevice() == self._index:
             self._steps.launch_run(stream, addresses)
         else:
             with current_device(self._device):
                 self._steps.launch_run(stream, addresses)
-
-    def _bind(self, arrays: RunArrays, kv: KVPages) -> None:
-        """Write what the signature of a run decides."""
-        self._signature = None
-        q, out = arrays.q, arrays.out
-        self._steps.bind(
-            RunShape(
-                q_shape=q.shape,
-                q_strides=q.strides[:2],
-                has_sinks=arrays.sinks is not None,
-                out_strides=out.strides[:2],
-                out_is_float32=out.dtype.itemsize == 4,
-                pool_shape=(kv.num_pages, kv.page_size, kv.num_kv_heads, kv.head_dim),
-                k_strides=kv.k_strides,
-                v_strides=kv.v_strides,
-            )
-        )
 
     def _check_capturable(self, call: str) -> None:
         if self._one_shot:
