@@ -5,56 +5,45 @@
 //   1 <= last_page_len[i] <= page_size where row i has a page  page_offset[i] >= 0   total_len[i] >= 0
 //   where row i has a page, the position of its last token is below 2^31
 //
-// in    indptr        [batch + 1] int
-//       indices       [num_indices] int
-//       last_page_len [batch] int
-//       page_offset   [batch] int or null
-//       total_len     [batch] int or null
-// out   status        Status               one of the faults, the first that a thread meets
+// in    table    Table               its arrays and sizes (table_rows.cuh)
+// out   status   Status              one of the faults, the first that a thread meets
 //
 // gridDim.x / batch blocks a row; a row's first thread checks what there is one of in a row.
 #include "page_table.cuh"
 #include "table_rows.cuh"
 
 struct CheckParams {
-    const int* indptr;         // [batch + 1]
-    const int* indices;        // [num_indices]
-    const int* last_page_len;  // [batch]
-    const int* page_offset;    // [batch] or null
-    const int* total_len;      // [batch] or null
-    Status* status;            // [1]
-    int batch;
-    int num_indices;
-    int page_size;
-    int page_stride;
-    int num_pages;  // of the pool
+    Table table;
+    Status* status;  // [1]
+    int num_pages;   // of the pool
 };
 
 extern "C" __global__ void __launch_bounds__(256) check_table(const __grid_constant__ CheckParams p) {
-    const RowPart of = row_part(blockIdx.x, gridDim.x, p.batch);
-    if (of.row >= p.batch) return;
-    const Range pages = checked_range(p.indptr, of.row, p.num_indices, FAULT_INDPTR, p.status);
+    const RowPart of = row_part(blockIdx.x, gridDim.x, p.table.batch);
+    if (of.row >= p.table.batch) return;
+    const Table& table = p.table;
+    const Range pages = pages_of(table, of.row, p.status);
 
     // 1. The numbers of the row.
     if (of.part == 0 && threadIdx.x == 0) {
-        const int page_offset = p.page_offset ? p.page_offset[of.row] : 0;
+        const int page_offset = table.page_offset ? table.page_offset[of.row] : 0;
         if (page_offset < 0) record_fault(p.status, FAULT_PAGE_OFFSET, of.row, page_offset);
-        if (p.total_len && p.total_len[of.row] < 0)
-            record_fault(p.status, FAULT_TOTAL_LEN, of.row, p.total_len[of.row]);
+        if (table.total_len && table.total_len[of.row] < 0)
+            record_fault(p.status, FAULT_TOTAL_LEN, of.row, table.total_len[of.row]);
         if (pages.end > pages.begin) {
-            const int last_page_len = p.last_page_len[of.row];
-            if (last_page_len < 1 || last_page_len > p.page_size)
+            const int last_page_len = table.last_page_len[of.row];
+            if (last_page_len < 1 || last_page_len > table.page_size)
                 record_fault(p.status, FAULT_LAST_PAGE_LEN, of.row, last_page_len);
             const i64 end =
-                end_position(pages.end - pages.begin, last_page_len, p.page_size, page_offset, p.page_stride);
+                end_position(pages.end - pages.begin, last_page_len, table.page_size, page_offset, table.page_stride);
             if (end > INT_LARGEST)
-                record_fault(p.status, p.page_offset ? FAULT_PAGE_OFFSET : FAULT_INDPTR, of.row, end);
+                record_fault(p.status, table.page_offset ? FAULT_PAGE_OFFSET : FAULT_INDPTR, of.row, end);
         }
     }
 
     // 2. Its pages.
     for (i64 entry = first_entry(pages, of); entry < pages.end; entry += entry_step(of)) {
-        const int page = p.indices[entry];
+        const int page = table.indices[entry];
         if (page < 0 || page >= p.num_pages) record_fault(p.status, FAULT_INDICES, int(entry), page);
     }
 }

@@ -62,7 +62,7 @@ __device__ __forceinline__ int first_entry_of_all(const ScheduleParams& p) {
 }
 
 // The request's entries of page_ids. In indices they are stored `first` entries further on.
-__device__ __forceinline__ Range pages_of(const ScheduleParams& p, int first, int row) {
+__device__ __forceinline__ Range kept_pages_of(const ScheduleParams& p, int first, int row) {
     const Range pages = checked_range(p.indptr, row, p.num_indices, FAULT_INDPTR, p.status);
     const int begin = pages.begin - first, end = pages.end - first;
     if (begin >= 0 && end <= p.max_pages) return {begin, end, pages.is_wrong};
@@ -78,7 +78,7 @@ __device__ __forceinline__ Request kv_part_of(const ScheduleParams& p, int row) 
         record_fault(p.status, FAULT_PAGE_OFFSET, row, request.page_offset);
         request.page_offset = 0;
     }
-    const Range pages = pages_of(p, first_entry_of_all(p), row);
+    const Range pages = kept_pages_of(p, first_entry_of_all(p), row);
     const int num_pages = p.num_pages > 0 ? pages.end - pages.begin : 0;
     if (num_pages > 0) {
         int last_page_len = p.last_page_len[row];
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(1024) plan_requests(const __grid_co
         const RowPart of = row_part(blockIdx.x - 1, gridDim.x - 1, p.batch);
         if (of.row >= batch) return;
         const int first = first_entry_of_all(p);
-        const Range pages = pages_of(p, first, of.row);
+        const Range pages = kept_pages_of(p, first, of.row);
         for (i64 entry = first_entry(pages, of); entry < pages.end; entry += entry_step(of)) {
             int page = p.indices[first + entry];
             if (page < 0 || page >= p.num_pages) {

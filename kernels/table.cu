@@ -1,7 +1,6 @@
 // table: operations on page tables and on whole pages, one small kernel each.
 //
-// A table is indptr [batch + 1], indices [num_indices], last_page_len [batch], and optionally page_offset, total_len
-// [batch], all int: request i has the pages indices[indptr[i] .. indptr[i + 1]), full but for the last one.
+// A table that is read is a Table, one that is written an OutTable (table_rows.cuh).
 //
 //   seq_lens            tokens of each request
 //   split_rows, _pages  row c * batch + i = pages [c * n / num_chunks, (c + 1) * n / num_chunks) of request i, n = its
@@ -26,40 +25,25 @@
 // ---- seq_lens -------------------------------------------------------------------------------------------------------
 
 struct SeqLensParams {
-    const int* indptr;         // [batch + 1]
-    const int* last_page_len;  // [batch]
-    int* seq_lens;             // [batch], out
-    int batch;
-    int page_size;
+    Table table;
+    int* seq_lens;  // [batch], out
 };
 
 extern "C" __global__ void __launch_bounds__(256) seq_lens(const __grid_constant__ SeqLensParams p) {
     const i64 row = i64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (row >= p.batch) return;
-    const int num_pages = int(clamp(i64(p.indptr[row + 1]) - p.indptr[row], 0, INT_LARGEST));
-    p.seq_lens[row] = int(clamp(seq_len_of(num_pages, p.last_page_len[row], p.page_size), 0, INT_LARGEST));
+    if (row >= p.table.batch) return;
+    const int num_pages = int(clamp(i64(p.table.indptr[row + 1]) - p.table.indptr[row], 0, INT_LARGEST));
+    const i64 seq_len = seq_len_of(num_pages, p.table.last_page_len[row], p.table.page_size);
+    p.seq_lens[row] = int(clamp(seq_len, 0, INT_LARGEST));
 }
 
 // ---- split ----------------------------------------------------------------------------------------------------------
 
 struct SplitParams {
-    const int* indptr;         // [batch + 1]
-    const int* indices;        // [num_indices]
-    const int* last_page_len;  // [batch]
-    const int* page_offset;    // [batch] or null: 0
-    const int* total_len;      // [batch] or null: seq_len
-    int* out_indptr;           // [num_chunks * batch + 1]
-    int* out_indices;          // [out_num_indices]
-    int* out_last_page_len;    // [num_chunks * batch]
-    int* out_page_offset;      // [num_chunks * batch]
-    int* out_total_len;        // [num_chunks * batch]
-    Status* status;            // [1]
-    int batch;
+    Table table;
+    OutTable out;    // num_chunks * batch rows
+    Status* status;  // [1]
     int num_chunks;
-    int num_indices;
-    int out_num_indices;
-    int page_size;
-    int page_stride;
 };
 
 // Row `row` of the split table: a chunk of the pages of a request.
@@ -70,10 +54,10 @@ struct Chunk {
 };
 
 __device__ __forceinline__ Chunk chunk_of(const SplitParams& p, int row) {
-    const int index = row / p.batch;
+    const int index = row / p.table.batch;
     Chunk chunk;
-    chunk.request = row % p.batch;
-    chunk.all = checked_range(p.indptr, chunk.request, p.num_indices, FAULT_INDPTR, p.status);
+    chunk.request = row % p.table.batch;
+    chunk.all = pages_of(p.table, chunk.request, p.status);
     const i64 num_pages = chunk.all.end - chunk.all.begin;
     chunk.used.begin = chunk.all.begin + int(index * num_pages / p.num_chunks);
     chunk.used.end = chunk.all.begin + int((index + 1) * num_pages / p.num_chunks);
@@ -83,7 +67,8 @@ __device__ __forceinline__ Chunk chunk_of(const SplitParams& p, int row) {
 extern "C" __global__ void __launch_bounds__(1024) split_rows(const __grid_constant__ SplitParams p) {
     extern __shared__ __align__(1024) unsigned char shared_memory[];
     i64* warp_totals = reinterpret_cast<i64*>(shared_memory);
-    const int rows = p.num_chunks * p.batch;
+    const Table& table = p.table;
+    const int rows = p.num_chunks * table.batch;
     i64 pages = 0;  // of all rows before
     for (int first = 0; first < rows; first += blockDim.x) {
         const int row = first + threadIdx.x;
@@ -93,30 +78,30 @@ extern "C" __global__ void __launch_bounds__(1024) split_rows(const __grid_const
         const i64 before = scan_before(num_pages, pages, warp_totals, Sum());
         if (row >= rows) continue;
 
-        const Range out = placed(row, before, num_pages, p.out_num_indices, p.status);
+        const Range out = placed(row, before, num_pages, p.out.num_indices, p.status);
         const bool whole = out.end - out.begin == num_pages;
-        const int last_page_len = p.last_page_len[chunk.request];
-        const i64 seq_len = seq_len_of(chunk.all.end - chunk.all.begin, last_page_len, p.page_size);
-        const i64 skipped = i64(chunk.used.begin - chunk.all.begin) * p.page_stride;
-        p.out_indptr[row] = out.begin;
-        p.out_last_page_len[row] = out.end == out.begin                       ? 0
+        const int last_page_len = table.last_page_len[chunk.request];
+        const i64 seq_len = seq_len_of(chunk.all.end - chunk.all.begin, last_page_len, table.page_size);
+        const i64 skipped = i64(chunk.used.begin - chunk.all.begin) * table.page_stride;
+        p.out.indptr[row] = out.begin;
+        p.out.last_page_len[row] = out.end == out.begin                       ? 0
                                    : whole && chunk.used.end == chunk.all.end ? last_page_len
-                                                                              : p.page_size;
-        p.out_page_offset[row] =
-            int(clamp((p.page_offset ? p.page_offset[chunk.request] : 0) + skipped, -INT_LARGEST, INT_LARGEST));
-        p.out_total_len[row] = p.total_len ? p.total_len[chunk.request] : int(clamp(seq_len, 0, INT_LARGEST));
+                                                                              : table.page_size;
+        p.out.page_offset[row] =
+            int(clamp((table.page_offset ? table.page_offset[chunk.request] : 0) + skipped, -INT_LARGEST, INT_LARGEST));
+        p.out.total_len[row] = table.total_len ? table.total_len[chunk.request] : int(clamp(seq_len, 0, INT_LARGEST));
     }
-    if (threadIdx.x == 0) p.out_indptr[rows] = int(clamp(pages, 0, p.out_num_indices));
+    if (threadIdx.x == 0) p.out.indptr[rows] = int(clamp(pages, 0, p.out.num_indices));
 }
 
 extern "C" __global__ void __launch_bounds__(256) split_pages(const __grid_constant__ SplitParams p) {
-    const int rows = p.num_chunks * p.batch;
+    const int rows = p.num_chunks * p.table.batch;
     const RowPart of = row_part(blockIdx.x, gridDim.x, rows);
     if (of.row >= rows) return;
-    const Range out = {p.out_indptr[of.row], p.out_indptr[of.row + 1]};
+    const Range out = {p.out.indptr[of.row], p.out.indptr[of.row + 1]};
     const i64 from = i64(chunk_of(p, of.row).used.begin) - out.begin;
     for (i64 entry = first_entry(out, of); entry < out.end; entry += entry_step(of))
-        p.out_indices[entry] = p.indices[from + entry];
+        p.out.indices[entry] = p.table.indices[from + entry];
 }
 
 // ---- from and to a block table --------------------------------------------------------------------------------------
@@ -124,15 +109,12 @@ extern "C" __global__ void __launch_bounds__(256) split_pages(const __grid_const
 struct FromBlockTableParams {
     const int* block_table;  // [batch, width]
     const int* seq_lens;     // [batch]
-    int* out_indptr;         // [batch + 1]
-    int* out_indices;        // [out_num_indices]
-    int* out_last_page_len;  // [batch]
+    OutTable out;            // batch rows
     Status* status;          // [1]
     i64 row_stride;          // of block_table, in elements
     i64 column_stride;
     int batch;
     int width;
-    int out_num_indices;
     int page_size;
 };
 
@@ -152,63 +134,55 @@ extern "C" __global__ void __launch_bounds__(1024) block_table_rows(const __grid
         const i64 before = scan_before(num_pages, pages, warp_totals, Sum());
         if (row >= p.batch) continue;
 
-        const Range out = placed(row, before, num_pages, p.out_num_indices, p.status);
-        p.out_indptr[row] = out.begin;
-        p.out_last_page_len[row] = out.end == out.begin              ? 0
+        const Range out = placed(row, before, num_pages, p.out.num_indices, p.status);
+        p.out.indptr[row] = out.begin;
+        p.out.last_page_len[row] = out.end == out.begin              ? 0
                                    : out.end - out.begin < num_pages ? p.page_size
                                                                      : int(seq_len - (num_pages - 1) * p.page_size);
     }
-    if (threadIdx.x == 0) p.out_indptr[p.batch] = int(clamp(pages, 0, p.out_num_indices));
+    if (threadIdx.x == 0) p.out.indptr[p.batch] = int(clamp(pages, 0, p.out.num_indices));
 }
 
 extern "C" __global__ void __launch_bounds__(256) block_table_pages(const __grid_constant__ FromBlockTableParams p) {
     const RowPart of = row_part(blockIdx.x, gridDim.x, p.batch);
     if (of.row >= p.batch) return;
-    const Range out = {p.out_indptr[of.row], p.out_indptr[of.row + 1]};
+    const Range out = {p.out.indptr[of.row], p.out.indptr[of.row + 1]};
     for (i64 entry = first_entry(out, of); entry < out.end; entry += entry_step(of)) {
         const i64 column = entry - out.begin;
         const int page = p.block_table[of.row * p.row_stride + column * p.column_stride];
         if (page < 0)
             record_fault(p.status, FAULT_BLOCK_TABLE, int(clamp(of.row * i64(p.width) + column, 0, INT_LARGEST)), page);
-        p.out_indices[entry] = page;
+        p.out.indices[entry] = page;
     }
 }
 
 struct ToBlockTableParams {
-    const int* indptr;   // [batch + 1]
-    const int* indices;  // [num_indices]
-    int* block_table;    // [batch, width], out
-    Status* status;      // [1]
-    int batch;
-    int num_indices;
+    Table table;
+    int* block_table;  // [batch, width], out
+    Status* status;    // [1]
     int width;
 };
 
 extern "C" __global__ void __launch_bounds__(256) to_block_table(const __grid_constant__ ToBlockTableParams p) {
     const i64 at = i64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at >= i64(p.batch) * p.width) return;
+    if (at >= i64(p.table.batch) * p.width) return;
     const int row = int(at / p.width), column = int(at % p.width);
-    const Range pages = checked_range(p.indptr, row, p.num_indices, FAULT_INDPTR, p.status);
+    const Range pages = pages_of(p.table, row, p.status);
     const int num_pages = pages.end - pages.begin;
     if (column == 0 && num_pages > p.width) record_fault(p.status, FAULT_MAX_PAGES, row, num_pages);
-    p.block_table[at] = column < num_pages ? p.indices[pages.begin + column] : -1;
+    p.block_table[at] = column < num_pages ? p.table.indices[pages.begin + column] : -1;
 }
 
 // ---- slots ----------------------------------------------------------------------------------------------------------
 
 struct TableSlotsParams {
-    const int* indptr;         // [batch + 1]
-    const int* indices;        // [num_indices]
-    const int* page_offset;    // [batch] or null: 0
+    Table table;
     const int* batch_indices;  // [tokens]
     const int* positions;      // [tokens], in the whole sequence
     i64* slots;                // [tokens], out
     Status* status;            // [1]
     FastDivide page_size;
-    int batch;
-    int num_indices;
     int tokens;
-    int page_stride;
 };
 
 extern "C" __global__ void __launch_bounds__(256) table_slots(const __grid_constant__ TableSlotsParams p) {
@@ -218,17 +192,18 @@ extern "C" __global__ void __launch_bounds__(256) table_slots(const __grid_const
 
     // 1. The page of the whole sequence, and its number among the pages of this table: every page_stride-th is here.
     const int request = p.batch_indices[token], position = p.positions[token];
-    if (request < 0 || request >= p.batch) return record_fault(p.status, FAULT_BATCH_INDICES, int(token), request);
+    const Table& table = p.table;
+    if (request < 0 || request >= table.batch) return record_fault(p.status, FAULT_BATCH_INDICES, int(token), request);
     if (position < 0) return record_fault(p.status, FAULT_POSITIONS, int(token), position);
-    const Range pages = checked_range(p.indptr, request, p.num_indices, FAULT_INDPTR, p.status);
+    const Range pages = pages_of(table, request, p.status);
     const int page_in_sequence = divide(position, p.page_size);
-    const i64 behind = i64(page_in_sequence) - (p.page_offset ? p.page_offset[request] : 0);
-    if (behind < 0 || behind % p.page_stride) return;
-    const i64 entry = pages.begin + behind / p.page_stride;
+    const i64 behind = i64(page_in_sequence) - (table.page_offset ? table.page_offset[request] : 0);
+    if (behind < 0 || behind % table.page_stride) return;
+    const i64 entry = pages.begin + behind / table.page_stride;
     if (entry >= pages.end) return;
 
     // 2. That page in the pool.
-    const int page = p.indices[entry];
+    const int page = table.indices[entry];
     if (page < 0) return record_fault(p.status, FAULT_INDICES, int(entry), page);
     const int page_size = int(p.page_size.divisor);
     p.slots[token] = i64(page) * page_size + (position - page_in_sequence * page_size);
@@ -258,35 +233,32 @@ struct BuildTableParams {
     const int* starts;         // [batch], where a sequence's pages begin in page_lists
     const int* indptr;         // [batch + 1]
     const int* last_page_len;  // [batch]
-    int* out_indptr;           // [capacity + 1], rows past batch repeat the last entry
-    int* out_last_page_len;    // [capacity], 0 past batch
-    int* out_indices;          // [out_num_indices]
+    OutTable out;              // capacity rows, those past batch without pages
     Status* status;            // [1]
     int num_entries;
     int batch;
     int capacity;  // >= batch
-    int out_num_indices;
 };
 
 extern "C" __global__ void __launch_bounds__(256) build_table(const __grid_constant__ BuildTableParams p) {
     // 1. indptr and last_page_len, all blocks together.
     const i64 step = i64(gridDim.x) * blockDim.x;
     for (i64 row = i64(blockIdx.x) * blockDim.x + threadIdx.x; row <= p.capacity; row += step) {
-        p.out_indptr[row] = p.indptr[row < p.batch ? int(row) : p.batch];
-        if (row < p.capacity) p.out_last_page_len[row] = row < p.batch ? p.last_page_len[row] : 0;
+        p.out.indptr[row] = p.indptr[row < p.batch ? int(row) : p.batch];
+        if (row < p.capacity) p.out.last_page_len[row] = row < p.batch ? p.last_page_len[row] : 0;
     }
     if (p.batch <= 0) return;
 
     // 2. The pages of the block's sequence.
     const RowPart of = row_part(blockIdx.x, gridDim.x, p.batch);
     if (of.row >= p.batch) return;
-    const Range out = checked_range(p.indptr, of.row, p.out_num_indices, FAULT_INDPTR, p.status);
+    const Range out = checked_range(p.indptr, of.row, p.out.num_indices, FAULT_INDPTR, p.status);
     const int start = p.starts[of.row];
     if (start < 0 || start > p.num_entries - (out.end - out.begin))
         return record_fault(p.status, FAULT_INDICES, of.row, start);
     const i64 from = i64(start) - out.begin;
     for (i64 entry = first_entry(out, of); entry < out.end; entry += entry_step(of))
-        p.out_indices[entry] = p.page_lists[from + entry];
+        p.out.indices[entry] = p.page_lists[from + entry];
 }
 
 // ---- whole pages ----------------------------------------------------------------------------------------------------

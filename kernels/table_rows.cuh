@@ -38,6 +38,33 @@ __device__ __forceinline__ Range checked_range(const int* indptr, int row, int l
     return {0, 0, true};
 }
 
+// A page table: request i has the pages indices[indptr[i] .. indptr[i + 1]), full but for the last one.
+struct Table {
+    const int* indptr;         // [batch + 1]
+    const int* indices;        // [num_indices]
+    const int* last_page_len;  // [batch]
+    const int* page_offset;    // [batch] or null: 0
+    const int* total_len;      // [batch] or null: seq_len
+    int batch;
+    int num_indices;
+    int page_size;
+    int page_stride;
+};
+
+__device__ __forceinline__ Range pages_of(const Table& table, int row, Status* status) {
+    return checked_range(table.indptr, row, table.num_indices, FAULT_INDPTR, status);
+}
+
+// A table that is written; page_offset and total_len by split alone.
+struct OutTable {
+    int* indptr;         // [rows + 1]
+    int* indices;        // [num_indices]
+    int* last_page_len;  // [rows]
+    int* page_offset;    // [rows]
+    int* total_len;      // [rows]
+    int num_indices;
+};
+
 // The position after the last token of a request with pages; it must fit into an int, beyond which it is not exact.
 __device__ __forceinline__ i64 end_position(i64 num_pages, int last_page_len, int page_size, int page_offset,
                                             int page_stride) {

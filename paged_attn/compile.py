@@ -275,18 +275,16 @@ class Launch:
 
         It takes one int or float a field, and those of a nested struct one by one. Addresses are ints.
         """
-        dtype = self.params.dtype
-        names = list(dtype.names or ())
-        offsets = {name: offset for name, (_, offset, *_) in (dtype.fields or {}).items()}
+        fields, names = self.params.dtype.fields or {}, list(self.params.dtype.names or ())
         names = names[names.index(first) if first else 0 : names.index(last) + 1 if last else None]
-        codes, end = "=", offsets[names[0]]
-        for name in names:
-            field, offset = dtype[name], offsets[name]
-            parts = [field[part] for part in field.names] if field.names else [field]
-            codes += "x" * (offset - end) + "".join(part.char for part in parts)
-            end = offset + field.itemsize
+        codes, begin = "=", fields[names[0]][1]
+        end = begin
+        for field, offset, *_ in (fields[name] for name in names):
+            for part, inside, *_ in (field.fields or {"": (field, 0)}).values():
+                codes += "x" * (offset + inside - end) + part.char
+                end = offset + inside + part.itemsize
         record = struct.Struct(codes)
-        return functools.partial(record.pack_into, self.params.reshape(1).view(np.uint8).data, offsets[names[0]])
+        return functools.partial(record.pack_into, self.params.reshape(1).view(np.uint8).data, begin)
 
     def __call__(self, stream: int, grid_x: int, grid_y: int = 1, grid_z: int = 1) -> None:
         """Launches on ``stream`` (its address, ``cupy.cuda.Stream.ptr``). The kernel's device is the current one."""

@@ -305,6 +305,17 @@ def test_a_launch_is_prepared_once_and_repeated(launches: list[tuple[Any, ...]])
     assert first != launch.params.tobytes()
 
 
+def test_a_writer_steps_over_what_pads_a_nested_struct(launches: list[tuple[Any, ...]]) -> None:
+    kernel = compiled()
+    source = "struct Odd { u64 x; int y; }; struct Params { int a; Odd odd; int b; u64 c; };"
+    kernel.dtype = kernels.params_dtype(source, "Params")
+    launch = kernels.Launch(kernel, 32, kernel.params())
+    launch.writer()(1, 2, 3, 4, 5)
+    assert launch.params.item() == (1, (2, 3), 4, 5)
+    launch.writer("odd", "b")(6, 7, 8)
+    assert launch.params.item() == (1, (6, 7), 8, 5)
+
+
 def test_a_launch_in_clusters(launches: list[tuple[Any, ...]]) -> None:
     kernel = compiled()
     launch = kernels.Launch(kernel, 32, kernel.params(), cluster=2)

@@ -34,8 +34,9 @@ def check(arrays: dict[str, np.ndarray | None], parts: int = 1, **scalars: int) 
     given = {name: guarded.input(array) for name, array in arrays.items() if array is not None}
     batch, num_indices = given["last_page_len"].size, given["indices"].size
     sizes = {"page_size": PAGE_SIZE, "page_stride": 1, "num_pages": NUM_PAGES} | scalars
-    fields = {"status": status, "batch": batch, "num_indices": num_indices} | sizes
-    launch("check_table", batch * parts, 32, given | fields)
+    num_pages = sizes.pop("num_pages")
+    fields = {"table": given | {"batch": batch, "num_indices": num_indices} | sizes, "status": status}
+    launch("check_table", batch * parts, 32, fields | {"num_pages": num_pages})
     guarded.check()
     field = FAULT_FIELDS[int(status["field"])]
     return None if field == "none" else (field, int(status["index"]), int(status["value"]))

@@ -192,7 +192,7 @@ MUTATIONS = [
     ),
     Mutation(
         "table.cu", "slots of pages that others hold",
-        "if (behind < 0 || behind % p.page_stride) return;", "if (behind < 0) return;",
+        "if (behind < 0 || behind % table.page_stride) return;", "if (behind < 0) return;",
         partial(table.test_slots, 5),
     ),
     Mutation(

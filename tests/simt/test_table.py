@@ -53,8 +53,16 @@ def noisy(table: SimpleNamespace, seed: int) -> SimpleNamespace:
 
 
 def inputs(guarded: Guarded, table: SimpleNamespace, *names: str) -> dict[str, Any]:
+    """A Table with these arrays."""
     arrays = {name: getattr(table, name) for name in names}
-    return {name: guarded.input(array) for name, array in arrays.items() if array is not None}
+    fields = {name: guarded.input(array) for name, array in arrays.items() if array is not None}
+    sizes = {"batch": table.last_page_len.size, "num_indices": table.indices.size}
+    return {"table": fields | sizes | {"page_size": table.page_size, "page_stride": table.page_stride}}
+
+
+def outputs(out: SimpleNamespace) -> dict[str, Any]:
+    """An OutTable."""
+    return {"out": vars(out) | {"num_indices": out.indices.size}}
 
 
 def filled(guarded: Guarded, size: int, dtype: Any = np.int32) -> np.ndarray:
@@ -87,7 +95,7 @@ def test_seq_lens(seed: int) -> None:
         guarded = Guarded()
         out = filled(guarded, batch)
         arrays = inputs(guarded, tried, "indptr", "last_page_len")
-        launch("seq_lens", -(-batch // 32), 32, arrays | {"seq_lens": out, "batch": batch, "page_size": page_size})
+        launch("seq_lens", -(-batch // 32), 32, arrays | {"seq_lens": out})
         guarded.check()
         pages = [clamp(n) for n in np.diff(tried.indptr.astype(np.int64)).tolist()]
         assert out.tolist() == [seq_len(tried, i, n) for i, n in enumerate(pages)]
@@ -111,16 +119,7 @@ def split(table: SimpleNamespace, num_chunks: int, capacity: int, block: int = 6
     )
     status = guarded.status()
     fields = inputs(guarded, table, "indptr", "indices", "last_page_len", "page_offset", "total_len")
-    fields |= {f"out_{name}": array for name, array in vars(out).items()}
-    fields |= {
-        "status": status,
-        "batch": batch,
-        "num_chunks": num_chunks,
-        "num_indices": table.indices.size,
-        "out_num_indices": capacity,
-        "page_size": table.page_size,
-        "page_stride": table.page_stride,
-    }
+    fields |= outputs(out) | {"status": status, "num_chunks": num_chunks}
     launch("split_rows", 1, block, fields, SCAN_BYTES)
     launch("split_pages", rows * parts, 32, fields)
     guarded.check()
@@ -202,18 +201,14 @@ def from_block_table(block_table: np.ndarray, seq_lens: Any, page_size: int, cap
         indptr=filled(guarded, batch + 1), indices=filled(guarded, capacity), last_page_len=filled(guarded, batch)
     )
     status = guarded.status()
-    fields = {
+    fields = outputs(out) | {
         "block_table": given,
         "seq_lens": guarded.input(np.array(seq_lens, np.int32)),
-        "out_indptr": out.indptr,
-        "out_indices": out.indices,
-        "out_last_page_len": out.last_page_len,
         "status": status,
         "row_stride": given.strides[0] // 4,
         "column_stride": given.strides[1] // 4,
         "batch": batch,
         "width": width,
-        "out_num_indices": capacity,
         "page_size": page_size,
     }
     launch("block_table_rows", 1, 32, fields, SCAN_BYTES)
@@ -286,8 +281,8 @@ def test_to_block_table(seed: int) -> None:
     guarded = Guarded()
     block_table = guarded.output(np.full((batch, width), -77, np.int32))
     status = guarded.status()
-    sizes = {"batch": batch, "num_indices": table.indices.size, "width": width}
-    fields = inputs(guarded, table, "indptr", "indices") | sizes | {"block_table": block_table, "status": status}
+    fields = inputs(guarded, table, "indptr", "indices")
+    fields |= {"block_table": block_table, "status": status, "width": width}
     launch("to_block_table", -(-batch * width // 32), 32, fields)
     guarded.check()
     rows = [table.indices[pages_of(table, i)].tolist() for i in range(batch)]
@@ -313,10 +308,7 @@ def slots(table: SimpleNamespace, batch_indices: Any, positions: Any) -> tuple[n
         "slots": out,
         "status": status,
         "page_size": kernels.fast_divide(table.page_size),
-        "batch": table.last_page_len.size,
-        "num_indices": table.indices.size,
         "tokens": tokens,
-        "page_stride": table.page_stride,
     }
     launch("table_slots", -(-tokens // 32), 32, fields)
     guarded.check()
@@ -397,16 +389,12 @@ def update_table(
         arrays = {"update_index": guarded.input(index), "update_value": guarded.input(value)}
         launch("update_page_lists", -(-index.size // 32), 32, shared | arrays | {"num_updates": index.size})
     batch = len(starts)
-    fields = {
+    fields = outputs(out) | {
         "starts": guarded.input(np.array(starts, np.int32)),
         "indptr": guarded.input(np.array(indptr, np.int32)),
         "last_page_len": guarded.input(np.array(last_page_len, np.int32)),
-        "out_indptr": out.indptr,
-        "out_last_page_len": out.last_page_len,
-        "out_indices": out.indices,
         "batch": batch,
         "capacity": capacity,
-        "out_num_indices": max_pages,
     }
     launch("build_table", max(batch, 1) * 2, 32, shared | fields)
     guarded.check()

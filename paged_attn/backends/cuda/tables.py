@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cupy
 import numpy as np
 
 from ... import compile, lifetimes, recipes
+from ...holders import TABLE_ARRAYS, TableArrays
 from ...interop import device_index
 from .launch import launch
 from .memory import current_device, empty, is_capturing, zeros
 from .status import STATUS_BYTES, device_word
 from .uploads import upload_together
-
-if TYPE_CHECKING:
-    from ...holders import TableArrays
 
 
 def seq_lens(table: TableArrays) -> Any:
@@ -99,18 +97,16 @@ def update_table(
 
 
 def _table_fields(table: TableArrays) -> dict[str, Any]:
-    """A table by the fields that kernels know it by, and the device's status word."""
-    return {
-        "indptr": table.indptr, "indices": table.indices, "last_page_len": table.last_page_len,
-        "page_offset": table.page_offset, "total_len": table.total_len, "num_indices": table.indices.size,
-        "batch": table.batch_size, "page_size": table.page_size, "page_stride": table.page_stride,
-        "status": device_word(table.device),
-    }  # fmt: skip
+    """A table that is read, and the device's status word."""
+    sizes = table.batch_size, table.indices.size, table.page_size, table.page_stride
+    return {"table": (*_addresses(table), *sizes), "status": device_word(table.device)}
 
 
 def _out_fields(out: TableArrays) -> dict[str, Any]:
     """A table that is written."""
-    return {
-        "out_indptr": out.indptr, "out_indices": out.indices, "out_last_page_len": out.last_page_len,
-        "out_page_offset": out.page_offset, "out_total_len": out.total_len, "out_num_indices": out.indices.size,
-    }  # fmt: skip
+    return {"out": (*_addresses(out), out.indices.size)}
+
+
+def _addresses(table: TableArrays) -> list[int]:
+    arrays = (getattr(table, name) for name in TABLE_ARRAYS)
+    return [0 if array is None else array.data.ptr for array in arrays]
