@@ -158,8 +158,9 @@ def keep_with_graph(stream: int, kept: Any) -> None:
     _, graph = _capture(stream)
     try:
         semaphore = _idle_semaphores.pop()
-    except IndexError:
-        semaphore = _new_semaphore()
+    except IndexError:  # it is never freed, as a graph may outlive this interpreter, but used again
+        semaphore = int(_libc().malloc(_SEMAPHORE_BYTES))
+        _libc().sem_init(semaphore, 0, 0)
     user_object = ctypes.c_void_p()
     destroy = ctypes.cast(_libc().sem_post, ctypes.c_void_p)
     _check(_cuda().cuUserObjectCreate(ctypes.byref(user_object), semaphore, destroy, 1, _NO_DESTRUCTOR_SYNC))
@@ -173,11 +174,8 @@ def keep_with_graph(stream: int, kept: Any) -> None:
 def _capture(stream: int) -> tuple[int, int]:
     """The id and the graph of the capture that the stream is in."""
     status, number, graph = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p()
-    _check(
-        _cuda().cuStreamGetCaptureInfo_v2(
-            stream, ctypes.byref(status), ctypes.byref(number), ctypes.byref(graph), None, None
-        )
-    )
+    results = map(ctypes.byref, (status, number, graph))
+    _check(_cuda().cuStreamGetCaptureInfo_v2(stream, *results, None, None))
     return number.value, graph.value or 0
 
 
@@ -190,12 +188,6 @@ def capture_of_others() -> Iterator[None]:
         yield
     finally:
         _check(_cuda().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
-
-
-def _new_semaphore() -> int:
-    semaphore = _libc().malloc(_SEMAPHORE_BYTES)  # never freed, as a graph may outlive this interpreter; used again
-    _libc().sem_init(semaphore, 0, 0)
-    return int(semaphore)
 
 
 def _check(error: int) -> None:

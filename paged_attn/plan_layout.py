@@ -62,14 +62,8 @@ class DecodeLayout:
 
     def splits(self, batch_size: int) -> splits.DecodeSplits:
         """How a step of `batch_size` requests may be split."""
-        return splits.decode_splits(
-            batch_size,
-            self.spec.num_kv_heads,
-            self.recipe,
-            self.batch_invariant,
-            self.capacities.pages * self.spec.page_size,
-            self.card,
-        )
+        heads, most_tokens = self.spec.num_kv_heads, self.capacities.pages * self.spec.page_size
+        return splits.decode_splits(batch_size, heads, self.recipe, self.batch_invariant, most_tokens, self.card)
 
     def grid(self, batch_size: int) -> int:
         """CTAs of a run."""

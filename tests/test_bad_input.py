@@ -359,7 +359,7 @@ bad(
     ValueError,
     "out has no page_offset",
     "total_len",
-    "pass a table that split returned",
+    "pass the table that split(2)",
 )
 
 
@@ -375,7 +375,7 @@ bad(
     ValueError,
     "out has page_size=8",
     "4 and 1",
-    "pass an out made for this table",
+    "pass the table that split(2)",
 )
 bad(
     "table: split, capacity of out",
@@ -383,7 +383,7 @@ bad(
     ValueError,
     "out.indices has 2 entries",
     "the 3 of the table",
-    "make it at least as long",
+    "pass the table that split(2)",
 )
 bad(
     "table: int64 block_table",
@@ -1658,8 +1658,8 @@ bad(
     lambda w: w.cache.page_table([w.a], out=pa.PageTable.empty(2, 9, page_size=8, device=w.device)),
     ValueError,
     "out has page_size=8",
-    "page_size=4",
-    "make out with page_size=4",
+    "the cache has 4 and 1",
+    "make out with PageTable.empty(..., page_size=4, device=",
 )
 
 
@@ -1984,7 +1984,7 @@ TWO_DEVICES: dict[str, tuple[Callable[[TwoDevices], Any], type[Exception], tuple
             2, out=pa.PageTable(*(w.gpu(n, dtype=np.int32) for n in (5, 3, 4)), page_size=4, **w_positions(w))
         ),
         TypeError,
-        ("out lives on cuda:0 and the table on cpu", "pass an out made by a table on cpu"),
+        ("out lives on cuda:0 and the table on cpu", "pass the table that split("),
     ),
     "q on the host": (
         lambda w: pa.decode(w.host.q, w.kv, w.host.table),

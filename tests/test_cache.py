@@ -614,14 +614,14 @@ def test_out_must_fit_the_cache(device):
     with pytest.raises(TypeError, match="out"):
         cache.page_table([a], out=cache.page_table([a]).indptr)
     with pytest.raises(
-        ValueError, match="out has page_size=8, and the cache has page_size=4; make out with page_size=4"
+        ValueError, match=r"out has page_size=8 and .*, and the cache has 4 and 1; make out with .*page_size=4"
     ):
         cache.page_table([a], out=pa.PageTable.empty(1, 4, page_size=8, device=device))
     frozen = np.zeros(1, np.int32)
     frozen.flags.writeable = False
     if device == "cpu":
         read_only = pa.PageTable(np.zeros(2, np.int32), np.zeros(4, np.int32), frozen, page_size=4)
-        with pytest.raises(ValueError, match=r"out cannot be written: .* pass a table of PageTable\.empty"):
+        with pytest.raises(ValueError, match=r"out cannot be written: .* make out with PageTable\.empty"):
             cache.page_table([a], out=read_only)
         assert not read_only.indptr.any(), "nothing is half written"
         of_jax = pa.PageTable(
@@ -633,14 +633,14 @@ def test_out_must_fit_the_cache(device):
     mixed = pa.PageTable(whole.indptr[:4], whole.indptr, whole.last_page_len[:3], page_size=4)
     with pytest.raises(ValueError, match=r"out\.indptr overlaps out\.indices in memory"):
         cache.page_table([a], out=mixed)
-    with pytest.raises(ValueError, match=r"out has positions of its own .* PageTable\.empty"):
+    with pytest.raises(ValueError, match=r"out has positions of its own.* PageTable\.empty"):
         cache.page_table([a], out=pa.PageTable.empty(1, 4, page_size=4, device=device).split(2))
 
 
 @pytest.mark.gpu
 def test_out_must_be_on_the_caches_device():
     cache = make("cuda")
-    with pytest.raises(TypeError, match="out lives on cpu and the cache on cuda:0; make out with device='cuda:0'"):
+    with pytest.raises(TypeError, match=r"out lives on cpu and the cache on cuda:0; .*device='cuda:0'"):
         cache.page_table([new(cache, 1)], out=pa.PageTable.empty(1, 4, page_size=4, device="cpu"))
 
 

@@ -112,21 +112,11 @@ def check_table_values(table: TableArrays, num_pages: int = ANY_PAGE) -> None:
 
 def check_table_out(out: Any, page_size: int, device: str, batch_size: int, num_pages: int) -> None:
     """`out` of PagedKVCache.page_table: a plain table, of this page_size and device, with room for the batch."""
+    remedy = f"make out with PageTable.empty(..., page_size={page_size}, device={device!r})"
     check_table(out, "out")
-    if out.page_offset is not None or out.total_len is not None or out.page_stride != 1:
-        raise ValueError(
-            f"out has positions of its own (page_offset, total_len or page_stride={out.page_stride}), and a cache "
-            f"writes whole sequences; pass a table of PageTable.empty"
-        )
-    if out.page_size != page_size:
-        raise ValueError(
-            f"out has page_size={out.page_size}, and the cache has page_size={page_size}; make out with "
-            f"page_size={page_size}"
-        )
-    if out.device != device:
-        raise TypeError(f"out lives on {out.device} and the cache on {device}; make out with device={device!r}")
-    _check_table_writable(out, "pass a table of PageTable.empty")
-    check_apart_of_table(out)
+    if out.page_offset is not None or out.total_len is not None:
+        raise ValueError(f"out has positions of its own, and a cache writes whole sequences; {remedy}")
+    _check_out(out, page_size, 1, device, "the cache", remedy)
     for field, what, count, capacity in (
         ("max_batch_size", "sequences", batch_size, out.batch_size),
         ("max_pages", "pages", num_pages, out.indices.size),
@@ -140,48 +130,41 @@ def check_table_out(out: Any, page_size: int, device: str, batch_size: int, num_
             )
 
 
-def _check_table_writable(out: TableArrays, remedy: str) -> None:
-    if not out.writable:
-        raise ValueError(f"out cannot be written: some of its arrays are JAX arrays or read-only arrays; {remedy}")
-
-
 def check_split_out(out: Any, table: TableArrays, num_chunks: int) -> None:
     """`out` of PageTable.split: num_chunks * batch_size rows, positions, room for every page."""
+    remedy = f"pass the table that split({num_chunks}) of a table like this one returned"
     check_table(out, "out")
     rows = num_chunks * table.batch_size
     if out.batch_size != rows:
         raise ValueError(
             f"out has {out.batch_size} rows, and {num_chunks} chunks of a batch of {table.batch_size} are {rows}; "
-            f"pass the table that split({num_chunks}) of a batch of this size returned"
+            f"{remedy}"
         )
     if out.page_offset is None or out.total_len is None:
+        raise ValueError(f"out has no page_offset or no total_len, and the chunks of a sequence need both; {remedy}")
+    if out.indices.size < table.indices.size:
         raise ValueError(
-            "out has no page_offset or no total_len, and the chunks of a sequence need both; "
-            "pass a table that split returned, or one made with both arrays"
+            f"out.indices has {out.indices.size} entries, fewer than the {table.indices.size} of the table; {remedy}"
         )
-    if (out.page_size, out.page_stride) != (table.page_size, table.page_stride):
-        raise ValueError(
-            f"out has page_size={out.page_size} and page_stride={out.page_stride}, and the table has "
-            f"{table.page_size} and {table.page_stride}; pass an out made for this table"
-        )
-    if out.indices.shape[0] < table.indices.shape[0]:
-        raise ValueError(
-            f"out.indices has {out.indices.shape[0]} entries, fewer than the {table.indices.shape[0]} of the table; "
-            f"make it at least as long"
-        )
-    if out.device != table.device:
-        raise TypeError(
-            f"out lives on {out.device} and the table on {table.device}; pass an out made by a table on {table.device}"
-        )
-    _check_table_writable(out, "pass a table that split returned")
-    check_apart_of_table(out, table)
+    _check_out(out, table.page_size, table.page_stride, table.device, "the table", remedy, table)
 
 
-def check_apart_of_table(out: TableArrays, *sources: TableArrays) -> None:
-    """The arrays of a table that is written overlap neither each other nor those of tables it is written from."""
-    read = [(getattr(source, name), f"the table's {name}") for source in sources for name in TABLE_ARRAYS]
+def _check_out(
+    out: TableArrays, page_size: int, page_stride: int, device: str, source: str, remedy: str, *read: TableArrays
+) -> None:
+    """What holds for every table that is written: its arrays overlap neither each other nor those that are read."""
+    if (out.page_size, out.page_stride) != (page_size, page_stride):
+        raise ValueError(
+            f"out has page_size={out.page_size} and page_stride={out.page_stride}, and {source} has {page_size} and "
+            f"{page_stride}; {remedy}"
+        )
+    if out.device != device:
+        raise TypeError(f"out lives on {out.device} and {source} on {device}; {remedy}")
+    if not out.writable:
+        raise ValueError(f"out cannot be written: some of its arrays are JAX arrays or read-only arrays; {remedy}")
+    of_read = [(getattr(table, name), f"the table's {name}") for table in read for name in TABLE_ARRAYS]
     written = [(getattr(out, name), f"out.{name}") for name in TABLE_ARRAYS]
-    check_apart(written, read, "an out whose arrays have memory of their own")
+    check_apart(written, of_read, "an out whose arrays have memory of their own")
 
 
 def check_block_table(block_table: Any, seq_lens: Any, page_size: int) -> None:

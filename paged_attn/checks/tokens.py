@@ -6,18 +6,7 @@ import numpy as np
 
 from ..errors import LayoutMismatchError, PageTableError
 from ..holders import KVPages
-from .arrays import (
-    INT32,
-    INT64,
-    check_device,
-    check_dtype,
-    check_metadata_device,
-    check_shape,
-    check_strides,
-    check_vector,
-    entry,
-    first_true,
-)
+from . import arrays
 from .overlaps import Compared, check_pairs, compared, may_overlap
 
 _APPEND_NAMES = ("slots", "k", "v", "kv.k_pages", "kv.v_pages")
@@ -36,17 +25,17 @@ def check_append(kv: KVPages, slots: Any, k: Any, v: Any) -> Compared:
             "keep the pool as NumPy (CPU) or CuPy (GPU) arrays, K and V apart, and let JAX read them through "
             "jax.dlpack.from_dlpack"
         )
-    if slots.dtype not in (INT64, INT32):
+    if slots.dtype not in (arrays.INT64, arrays.INT32):
         raise TypeError(f"slots must be int64 or int32, got {slots.dtype}; pass slots.astype(np.int64)")
-    check_vector(slots, "slots", slots.dtype, None, "one slot = page * page_size + offset for each token")
-    check_metadata_device(slots, "slots", kv.device)
+    arrays.check_vector(slots, "slots", slots.dtype, None, "one slot = page * page_size + offset for each token")
+    arrays.check_metadata_device(slots, "slots", kv.device)
     pairs = check_new_tokens(kv, k, v, slots.shape[0], slots)
     limit = kv.num_pages * kv.page_size
-    if isinstance(slots, np.ndarray) and (bad := first_true((slots < -1) | (slots >= limit))) is not None:
+    if isinstance(slots, np.ndarray) and (bad := arrays.first_true((slots < -1) | (slots >= limit))) is not None:
         raise PageTableError(
             f"slots[{bad}] = {slots[bad]} is no slot of a pool of {kv.num_pages} pages of {kv.page_size} tokens; "
             f"pass slots in [0, {limit}), or -1 to skip a token",
-            **entry("slots", bad, slots),
+            **arrays.entry("slots", bad, slots),
         )
     return pairs
 
@@ -54,7 +43,7 @@ def check_append(kv: KVPages, slots: Any, k: Any, v: Any) -> Compared:
 def check_new_tokens(kv: KVPages, k: Any, v: Any, tokens: int, slots: Any = None) -> Compared:
     """k and v, of the pool's dtype and on its device; like slots, not in its memory."""
     for array, name, dim_name, dim in ((k, "k", "head_dim", kv.head_dim), (v, "v", "v_head_dim", kv.v_head_dim)):
-        check_dtype(array, name, kv.dtype, "as kv is")
+        arrays.check_dtype(array, name, kv.dtype, "as kv is")
         wrong_heads = array.ndim == 3 and array.shape[1] != kv.num_kv_heads and array.shape[2] == dim
         if wrong_heads and array.shape[1] == kv.page_size:
             other = kv.layout.other
@@ -65,9 +54,9 @@ def check_new_tokens(kv: KVPages, k: Any, v: Any, tokens: int, slots: Any = None
                 f"pool layout='{other}'; if it was written as {kv.layout}, pass a {name} of shape "
                 f"[{tokens}, {kv.num_kv_heads}, {dim}]"
             )
-        check_shape(array, name, (tokens, kv.num_kv_heads, dim), f"[tokens, num_kv_heads, {dim_name}]")
-        check_device(array, name, kv.device, "kv")
-        check_strides(array, name)
+        arrays.check_shape(array, name, (tokens, kv.num_kv_heads, dim), f"[tokens, num_kv_heads, {dim_name}]")
+        arrays.check_device(array, name, kv.device, "kv")
+        arrays.check_strides(array, name)
     pairs = compared((slots, k, v, kv.k_pages, kv.v_pages), _APPEND_PAIRS)
     check_append_apart(kv, slots, k, v, pairs)
     return pairs

@@ -21,25 +21,20 @@ _making_word = threading.Lock()
 
 
 def device_word(device: str) -> Any:
-    """The status word of calls that have no plan; it keeps its first fault until raise_device_status."""
+    """The status word of calls that have no plan; it keeps its first fault until raise_device_status.
+
+    It is made, and waited for, on a stream without other work. The current stream would be the wrong one: others would
+    not wait for it, and a graph that it captures would clear the word at every replay.
+    """
     word = _device_words.get(device)
     if word is None:
-        with _making_word, current_device(device):
+        with _making_word, current_device(device), lifetimes.capture_of_others():
             word = _device_words.get(device)
             if word is None:
-                word = _device_words[device] = _new_device_word(device)
-    return word
-
-
-def _new_device_word(device: str) -> Any:
-    """A word of zeros for kernels on any stream: made, and waited for, on a stream without other work.
-
-    The current stream would be the wrong one: others would not wait for it, and a graph that it captures would clear
-    the word at every replay.
-    """
-    with lifetimes.capture_of_others(), cupy.cuda.Stream(non_blocking=True) as stream:
-        word = zeros((STATUS_BYTES,), np.uint8, device)
-        stream.synchronize()
+                with cupy.cuda.Stream(non_blocking=True) as stream:
+                    word = zeros((STATUS_BYTES,), np.uint8, device)
+                    stream.synchronize()
+                _device_words[device] = word
     return word
 
 
