@@ -18,12 +18,6 @@ _RULES = {
 FAULT_FIELDS = ("none", *_RULES)
 """Index in this tuple == code in a status word == value of `enum FaultField` in kernels/page_table.cuh."""
 
-_REMEDIES = {
-    "max_pages": "make the plan, or the table that was written, with a larger max_pages",
-    "max_batch_size": "make the plan, or the table that was written, with a larger max_batch_size",
-    "slots": "correct the slots; the token was not written",
-}
-
 
 class LayoutMismatchError(ValueError):
     """Two parties disagree about the layout, the page size or the head count of one pool."""
@@ -71,6 +65,9 @@ def fault_error(field_code: int, index: int, value: int) -> PageTableError:
     if not 0 < field_code < len(FAULT_FIELDS):
         raise ValueError(f"field_code is {field_code}, which is no fault code; codes are 1..{len(FAULT_FIELDS) - 1}")
     field = FAULT_FIELDS[field_code]
-    remedy = _REMEDIES.get(field, f"correct {field} at {index}; its row was made without what is wrong")
-    entry = f"{field} of the call" if field.startswith("max_") else f"{field}[{index}]"
+    entry, remedy = f"{field}[{index}]", f"correct {field} at {index}; its row was made without what is wrong"
+    if field.startswith("max_"):
+        entry, remedy = f"{field} of the call", f"make the plan, or the table that was written, with a larger {field}"
+    elif field == "slots":
+        remedy = "correct the slots; the token was not written"
     return PageTableError(f"{entry} is {value}, but {_RULES[field]}; {remedy}", field=field, index=index, value=value)

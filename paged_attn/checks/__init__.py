@@ -4,14 +4,4 @@ Every function takes native arrays (interop.native) and raises ValueError for sh
 and for mixed libraries and devices, LayoutMismatchError and PageTableError for what their names say. A message names
 the argument, the rule with its numbers, what came, and what to do. NumPy and CuPy arrays share the attributes that are
 read here (shape, dtype, strides), so nothing here imports CuPy.
-
-    scalars     ints, floats, bases of logarithms
-    arrays      dtype, shape, strides, device and alignment of one array, and its signature
-    overlaps    memory that is written while other memory is read
-    pools       PagedKV
-    tables      PageTable, block tables, capacities of a plan
-    calls       decode, prefill, plan and run
-    tokens      append
-    states      merge_state, merge_states
-    sequences   the sequences of a PagedKVCache
 """

