@@ -6,8 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-STOPPED = 130  # 128 + SIGINT, as shells have it
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run its command; returns the exit status."""
@@ -16,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
-        return STOPPED
+        return 130  # 128 + SIGINT, as shells have it
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -31,6 +31,7 @@ from paged_attn import compile, install
 from paged_attn.card import A100, H100, Card, card_of
 from paged_attn.compile import Recipe
 from paged_attn.install import BINDINGS, CUPY, TOOLKIT
+from paged_attn.interop import resolve_device
 from paged_attn.support import OPS
 from paged_attn.warm_up import Shapes, needed_recipes
 
@@ -321,12 +322,8 @@ def kernels() -> dict[str, Probe]:
 
 
 def compile_file(file: str) -> Finding:
-    start, is_real = time.perf_counter(), on_card()
-    if is_real:
-        import cupy
-
-        device = f"cuda:{cupy.cuda.Device().id}"
-    else:
+    start, device = time.perf_counter(), resolve_device("cuda") if on_card() else ""
+    if not device:
         try:
             from cuda.bindings import nvrtc
 
@@ -335,9 +332,9 @@ def compile_file(file: str) -> Finding:
             text = f"not checked: there is no usable card, and nothing that compiles without one ({reason(error)})"
             return Finding(Verdict.NOTE, text, compiler_command())
     architectures, names = [], set()
-    for card in (card_of(device),) if is_real else CARDS:
+    for card in (card_of(device),) if device else CARDS:
         arch, needed = card.arch or f"sm_{card.compute_capability}", typical_recipes(file, card)
-        if is_real:
+        if device:
             for recipe in needed:
                 compile.kernel(recipe, device)
         else:
@@ -349,7 +346,7 @@ def compile_file(file: str) -> Finding:
         return Finding(Verdict.NOTE, "not needed: other kernels serve this card")
     seconds = time.perf_counter() - start
     text = f"compiles for {' and '.join(architectures)} in {seconds:.1f} s: {', '.join(sorted(names))}"
-    return Finding(Verdict.GOOD if is_real else Verdict.NOTE, text)
+    return Finding(Verdict.GOOD if device else Verdict.NOTE, text)
 
 
 def typical_recipes(file: str, card: Card) -> list[Recipe]:

@@ -33,11 +33,8 @@ class Frozen:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copy and pickle take: a copy has other arrays, and derives anew from them."""
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if not isinstance(getattr(type(self), name, None), cached_property)
-        }
+        derived = [name for name in vars(self) if isinstance(getattr(type(self), name, None), cached_property)]
+        return {name: value for name, value in vars(self).items() if name not in derived}
 
 
 class KVPages(Frozen):
@@ -95,10 +92,8 @@ class KVPages(Frozen):
 
     def _strides(self, pages: Any) -> tuple[int, int, int]:
         shape, strides = pages.shape, pages.strides
-        page, slot, head = (
-            strides[axis] if shape[axis] > 1 and shape[0] else 0
-            for axis in (0, self.layout.slot_axis, self.layout.head_axis)
-        )
+        axes = 0, self.layout.slot_axis, self.layout.head_axis
+        page, slot, head = (strides[axis] if shape[axis] > 1 and shape[0] else 0 for axis in axes)
         return page, slot, head
 
     @cached_property

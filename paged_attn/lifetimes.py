@@ -28,6 +28,17 @@ import numpy as np
 MOST_BUSY = 8  # of those that wait, how many are found busy before no more are asked
 _PER_THREAD_STREAM = 2  # the address of cudaStreamPerThread
 
+
+class PerThread(threading.local):
+    """A dict for each thread, which goes when the thread ends.
+
+    Parameters of a launch and pinned memory are written before they are used: no other thread may write them meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.items: dict[Any, Any] = {}
+
+
 # --- 1. memory that is lent -------------------------------------------------------------------------------------------
 
 

@@ -46,13 +46,9 @@ class _OnHost:
     """A GPU array's addresses, shape and strides for NumPy, which compares but never reads what is there."""
 
     def __init__(self, array: Any) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (array.data.ptr, True),
-            "shape": array.shape,
-            "strides": array.strides,
-            "typestr": f"|V{array.dtype.itemsize}",
-        }
+        interface = {"version": 3, "shape": array.shape, "strides": array.strides}
+        interface |= {"data": (array.data.ptr, True), "typestr": f"|V{array.dtype.itemsize}"}
+        self.__array_interface__ = interface
 
 
 OTHER_MEMORY = "a {name} with memory of its own, or None"

@@ -54,10 +54,8 @@ def _check_states(v: Any, s: Any, v_name: str, s_name: str, axes: tuple[str, ...
 
 def _is_same(a: Any, b: Any) -> bool:
     """Whether two arrays of one shape have every element at the same address."""
-    if a.dtype != b.dtype or any(
-        stride_a != stride_b and extent > 1
-        for stride_a, stride_b, extent in zip(a.strides, b.strides, a.shape, strict=True)
-    ):
+    strides = zip(a.strides, b.strides, a.shape, strict=True)
+    if a.dtype != b.dtype or any(one != other and extent > 1 for one, other, extent in strides):
         return False
     return a.ctypes.data == b.ctypes.data if isinstance(a, np.ndarray) else a.data.ptr == b.data.ptr
 

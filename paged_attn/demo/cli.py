@@ -142,10 +142,6 @@ def cuda_problem() -> str:
 
 def positive(text: str) -> int:
     """An argparse type: an int of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
-    return value
+    return int(text)

@@ -8,8 +8,8 @@ from typing import Any
 import cupy
 
 from ...compile import Launch, Recipe, prepare
+from ...lifetimes import PerThread
 from .memory import current_device
-from .per_thread import PerThread
 
 _launches = PerThread()
 

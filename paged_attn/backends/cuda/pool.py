@@ -9,9 +9,9 @@ import cupy
 import numpy as np
 
 from ...compile import Launch, Recipe, fast_divide, prepare
+from ...lifetimes import PerThread
 from ...recipes import COPY_PAGES, append_recipe, row_blocks
 from .launch import launch, launch_prepared
-from .per_thread import PerThread
 from .status import device_word
 from .uploads import to_backend
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from ... import lifetimes
 from .memory import current_device, is_capturing
-from .per_thread import PerThread
 
 SMALLEST_STAGING = 1 << 20  # bytes: dozens of tables, as each block that is taken anew is asked for its event
 MOST_IDLE_BLOCKS = 16  # of pinned memory, that threads have left on a device
@@ -157,4 +156,4 @@ def _staging(device: str) -> Staging:
     return staging
 
 
-_stagings = PerThread()  # by device
+_stagings = lifetimes.PerThread()  # by device
