@@ -276,6 +276,7 @@ struct BuildTableParams {
 extern "C" __global__ void __launch_bounds__(256) build_table(const __grid_constant__ BuildTableParams p) {
     // 1. What there is of each sequence, all blocks together.
     const i64 step = i64(gridDim.x) * blockDim.x;
+#pragma unroll 1  // these loads are few, and would take registers from those of pages
     for (i64 row = i64(blockIdx.x) * blockDim.x + threadIdx.x; row <= p.capacity; row += step) {
         p.out_indptr[row] = p.indptr[row < p.batch ? int(row) : p.batch];
         if (row >= p.capacity) continue;

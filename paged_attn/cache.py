@@ -361,7 +361,7 @@ class PagedKVCache:
         an `out` must then be made by PageTable.empty(..., positions=True, page_stride=num_ranks), else ValueError.
         """
         rows = self._rows(seqs)
-        num_pages, per_row = self._rows_of_table(rows, with_positions=getattr(out, "page_offset", None) is not None)
+        num_pages, per_row = self._rows_of_table(rows, getattr(out, "page_offset", None) is not None)
         indptr = np.zeros(rows.size + 1, np.int64)
         num_pages.cumsum(out=indptr[1:])
         if out is None:
@@ -373,7 +373,7 @@ class PagedKVCache:
         first_rows = {name: getattr(out, name)[: rows.size] for name in per_row}
         return self._table_of({"indptr": out.indptr[: rows.size + 1], "indices": out.indices, **first_rows})
 
-    def _rows_of_table(self, rows: np.ndarray, *, with_positions: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _rows_of_table(self, rows: np.ndarray, with_positions: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The pages of this rank that some sequences have, int64 [batch], and what a table says of each."""
         length, num_pages = self._length[rows], self._lists.count[rows]
         if self._num_ranks == 1 and not with_positions:  # the quick way to the same
@@ -411,8 +411,9 @@ class PagedKVCache:
         copied = page[copying]
         pages = copied
         if growing.size or copying.size:
-            first_rank = self._first_rank[rows[growing]] + held[growing]  # of the first new page
-            pages = self._pool.next_free(first_rank, added[growing], copied)
+            growth = rows[growing], added[growing]
+            first_rank = self._first_rank[growth[0]] + held[growing]  # of the first new page
+            pages = self._pool.next_free(first_rank, growth[1], copied)
         new_pages, copies = pages[: pages.size - copying.size], pages[pages.size - copying.size :]
         upload = self._backend.uploader(self._device)  # raises in a graph's capture
 
@@ -436,7 +437,6 @@ class PagedKVCache:
             return _Reservation(slots, rows, longer)
         if copying.size and (here := copied < self._num_pages).any():
             self._backend.copy_pages(self._storage, copied[here], copies[here])
-        growth = rows[growing], added[growing]
         staged = lists.stage(*growth, new_pages)  # last: it may enlarge the arena
         return _Reservation(slots, rows, longer, pages, *growth, staged, rows[copying], copied, copies)
 

@@ -77,7 +77,8 @@ class PagePool:
 
     def take(self, pages: np.ndarray) -> None:
         """One sequence holds each of these pages, which next_free has given."""
-        self.num_free = [free - count for free, count in zip(self.num_free, self._by_rank(pages), strict=True)]
+        for rank, count in enumerate(self._by_rank(pages)):
+            self.num_free[rank] -= count
         self._holders[pages] = 1
 
     def hold(self, pages: np.ndarray) -> None:

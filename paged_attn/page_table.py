@@ -70,7 +70,7 @@ class PageTable(TableArrays):
     def of_own_arrays(cls, arrays: dict[str, Any], page_size: int, page_stride: int, device: str) -> "PageTable":
         """A table of native arrays that paged_attn has made. Checks would take as long as all the rest."""
         table = cls.__new__(cls)
-        table._set(**arrays, page_size=page_size, page_stride=page_stride, device=device)
+        vars(table).update(arrays, page_size=page_size, page_stride=page_stride, device=device)
         return table
 
     @classmethod

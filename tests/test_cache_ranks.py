@@ -264,7 +264,7 @@ def test_out_must_have_positions(device):
             ValueError, match=rf"out has {said} .* pass .*empty\(\.\.\., positions=True, page_stride=2\)"
         ):
             cache.page_table([seq], out)
-    with pytest.raises(ValueError, match=r"total_len, page_stride=2 .* num_ranks=1 writes whole sequences"):
+    with pytest.raises(ValueError, match=r"total_len, page_stride=2, .* num_ranks=1 writes whole sequences"):
         single.page_table([other], pa.PageTable.empty(1, 4, page_size=4, device=device, positions=True, page_stride=2))
     single.reserve([other], 6)
     table = single.page_table([other], pa.PageTable.empty(1, 4, page_size=4, device=device, positions=True))

@@ -118,7 +118,7 @@ def check_table_out(out: Any, page_size: int, num_ranks: int, device: str, batch
     fits = len(has) == 2 or (num_ranks == 1 and not has)
     if out.is_split or out.page_stride != num_ranks or not fits:
         raise ValueError(
-            f"out has {' and '.join(has) or 'no positions'}, page_stride={out.page_stride} and is_split={out.is_split}, "
+            f"out has {' and '.join(has) or 'no positions'}, page_stride={out.page_stride}, is_split={out.is_split}, "
             f"and a cache of num_ranks={num_ranks} writes whole sequences with page_stride={num_ranks}"
             f"{', page_offset and total_len' if num_ranks > 1 else ''}; "
             f"pass PageTable.empty(..., positions={num_ranks > 1}, page_stride={num_ranks})"
