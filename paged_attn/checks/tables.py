@@ -110,13 +110,18 @@ def check_table_values(table: TableArrays, num_pages: int = ANY_PAGE) -> None:
         )
 
 
-def check_table_out(out: Any, page_size: int, device: str, batch_size: int, num_pages: int) -> None:
-    """`out` of PagedKVCache.page_table: a plain table, of this page_size and device, with room for the batch."""
+def check_table_out(out: Any, page_size: int, num_ranks: int, device: str, batch_size: int, num_pages: int) -> None:
+    """`out` of PagedKVCache.page_table: of this page_size and device, with positions if there are several ranks, and
+    with room for the batch."""
     check_table(out, "out")
-    if out.page_offset is not None or out.total_len is not None or out.page_stride != 1:
+    has = [name for name in ("page_offset", "total_len") if getattr(out, name) is not None]
+    fits = len(has) == 2 or (num_ranks == 1 and not has)
+    if out.is_split or out.page_stride != num_ranks or not fits:
         raise ValueError(
-            f"out has positions of its own (page_offset, total_len or page_stride={out.page_stride}), and a cache "
-            f"writes whole sequences; pass a table of PageTable.empty"
+            f"out has {' and '.join(has) or 'no positions'}, page_stride={out.page_stride}, is_split={out.is_split}, "
+            f"and a cache of num_ranks={num_ranks} writes whole sequences with page_stride={num_ranks}"
+            f"{', page_offset and total_len' if num_ranks > 1 else ''}; "
+            f"pass PageTable.empty(..., positions={num_ranks > 1}, page_stride={num_ranks})"
         )
     if out.page_size != page_size:
         raise ValueError(

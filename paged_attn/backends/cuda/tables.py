@@ -78,23 +78,24 @@ def update_table(
     update_value: np.ndarray[Any, Any],
     starts: np.ndarray[Any, Any],
     indptr: np.ndarray[Any, Any],
-    last_page_len: np.ndarray[Any, Any],
+    per_row: dict[str, np.ndarray[Any, Any]],
     out: Any,
 ) -> None:
     device = out.device
     status = device_word(device)
     num_updates, num_entries, batch = update_index.size, page_lists.size, starts.size
     with current_device(device):
-        parts = (update_index, update_value, starts, indptr, last_page_len)
-        _memory, (index, value, start, row, last) = upload_together(parts, device)
+        parts = (update_index, update_value, starts, indptr, *per_row.values())
+        _memory, (index, value, start, row, *uploaded) = upload_together(parts, device)
         launch(recipes.UPDATE_PAGE_LISTS, device, -(-num_updates // recipes.THREADS), {
             "page_lists": page_lists, "update_index": index, "update_value": value, "status": status,
             "num_entries": num_entries, "num_updates": num_updates,
         })  # fmt: skip
         launch(recipes.BUILD_TABLE, device, recipes.row_blocks(batch, int(indptr[-1])) if batch else 1, {
             **_out_fields(out),
-            "page_lists": page_lists, "starts": start, "indptr": row, "last_page_len": last, "status": status,
-            "num_entries": num_entries, "batch": batch, "capacity": out.last_page_len.size,
+            "page_offset": None, "total_len": None, **dict(zip(per_row, uploaded, strict=True)),
+            "page_lists": page_lists, "starts": start, "indptr": row, "status": status, "num_entries": num_entries,
+            "batch": batch, "capacity": out.last_page_len.size, "page_stride": out.page_stride,
         })  # fmt: skip
 
 
