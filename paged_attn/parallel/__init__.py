@@ -1,0 +1,12 @@
+"""Attention over K and V that are spread over ranks: one long context over several GPUs.
+
+    with NcclRanks(rank, 2, address="node0:29500") as comm:
+        out = decode(comm, q, kv, table)
+
+with kv and table of PagedKVCache(..., rank=rank, num_ranks=2). Nothing here is imported by `import paged_attn`.
+"""
+
+from .attention import BatchDecodeWithPagedKVCache, BatchPrefillWithPagedKVCache, decode, prefill
+from .local import LocalRanks
+
+__all__ = ["BatchDecodeWithPagedKVCache", "BatchPrefillWithPagedKVCache", "LocalRanks", "decode", "prefill"]
