@@ -8,5 +8,8 @@ with kv and table of PagedKVCache(..., rank=rank, num_ranks=2). Nothing here is 
 
 from .attention import BatchDecodeWithPagedKVCache, BatchPrefillWithPagedKVCache, decode, prefill
 from .local import LocalRanks
+from .mpi import MpiRanks
 
-__all__ = ["BatchDecodeWithPagedKVCache", "BatchPrefillWithPagedKVCache", "LocalRanks", "decode", "prefill"]
+__all__ = [
+    "BatchDecodeWithPagedKVCache", "BatchPrefillWithPagedKVCache", "LocalRanks", "MpiRanks", "decode", "prefill",
+]  # fmt: skip

@@ -115,6 +115,11 @@ class Ranks:
             self._kept[key] = make()
         return self._kept[key]
 
+    def status(self) -> None:
+        """Raise what went wrong in one-shot calls, as status() of a plan does."""
+        for plan in self._kept.values():
+            plan.status()
+
     def close(self) -> None:
         """Give back what the ranks hold. TimeoutError where work that is under way waits for a rank that does not come.
         Nothing happens the second time."""
@@ -124,8 +129,12 @@ class Ranks:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            self.close()
+        except TimeoutError:
+            if error is None:  # else that one is why the ranks do not meet
+                raise
 
     def __repr__(self) -> str:
         here = ", ".join(f"{rank} on {device}" for rank, device in zip(self.ranks, self.devices, strict=True))
