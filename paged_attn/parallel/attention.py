@@ -164,7 +164,7 @@ class _BatchAttention:
     def __init__(
         self,
         comm: Ranks,
-        make_plan: Callable[[], Any],
+        make_plan: Callable[..., Any],
         capacities: dict[str, int | None],
         batch_invariant: bool,
         shard: str | None,
@@ -173,7 +173,7 @@ class _BatchAttention:
         if shard is not None and shard != "heads":
             raise ValueError(f"shard is {shard!r}; pass None (all heads on every rank) or 'heads' (each rank its part)")
         self._comm, self._shard, self._partial_dtype = comm, shard, any_dtype(partial_dtype, "partial_dtype")
-        self._plans = [make_plan() for _ in comm.ranks]
+        self._plans = [make_plan(**capacities, batch_invariant=batch_invariant) for _ in comm.ranks]
         options = {"shard": shard, "partial_dtype": self._partial_dtype.name, "batch_invariant": bool(batch_invariant)}
         self._said_of_plan: dict[str, Any] = options | capacities
         self._agreed: list[bytes] = []  # what the ranks of this process said that all ranks agreed on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from .messages import MessageRanks
 
 _BUSY = 1e-3  # seconds of a wait without a pause
 _PAUSE = 1e-4
+
+_owned_by_mpi: list[Any] = []  # requests that nobody answered, and their buffers, which a late rank still writes
 
 
 class MpiRanks(MessageRanks):
@@ -40,18 +43,17 @@ class MpiRanks(MessageRanks):
         world = MPI.COMM_WORLD if comm is None else comm
         super().__init__(world.Get_size(), (world.Get_rank(),), (resolve_device(device),), timeout)
         self._mpi: Any = MPI
-        self._lost: Any = None  # what MPI still owns, once a rank did not come
-        self._comm, request = world.Idup()
-        self._wait(request)
+        self._is_lost = False  # a rank did not come
+        self._comm = self._do(world.Idup)
 
     def all_gather_bytes(self, messages: list[bytes]) -> list[bytes]:
         mine = np.frombuffer(messages[0], np.uint8)
         sizes = np.empty(self.num_ranks, np.int64)
         sizes[self.ranks[0]] = mine.size
-        self._wait(self._comm.Iallgather(self._mpi.IN_PLACE, sizes), sizes)
+        self._do(self._comm.Iallgather, self._mpi.IN_PLACE, sizes)
         every = np.empty(sizes.sum(), np.uint8)
         begins = np.cumsum(sizes) - sizes
-        self._wait(self._comm.Iallgatherv(mine, [every, sizes, begins, self._mpi.BYTE]), mine, every)
+        self._do(self._comm.Iallgatherv, mine, [every, sizes, begins, self._mpi.BYTE])
         return [every[begin : begin + size].tobytes() for begin, size in zip(begins, sizes, strict=True)]
 
     def all_gather(self, buffers: list[Any]) -> None:
@@ -60,7 +62,7 @@ class MpiRanks(MessageRanks):
         if device_of(buffer) != "cpu":
             host = np.empty(buffer.shape, np.uint8)
             host[rank] = self._on_host(buffer[rank])
-        self._wait(self._comm.Iallgather(self._mpi.IN_PLACE, host), host)
+        self._do(self._comm.Iallgather, self._mpi.IN_PLACE, host)
         if host is not buffer:
             buffer.set(host)
 
@@ -69,7 +71,7 @@ class MpiRanks(MessageRanks):
         host = target
         if device_of(target) != "cpu":
             source, host = self._on_host(source), np.empty(target.shape, np.uint8)
-        self._wait(self._comm.Ialltoall(source, host), source, host)
+        self._do(self._comm.Ialltoall, source, host)
         if host is not target:
             target.set(host)
 
@@ -85,22 +87,25 @@ class MpiRanks(MessageRanks):
         copy: np.ndarray = array.get()
         return copy
 
-    def _wait(self, request: Any, *buffers: np.ndarray) -> None:
-        """Until a request is over. buffers: what it reads and writes."""
-        if self._lost is not None:
+    def _do(self, start: Callable[..., Any], *arguments: Any) -> Any:
+        """A call of MPI from its start to its end; what Idup makes."""
+        if self._is_lost:
             raise TimeoutError(f"a rank was lost before, in {self!r}; end the processes, or make another communicator")
-        begin = time.monotonic()
+        made, begin = start(*arguments), time.monotonic()
+        made, request = made if isinstance(made, tuple) else (None, made)
         while not request.Test():
             waited = time.monotonic() - begin
             if waited > self.timeout:
-                self._lost = request, buffers
+                self._is_lost = True
+                _owned_by_mpi.append((request, arguments))
                 raise TimeoutError(f"a rank did not come to rank {self.ranks[0]} of {self!r} within {self.timeout} s")
             time.sleep(0 if waited < _BUSY else _PAUSE)
+        return made
 
     def close(self) -> None:
         if self.is_closed:
             return
         super().close()
-        if self._lost is None:
-            self._wait(self._comm.Ibarrier())
+        if not self._is_lost:
+            self._do(self._comm.Ibarrier)
             self._comm.Free()

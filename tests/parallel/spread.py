@@ -1,7 +1,7 @@
 """Cases of tests/cases.py whose pages are spread over ranks, and what one device answers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,13 +63,39 @@ def spread(inputs: Inputs, num_ranks: int, first: Sequence[int] | None = None) -
 class Spread:
     """A case on the ranks of this process: arguments as lists, or plain where there is one rank."""
 
-    def __init__(self, comm: Any, case: Case, to: Callable[[np.ndarray], Any] = np.asarray, **options: Any) -> None:
-        self.comm, self.case, self.to, self.inputs = comm, case, to, build(case)
-        every = spread(self.inputs, comm.num_ranks, **options)
+    def __init__(
+        self,
+        comm: Any,
+        case: Case,
+        to: Callable[[np.ndarray], Any] = np.asarray,
+        inputs: Inputs | None = None,
+        first: Sequence[int] | None = None,
+    ) -> None:
+        self.comm, self.case, self.to, self.inputs = comm, case, to, inputs or build(case)
+        every = spread(self.inputs, comm.num_ranks, first)
         self.ranks = [every[rank] for rank in comm.ranks]
         self.q, self.sinks = self.each(self.inputs.q), self.each(self.inputs.sinks)
         self.kv, self.table = self.plain([x.kv(to) for x in self.ranks]), self.plain([x.table(to) for x in self.ranks])
         self.qo_indptr = self.each(self.inputs.qo_indptr)
+
+    def of_requests(self, requests: Sequence[int]) -> "Spread":
+        """The same pools, and these requests alone, in this order."""
+        inputs = self.inputs
+        rows = [slice(*inputs.qo_indptr[i : i + 2]) for i in requests]
+        queries, pages = (
+            [int(array[i + 1] - array[i]) for i in requests] for array in (inputs.qo_indptr, inputs.indptr)
+        )
+        ids = [inputs.indices[inputs.indptr[i] :][:count] for i, count in zip(requests, pages, strict=True)]
+        part = replace(
+            inputs,
+            case=replace(self.case, kv_lens=tuple(self.case.kv_lens[i] for i in requests), q_lens=tuple(queries)),
+            q=np.concatenate([inputs.q[x] for x in rows]),
+            indptr=int32(np.append(0, np.cumsum(pages))),
+            indices=int32(np.concatenate(ids)),
+            last_page_len=inputs.last_page_len[list(requests)],
+            qo_indptr=int32(np.append(0, np.cumsum(queries))),
+        )
+        return Spread(self.comm, part.case, self.to, part, first=requests)
 
     def plain(self, values: list[Any]) -> Any:
         return values[0] if len(values) == 1 else values
