@@ -76,6 +76,7 @@ def row_blocks(rows: int, entries: int) -> int:
 
 APPEND_THREADS = 256
 MERGE_WARPS = 4
+EXCHANGE_THREADS = 256  # a warp an item
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,20 @@ def merge_recipe(
     sinks: bool = False,
 ) -> Recipe:
     """merge_state or merge_states, with loads and stores of `vector` numbers."""
-    constants = defines(
+    constants = _merge_constants(head_dim, vector, v_dtype, out_dtype, sinks)
+    return Recipe(kernel=kernel, threads=32 * min(MERGE_WARPS, heads), constants=constants)
+
+
+def exchange_recipe(head_dim: int, v_dtype: np.dtype[Any], out_dtype: np.dtype[Any]) -> Recipe:
+    """The kernel that ranks exchange and merge their states by; 16 bytes of v at once."""
+    constants = _merge_constants(head_dim, 16 // v_dtype.itemsize, v_dtype, out_dtype, sinks=True)
+    return Recipe(kernel="exchange", threads=EXCHANGE_THREADS, constants=constants)
+
+
+def _merge_constants(
+    head_dim: int, vector: int, v_dtype: np.dtype[Any], out_dtype: np.dtype[Any], sinks: bool
+) -> tuple[tuple[str, int], ...]:
+    return defines(
         HEAD_DIM=head_dim,
         VEC=vector,
         BFLOAT16=BFLOAT16 in (v_dtype, out_dtype),
@@ -113,7 +127,6 @@ def merge_recipe(
         OUT_FLOAT32=out_dtype == FLOAT32,
         SINKS=sinks,
     )
-    return Recipe(kernel=kernel, threads=32 * min(MERGE_WARPS, heads), constants=constants)
 
 
 def merge_recipes(heads: int, head_dim: int, dtype: np.dtype[Any]) -> Iterator[Recipe]:

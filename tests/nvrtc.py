@@ -45,6 +45,7 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
         (64, 16): 160, (96, 16): 200, (80, 16): 184, (112, 16): 208, (128, 16): 128, (64, 24): 200, (64, 32): 240,
         (256, 8): 240, (192, 8, 128): 240, (64, 8, 128): 128, (64, 16, 128): 200,
     },
+    "exchange": 128,
     "merge_state": 40,
     "merge_states": 64,
     "plan_requests": 64,
@@ -116,6 +117,7 @@ def variants() -> dict[str, list[dict[str, int]]]:
             for recipe in merges:
                 constants = dict(recipe.constants)
                 made.append(_with_feature(recipe, sinks=constants["OUT_FLOAT32"] != constants["BFLOAT16"]))
+            made += (recipes.exchange_recipe(head_dim, v, dtype) for v in (recipes.FLOAT32, dtype))
         for feature in features:
             made += _prefill(H100, head_dim, **feature)
     for head_dim, v_dim in MIXED_DIMS:
