@@ -48,6 +48,13 @@ class MessageRanks(Ranks):
         it has in `sent`."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        """Raise TimeoutError where an exchange that is under way does not end; this waits for it."""
+
+    def status(self) -> None:
+        self.check()
+        super().status()
+
     def way(self, shape: MergeShape) -> str:
         """How states of this shape travel: the way that sends least, if it saves more than its second call costs."""
         if shape.shard is not None:
@@ -126,6 +133,9 @@ class MessageMerge(Merge):
         for (v, s, _), out, lse in zip(results, outs, lses, strict=True):
             _copy(out.reshape(rows, n, part, shape.dim), v.swapaxes(0, 1))
             _copy(lse.reshape(rows, n, part), s.swapaxes(0, 1))
+
+    def status(self) -> None:
+        self.ranks.check()
 
     def _merge(self, i: int, v: Any, s: Any, sinks: Any | None, out: Any, lse: Any) -> None:
         """Merge for local rank i: v [num_ranks, rows, heads or its part of them, dim]."""

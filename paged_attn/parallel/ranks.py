@@ -109,6 +109,12 @@ class Ranks:
         """A Merge for steps of this shape. Every rank calls it, with the same shape."""
         raise NotImplementedError
 
+    def check_usable(self) -> None:
+        """Raise where the communicator is of no more use: RuntimeError if it is closed, TimeoutError if a rank is
+        lost."""
+        if self.is_closed:
+            raise RuntimeError(f"the communicator is closed; make another one ({self!r})")
+
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:
         """What one-shot calls keep from call to call, made where there is none."""
         if key not in self._kept:
@@ -116,7 +122,7 @@ class Ranks:
         return self._kept[key]
 
     def status(self) -> None:
-        """Raise what went wrong in one-shot calls, as status() of a plan does."""
+        """Raise what went wrong, in one-shot calls too, as status() of a plan does."""
         for plan in self._kept.values():
             plan.status()
 
