@@ -19,8 +19,9 @@ lists. All ranks make the same calls in the same order, with the same queries, o
 What the ranks must plan alike is compared by plan(): layout, page_size, heads, dims, dtype, options and capacities each
 time they change, and the lengths, where tables are on the host, every time. Where they differ, or where a rank cannot
 plan, every rank raises ValueError (LayoutMismatchError for what a pool is like), which says which rank said what, and
-has to plan again. TimeoutError is raised where a rank does not come within the communicator's timeout: by plan(),
-status() and close(), and by run() where the exchange is on the host.
+has to plan again. Lengths of tables on devices are compared there, in graphs, too, and status() raises the ValueError.
+TimeoutError is raised where a rank does not come within the communicator's timeout: by plan(), status() and close(),
+and by run() where the exchange is on the host.
 """
 
 from __future__ import annotations
@@ -182,6 +183,7 @@ class _BatchAttention:
         # By their shapes, rows left out: merges, and where each rank of this process writes an lse that nobody wants.
         self._merges: dict[MergeShape, tuple[Merge, list[Any]]] = {}
         self._latest: Merge | None = None
+        self._lengths = comm.lengths() if comm.devices[0] != "cpu" else None
         self._captures: dict[
             str, tuple[int, int]
         ] = {}  # by device: the last capture, and the merge that its graph keeps
@@ -210,6 +212,9 @@ class _BatchAttention:
             lengths.append(told)
         if error is not None or static != self._agreed or any(lengths):
             self._agree(static, lengths, error)
+        if self._lengths is not None:
+            self._lengths.update(tables)
+            self._keep_with_graph(self._lengths)
         step: Step = self._plans[0]._plan.step
         most = step.rows[-1] * (step.spec.q_len or 1)  # the capacity, where there is one
         if 0 < most < _ANY_ROWS:
@@ -361,7 +366,8 @@ class _BatchAttention:
             spare[:rows] if x.lse is None else x.lse.reshape(spare[:rows].shape)
             for x, spare in zip(arrays, unwanted, strict=True)
         ]
-        merge(states, outs, lses, [x.sinks for x in arrays])
+        checksums = [None] * len(arrays) if self._lengths is None else self._lengths.checksums
+        merge(states, outs, lses, [x.sinks for x in arrays], checksums)
         self._keep_with_graph(merge, unwanted)
 
     def _keep_with_graph(self, *used: Any) -> None:
@@ -393,6 +399,8 @@ class _BatchAttention:
         """
         for merge, _ in self._merges.values():
             merge.status()
+        if self._lengths is not None:
+            self._lengths.status()
         for plan in self._plans:
             plan.status()
 
