@@ -9,7 +9,9 @@ with kv and table of PagedKVCache(..., rank=rank, num_ranks=2). Nothing here is 
 from .attention import BatchDecodeWithPagedKVCache, BatchPrefillWithPagedKVCache, decode, prefill
 from .local import LocalRanks
 from .mpi import MpiRanks
+from .nccl import NcclRanks
 
 __all__ = [
-    "BatchDecodeWithPagedKVCache", "BatchPrefillWithPagedKVCache", "LocalRanks", "MpiRanks", "decode", "prefill",
+    "BatchDecodeWithPagedKVCache", "BatchPrefillWithPagedKVCache", "LocalRanks", "MpiRanks", "NcclRanks", "decode",
+    "prefill",
 ]  # fmt: skip

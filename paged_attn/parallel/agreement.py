@@ -28,9 +28,9 @@ def static_statement(spec: AttentionSpec, table: TableArrays, **options: Any) ->
 
 
 def lengths_statement(table: TableArrays, qo_indptr: Any, rank: int, num_ranks: int) -> bytes:
-    """What the host knows of a step's lengths, int32."""
+    """What the host knows of a step's lengths, int32: nothing of a table on the device."""
     total_len = table.total_len
-    if total_len is None:  # one rank
+    if table.device != "cpu" or total_len is None:  # None: a rank by itself
         return b""
     first = np.where(total_len > 0, (rank - table.page_offset) % num_ranks, 0)
     qo_indptr = qo_indptr if isinstance(qo_indptr, np.ndarray) else np.zeros(0)

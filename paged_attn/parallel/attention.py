@@ -19,8 +19,9 @@ lists. All ranks make the same calls in the same order, with the same queries, o
 What the ranks must plan alike is compared by plan(): layout, page_size, heads, dims, dtype, options and capacities each
 time they change, and the lengths, where tables are on the host, every time. Where they differ, or where a rank cannot
 plan, every rank raises ValueError (LayoutMismatchError for what a pool is like), which says which rank said what, and
-has to plan again. TimeoutError is raised where a rank does not come within the communicator's timeout: by plan(),
-status() and close(), and by run() where the exchange is on the host.
+has to plan again. Lengths of tables on devices are compared there, in graphs, too, and status() raises the ValueError.
+TimeoutError is raised where a rank does not come within the communicator's timeout: by plan(), status() and close(),
+and by run() where the exchange is on the host.
 """
 
 from __future__ import annotations
@@ -179,8 +180,10 @@ class _BatchAttention:
         self._agreed: list[bytes] = []  # what the ranks of this process said that all ranks agreed on
         self._step: Step | None = None  # of the last plan, where no rank refused it
         self._is_idle: list[bool] = []  # by rank of this process: it holds no page of the step
-        self._merges: dict[MergeShape, Merge] = {}  # by their shapes, rows left out
+        # By their shapes, rows left out: merges, and where each rank of this process writes an lse that nobody wants.
+        self._merges: dict[MergeShape, tuple[Merge, list[Any]]] = {}
         self._latest: Merge | None = None
+        self._lengths = comm.lengths() if comm.devices[0] != "cpu" else None
         self._captures: dict[
             str, tuple[int, int]
         ] = {}  # by device: the last capture, and the merge that its graph keeps
@@ -190,8 +193,7 @@ class _BatchAttention:
     def _plan(self, kv: Any, table: Any, qo_indptr: Any, plan_one: Callable[[Any, Any, Any, Any], None]) -> None:
         """Plan on each rank of this process, and agree with all others."""
         comm = self._comm
-        if comm.is_closed:
-            raise RuntimeError(f"plan() was called, and the communicator is closed; make another one ({comm!r})")
+        comm.check_usable()
         kvs, tables, indptrs = _each(comm, kv, "kv"), _each(comm, table, "table"), _each(comm, qo_indptr, "qo_indptr")
         self._step, error = None, None
         static, lengths = [], []
@@ -201,14 +203,18 @@ class _BatchAttention:
                 plan_one(self._plans[i], kvs[i], tables[i], indptrs[i])
                 spec = self._plans[i]._plan.step.spec
                 self._check_spec(spec)
-                static.append(static_statement(spec, tables[i], **self._said_of_plan))
-                lengths.append(lengths_statement(tables[i], indptrs[i], rank, comm.num_ranks))
+                said = static_statement(spec, tables[i], **self._said_of_plan)
+                told = lengths_statement(tables[i], indptrs[i], rank, comm.num_ranks)
             except Exception as found:
                 error = error or found
-                static.append(failure(found))
-                lengths.append(b"")
+                said, told = failure(found), b""
+            static.append(said)
+            lengths.append(told)
         if error is not None or static != self._agreed or any(lengths):
             self._agree(static, lengths, error)
+        if self._lengths is not None:
+            self._lengths.update(tables)
+            self._keep_with_graph(self._lengths)
         step: Step = self._plans[0]._plan.step
         most = step.rows[-1] * (step.spec.q_len or 1)  # the capacity, where there is one
         if 0 < most < _ANY_ROWS:
@@ -254,15 +260,22 @@ class _BatchAttention:
         check_agreement(statements)
         self._agreed = static
 
-    def _merge_of(self, spec: AttentionSpec, rows: int, out_dtype: np.dtype) -> Merge:
+    def _merge_of(self, spec: AttentionSpec, rows: int, out_dtype: np.dtype) -> tuple[Merge, list[Any]]:
         """The merge for steps of up to `rows` rows. Where it has to grow, it does so by doubling."""
         key = MergeShape(0, spec.num_qo_heads, spec.v_head_dim, self._partial_dtype, out_dtype, self._shard)
-        merge = self._merges.get(key)
+        merge, lses = self._merges.get(key, (None, []))
         if merge is None or merge.shape.rows < rows:
             most = rows if merge is None else max(rows, 2 * merge.shape.rows)
-            merge = self._merges[key] = self._comm.prepare(replace(key, rows=most))
+            merge = self._comm.prepare(replace(key, rows=most))
+            shape = most, self._heads(spec)
+            lses = [backends.of(device).empty(shape, FLOAT32, device) for device in self._comm.devices]
+            self._merges[key] = merge, lses
         self._latest = merge
-        return merge
+        return merge, lses
+
+    def _heads(self, spec: AttentionSpec) -> int:
+        """Heads that a rank gets."""
+        return spec.num_qo_heads if self._shard is None else spec.num_qo_heads // self._comm.num_ranks
 
     # -- once a layer --------------------------------------------------------------------------------------------------
 
@@ -301,7 +314,7 @@ class _BatchAttention:
         kvs = _each(comm, kv, "kv")
         borrowed = [borrow(row) for row in given]
         with reading(*(loan for _, loan in borrowed)):
-            arrays = [self._with_results(i, row, kvs[i]) for i, (row, _) in enumerate(borrowed)]
+            arrays = [self._with_results(i, row, kvs[i], return_lse) for i, (row, _) in enumerate(borrowed)]
             if arrays[0].q.size:
                 self._attend(arrays, kvs)
         outs, lses = (
@@ -311,15 +324,14 @@ class _BatchAttention:
         results = (outs, lses) if len(outs) > 1 else (outs[0], lses[0])
         return results if return_lse else results[0]
 
-    def _with_results(self, i: int, arrays: RunArrays, kv: Any) -> RunArrays:
-        """The checked arrays of local rank i, with new ones for results that were not given."""
+    def _with_results(self, i: int, arrays: RunArrays, kv: Any, return_lse: bool) -> RunArrays:
+        """The checked arrays of local rank i, with new ones for results that are wanted and were not given."""
         q, out, lse, sinks = arrays
         step, device = self._plans[i]._plan.step, self._comm.devices[i]
         pools.check_kv(kv, "run(q, kv)")
         calls.check_layer(step.spec, kv)
         calls.check_arrays(step.spec, RunArrays(q, None, None, sinks), step.rows)
-        heads = step.spec.num_qo_heads if self._shard is None else step.spec.num_qo_heads // self._comm.num_ranks
-        shape, make = (*q.shape[:-2], heads, step.spec.v_head_dim), backends.of(device).empty
+        shape, make = (*q.shape[:-2], self._heads(step.spec), step.spec.v_head_dim), backends.of(device).empty
         why = "as q gives it" if self._shard is None else f"as q and shard={self._shard!r} give it"
         if out is not None:
             check_whole(out, "out", shape, why, (step.spec.dtype, FLOAT32), device, "q")
@@ -328,7 +340,8 @@ class _BatchAttention:
         read = [(q, "q"), (sinks, "sinks"), (kv.k_pages, "kv.k_pages"), (kv.v_pages, "kv.v_pages")]
         overlaps.check_apart([(out, "out"), (lse, "lse")], read)
         out = make(shape, step.spec.dtype, device) if out is None else out
-        return RunArrays(q, out, make(shape[:-1], FLOAT32, device) if lse is None else lse, sinks)
+        lse = make(shape[:-1], FLOAT32, device) if lse is None and return_lse else lse
+        return RunArrays(q, out, lse, sinks)
 
     def _attend(self, arrays: list[RunArrays], kvs: list[PagedKV]) -> None:
         """Attend on each rank of this process, and merge with all others."""
@@ -340,7 +353,7 @@ class _BatchAttention:
                     f"and {dtype}; pass the same queries to every rank"
                 )
         rows = math.prod(shape[:-2])
-        merge = self._merge_of(self._plans[0]._plan.step.spec, rows, dtype)
+        merge, unwanted = self._merge_of(self._plans[0]._plan.step.spec, rows, dtype)
         states = merge.states(rows)
         for plan, is_idle, x, kv, (v, s) in zip(self._plans, self._is_idle, arrays, kvs, states, strict=True):
             if is_idle:
@@ -349,18 +362,22 @@ class _BatchAttention:
             else:
                 plan.run(x.q, kv, out=v.reshape(*shape[:-1], -1), lse=s.reshape(shape[:-1]))
         outs = [x.out.reshape(rows, *x.out.shape[-2:]) for x in arrays]
-        lses = [x.lse.reshape(rows, -1) for x in arrays]
-        merge(states, outs, lses, [x.sinks for x in arrays])
-        self._keep_with_graph(merge)
+        lses = [
+            spare[:rows] if x.lse is None else x.lse.reshape(spare[:rows].shape)
+            for x, spare in zip(arrays, unwanted, strict=True)
+        ]
+        checksums = [None] * len(arrays) if self._lengths is None else self._lengths.checksums
+        merge(states, outs, lses, [x.sinks for x in arrays], checksums)
+        self._keep_with_graph(merge, unwanted)
 
-    def _keep_with_graph(self, merge: Merge) -> None:
-        """A graph that captured a step reads the buffers of its merge at every replay, also when this plan is gone."""
+    def _keep_with_graph(self, *used: Any) -> None:
+        """A graph that captured a step uses these buffers at every replay, also when this plan is gone."""
         for device in self._comm.devices:
             _, stream = current_stream(device)
             if device != "cpu" and sys.modules["cupy"].cuda.runtime.streamIsCapturing(stream):
-                capture = lifetimes.capture_id(stream), id(merge)
+                capture = lifetimes.capture_id(stream), id(used[0])
                 if self._captures.get(device) != capture:
-                    lifetimes.keep_with_graph(stream, merge)
+                    lifetimes.keep_with_graph(stream, used)
                     self._captures[device] = capture
 
     # -- what became of it ---------------------------------------------------------------------------------------------
@@ -380,15 +397,17 @@ class _BatchAttention:
 
         This waits for all work of the device, and for a rank that does not come as long as the communicator's timeout.
         """
-        for merge in self._merges.values():
+        for merge, _ in self._merges.values():
             merge.status()
+        if self._lengths is not None:
+            self._lengths.status()
         for plan in self._plans:
             plan.status()
 
     def close(self) -> None:
         """Give back the buffers. TimeoutError where work that is under way waits for a rank that does not come."""
         merges, self._merges, self._latest, self._step = self._merges, {}, None, None
-        for merge in merges.values():
+        for merge, _ in merges.values():
             merge.status()
 
     def __enter__(self) -> Self:

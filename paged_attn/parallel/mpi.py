@@ -89,8 +89,7 @@ class MpiRanks(MessageRanks):
 
     def _do(self, start: Callable[..., Any], *arguments: Any) -> Any:
         """A call of MPI from its start to its end; what Idup makes."""
-        if self._is_lost:
-            raise TimeoutError(f"a rank was lost before, in {self!r}; end the processes, or make another communicator")
+        self.check_usable()
         made, begin = start(*arguments), time.monotonic()
         made, request = made if isinstance(made, tuple) else (None, made)
         while not request.Test():
@@ -102,10 +101,17 @@ class MpiRanks(MessageRanks):
             time.sleep(0 if waited < _BUSY else _PAUSE)
         return made
 
+    def check_usable(self) -> None:
+        super().check_usable()
+        if self._is_lost:
+            raise TimeoutError(f"a rank was lost before, in {self!r}; end the processes, or make another communicator")
+
     def close(self) -> None:
         if self.is_closed:
             return
-        super().close()
-        if not self._is_lost:
-            self._do(self._comm.Ibarrier)
-            self._comm.Free()
+        try:
+            if not self._is_lost:
+                self._do(self._comm.Ibarrier)
+                self._comm.Free()
+        finally:
+            super().close()

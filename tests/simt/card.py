@@ -56,7 +56,11 @@ class ndarray:
         return ndarray(self.host.reshape(*shape), self.device.id)
 
     def __setitem__(self, key: Any, value: "ndarray") -> None:
+        assert not isinstance(value, np.ndarray), "CuPy does not copy from the host by itself"
         self.host[key] = value.host
+
+    def fill(self, value: Any) -> None:
+        self.host.fill(value)
 
     def swapaxes(self, a: int, b: int) -> "ndarray":
         return ndarray(self.host.swapaxes(a, b), self.device.id)
