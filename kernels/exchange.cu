@@ -62,6 +62,7 @@ struct ExchangeParams {
     Out* out;            // [rows, part, HEAD_DIM]
     float* lse;          // [rows, part]
     const float* sinks;  // [heads] or null
+    const u64* lengths;  // [1]
     int rows;
     int heads;
     int part;
@@ -69,7 +70,6 @@ struct ExchangeParams {
     int num_ranks;
     int capacity;
     u64 timeout;         // ns
-    const u64* lengths;  // [1]
     u32* epochs;         // [warps of the grid]
     u32* status;         // [2]
     V* v_of[8];          // [2, num_ranks, capacity, HEAD_DIM] of each rank

@@ -10,8 +10,9 @@ from .attention import BatchDecodeWithPagedKVCache, BatchPrefillWithPagedKVCache
 from .local import LocalRanks
 from .mpi import MpiRanks
 from .nccl import NcclRanks
+from .peers import PeerRanks
 
 __all__ = [
-    "BatchDecodeWithPagedKVCache", "BatchPrefillWithPagedKVCache", "LocalRanks", "MpiRanks", "NcclRanks", "decode",
-    "prefill",
+    "BatchDecodeWithPagedKVCache", "BatchPrefillWithPagedKVCache", "LocalRanks", "MpiRanks", "NcclRanks", "PeerRanks",
+    "decode", "prefill",
 ]  # fmt: skip
