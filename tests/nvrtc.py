@@ -57,7 +57,7 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
     "seq_lens": 40,
     "split_pages": 40,
     "split_rows": 64,
-    "table_checksum": 40,
+    "table_checksum": 64,
     "table_slots": 40,
     "to_block_table": 40,
     "update_page_lists": 40,
