@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import paged_attn as pa
 from paged_attn import compile, parallel
 
 if sys.argv[1:2] == ["shim"]:
@@ -26,29 +25,11 @@ if sys.argv[1:2] == ["shim"]:
 import cupy
 
 from tests.cases import Case
-from tests.parallel.spread import Spread
-from tests.parallel.test_sockets import free_address, together
+from tests.parallel.spread import OnCards
+from tests.parallel.test_sockets import free_address, raise_errors, together
 
 CASE = Case("nccl", (130, 0, 77, 9), num_qo_heads=8, sinks=True)
 LARGE = {"max_batch_size": 1 << 13, "max_pages": 99}  # so that two calls send less
-
-
-class OnCards(Spread):
-    """A case whose ranks are on the devices of a communicator. host: whether tables are on the host."""
-
-    def __init__(self, comm: Any, case: Case, host: bool = False) -> None:
-        super().__init__(comm, case, inputs=None)
-        self.kv, self.q = self.here(lambda x: x.kv(cupy.asarray)), self.here(lambda x: cupy.asarray(x.inputs.q))
-        self.sinks = self.here(lambda x: cupy.asarray(x.inputs.sinks))
-        if not host:
-            self.table = self.here(lambda x: x.table(cupy.asarray))
-
-    def here(self, make: Callable[[Any], Any]) -> Any:
-        made = []
-        for rank, device in zip(self.ranks, self.comm.devices, strict=True):
-            with cupy.cuda.Device(int(device[-1])):
-                made.append(make(rank))
-        return self.plain(made)
 
 
 def check_results(comm: Any, host: bool = False) -> None:
@@ -78,12 +59,6 @@ def processes(rank_of: Callable[[int], Any], then: Callable[[Any], Any]) -> list
 def by_address(**options: Any) -> Callable[[int], Any]:
     address = free_address()
     return lambda rank: parallel.NcclRanks(rank, 2, address=address, **options)
-
-
-def raise_errors(found: list[tuple[Any, float]]) -> None:
-    for error, _ in found:
-        if error is not None:
-            raise error
 
 
 def one_process_with_two_gpus() -> None:
@@ -149,11 +124,7 @@ def lengths_that_differ_on_the_gpus() -> None:
             for name in ("total_len", "page_offset"):
                 spread.replan(plan)
                 plan.status()
-                array = getattr(table, name).get()
-                array[2] += rank
-                changed = cupy.asarray(array)
-                names = ("indptr", "indices", "last_page_len", "page_size", "page_offset", "page_stride", "total_len")
-                spread.table = pa.PageTable(**{x: getattr(table, x) for x in names} | {name: changed})
+                spread.table = spread.with_array(name, [0, 0, rank, 0])
                 spread.replan(plan)
                 plan.run(spread.q, spread.kv)
                 try:

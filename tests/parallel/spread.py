@@ -144,6 +144,36 @@ class Spread:
             )  # fmt: skip
 
 
+class OnCards(Spread):
+    """A case whose ranks are on the devices of a communicator. host: whether tables are on the host."""
+
+    def __init__(self, comm: Any, case: Case, host: bool = False) -> None:
+        import cupy
+
+        super().__init__(comm, case)
+        self.kv, self.q = self.here(lambda x: x.kv(cupy.asarray)), self.here(lambda x: cupy.asarray(x.inputs.q))
+        self.sinks = self.here(lambda x: cupy.asarray(x.inputs.sinks))
+        if not host:
+            self.table = self.here(lambda x: x.table(cupy.asarray))
+
+    def here(self, make: Callable[[Any], Any]) -> Any:
+        import cupy
+
+        made = []
+        for rank, device in zip(self.ranks, self.comm.devices, strict=True):
+            with cupy.cuda.Device(int(device[-1])):
+                made.append(make(rank))
+        return self.plain(made)
+
+    def with_array(self, name: str, more: Sequence[int]) -> pa.PageTable:
+        """The table of the one rank here, an array of it with other numbers."""
+        import cupy
+
+        names = ("indptr", "indices", "last_page_len", "page_size", "page_offset", "page_stride", "total_len")
+        changed = cupy.asarray(getattr(self.table, name).get() + int32(more))
+        return pa.PageTable(**{x: getattr(self.table, x) for x in names} | {name: changed})
+
+
 def on_host(array: Any) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else array.get()
 

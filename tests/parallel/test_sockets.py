@@ -40,6 +40,12 @@ def together(*processes: Callable[[], Any]) -> list[Any]:
     return found
 
 
+def raise_errors(found: list[tuple[Any, float]]) -> None:
+    for error, _ in found:
+        if error is not None:
+            raise error
+
+
 _made: list[Sockets] = []
 
 

@@ -13,6 +13,7 @@ import ctypes
 import re
 import sys
 import threading
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -130,7 +131,6 @@ def _launch(config_address: int, function: int, arguments_address: int, extra: N
     params = ctypes.c_void_p.from_address(arguments_address).value
     assert params is not None
     where = current.device, config.stream or 0
-    _finish(*where)
     run = partial(
         driver.launch,
         name,
@@ -143,25 +143,26 @@ def _launch(config_address: int, function: int, arguments_address: int, extra: N
         **defines,
     )
     if name == "exchange":
-        instance = _instances.setdefault(where, len(_instances))
-        _under_way[where] = _pool.submit(run, instance=instance)
+        worker, under_way = _streams.setdefault(where, (ThreadPoolExecutor(1), deque()))
+        under_way.append(worker.submit(run, instance=list(_streams).index(where)))
     else:
+        _finish(*where)
         with _one_at_a_time:
             run()
     return 0
 
 
-_pool = ThreadPoolExecutor(16)
-_under_way: dict[tuple[int, int], Future[None]] = {}  # by card and stream
-_instances: dict[tuple[int, int], int] = {}
+# By card and stream: a thread, and what it has to do or has done.
+_streams: dict[tuple[int, int], tuple[ThreadPoolExecutor, deque[Future[None]]]] = {}
 _one_at_a_time = threading.Lock()
 
 
 def _finish(device: int, stream: int | None = None) -> None:
     """Wait for what is under way on a stream of a card, or on all of them."""
-    for where in list(_under_way):
-        if where[0] == device and stream in (None, where[1]) and (future := _under_way.pop(where, None)):
-            future.result()
+    for where, (_, under_way) in list(_streams.items()):
+        if where[0] == device and stream in (None, where[1]):
+            while under_way:
+                under_way.popleft().result()
 
 
 NUM_DEVICES = 2
