@@ -93,6 +93,9 @@ class KVPages(Frozen):
         return self.layout, self.dtype, self.device, extents, self.k_strides, self.v_strides
 
 
+TABLE_ARRAYS = ("indptr", "indices", "last_page_len", "page_offset", "total_len")
+
+
 class TableArrays(Frozen):
     """Which pages hold the tokens of each request. PageTable says what the arrays mean."""
 

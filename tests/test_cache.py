@@ -633,7 +633,7 @@ def test_out_must_fit_the_cache(device):
     mixed = pa.PageTable(whole.indptr[:4], whole.indptr, whole.last_page_len[:3], page_size=4)
     with pytest.raises(ValueError, match=r"out\.indptr overlaps out\.indices in memory"):
         cache.page_table([a], out=mixed)
-    with pytest.raises(ValueError, match=r"out has positions of its own .* PageTable\.empty"):
+    with pytest.raises(ValueError, match=r"is_split=True, and a cache of num_ranks=1 writes whole .* PageTable\.empty"):
         cache.page_table([a], out=pa.PageTable.empty(1, 4, page_size=4, device=device).split(2))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import PageTableError
-from ..holders import TableArrays
+from ..holders import TABLE_ARRAYS, TableArrays
 from ..interop import device_of
 from .arrays import INT32, check_device, check_shape, check_vector, entry, first_true, moved
 from .overlaps import check_apart
@@ -110,13 +110,18 @@ def check_table_values(table: TableArrays, num_pages: int = ANY_PAGE) -> None:
         )
 
 
-def check_table_out(out: Any, page_size: int, device: str, batch_size: int, num_pages: int) -> None:
-    """`out` of PagedKVCache.page_table: a plain table, of this page_size and device, with room for the batch."""
+def check_table_out(out: Any, page_size: int, num_ranks: int, device: str, batch_size: int, num_pages: int) -> None:
+    """`out` of PagedKVCache.page_table: of this page_size and device, with positions if there are several ranks, and
+    with room for the batch."""
     check_table(out, "out")
-    if out.page_offset is not None or out.total_len is not None or out.page_stride != 1:
+    has = [name for name in ("page_offset", "total_len") if getattr(out, name) is not None]
+    fits = len(has) == 2 or (num_ranks == 1 and not has)
+    if out.is_split or out.page_stride != num_ranks or not fits:
         raise ValueError(
-            f"out has positions of its own (page_offset, total_len or page_stride={out.page_stride}), and a cache "
-            f"writes whole sequences; pass a table of PageTable.empty"
+            f"out has {' and '.join(has) or 'no positions'}, page_stride={out.page_stride}, is_split={out.is_split}, "
+            f"and a cache of num_ranks={num_ranks} writes whole sequences with page_stride={num_ranks}"
+            f"{', page_offset and total_len' if num_ranks > 1 else ''}; "
+            f"pass PageTable.empty(..., positions={num_ranks > 1}, page_stride={num_ranks})"
         )
     if out.page_size != page_size:
         raise ValueError(
@@ -179,11 +184,9 @@ def check_split_out(out: Any, table: TableArrays, num_chunks: int) -> None:
 
 def check_apart_of_table(out: TableArrays, *sources: TableArrays) -> None:
     """The arrays of a table that is written overlap neither each other nor those of tables it is written from."""
-    names = ("indptr", "indices", "last_page_len", "page_offset", "total_len")
-    read = [(getattr(source, name), f"the table's {name}") for source in sources for name in names]
-    check_apart(
-        [(getattr(out, name), f"out.{name}") for name in names], read, "an out whose arrays have memory of their own"
-    )
+    written = [(getattr(out, name), f"out.{name}") for name in TABLE_ARRAYS]
+    read = [(getattr(source, name), f"the table's {name}") for source in sources for name in TABLE_ARRAYS]
+    check_apart(written, read, "an out whose arrays have memory of their own")
 
 
 def check_block_table(block_table: Any, seq_lens: Any, page_size: int) -> None:

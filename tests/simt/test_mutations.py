@@ -198,7 +198,12 @@ MUTATIONS = [
     Mutation(
         "table.cu", "rows past the batch have pages",
         "row < p.batch ? int(row) : p.batch", "row < p.batch ? int(row) : 0",
-        partial(table.test_update_table, 1),
+        partial(table.test_update_table, 1, 1),
+    ),
+    Mutation(
+        "table.cu", "pages of other ranks",
+        "(entry - out.begin) * p.page_stride]", "(entry - out.begin)]",
+        partial(table.test_update_table, 1, 3),
     ),
     Mutation(
         "table.cu", "only the first layer copied",

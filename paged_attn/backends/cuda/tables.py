@@ -32,7 +32,7 @@ def split_table(table: TableArrays, num_chunks: int, out: TableArrays) -> None:
     fields = {
         **_table_fields(table),
         **_out_fields(out),
-        "out_page_offset": out.page_offset, "out_total_len": out.total_len, "status": device_word(table.device),
+        "status": device_word(table.device),
         "num_chunks": num_chunks, "page_size": table.page_size, "page_stride": table.page_stride,
     }  # fmt: skip
     rows = num_chunks * table.batch_size
@@ -102,15 +102,15 @@ def update_table(
     update_value: np.ndarray[Any, Any],
     starts: np.ndarray[Any, Any],
     indptr: np.ndarray[Any, Any],
-    last_page_len: np.ndarray[Any, Any],
+    per_row: dict[str, np.ndarray[Any, Any]],
     out: Any,
 ) -> None:
     device = out.device
     status = device_word(device)
     num_updates, num_entries, batch = update_index.size, page_lists.size, starts.size
     with current_device(device):
-        parts = (update_index, update_value, starts, indptr, last_page_len)
-        _memory, (index, value, start, row, last) = upload_together(parts, device)
+        parts = (update_index, update_value, starts, indptr, *per_row.values())
+        _memory, (index, value, start, row, *uploaded) = upload_together(parts, device)
         if num_updates:
             launch(recipes.UPDATE_PAGE_LISTS, device, -(-num_updates // recipes.THREADS), {
                 "page_lists": page_lists, "update_index": index, "update_value": value, "status": status,
@@ -118,8 +118,9 @@ def update_table(
             })  # fmt: skip
         launch(recipes.BUILD_TABLE, device, recipes.row_blocks(batch, int(indptr[-1])) if batch else 1, {
             **_out_fields(out),
-            "page_lists": page_lists, "starts": start, "indptr": row, "last_page_len": last, "status": status,
-            "num_entries": num_entries, "batch": batch, "capacity": out.last_page_len.size,
+            "page_offset": None, "total_len": None, **dict(zip(per_row, uploaded, strict=True)),
+            "page_lists": page_lists, "starts": start, "indptr": row, "status": status, "num_entries": num_entries,
+            "batch": batch, "capacity": out.last_page_len.size, "page_stride": out.page_stride,
         })  # fmt: skip
 
 
@@ -136,5 +137,5 @@ def _out_fields(out: TableArrays) -> dict[str, Any]:
     """The arrays of a table that is written."""
     return {
         "out_indptr": out.indptr, "out_indices": out.indices, "out_last_page_len": out.last_page_len,
-        "out_num_indices": out.indices.size,
+        "out_page_offset": out.page_offset, "out_total_len": out.total_len, "out_num_indices": out.indices.size,
     }  # fmt: skip
