@@ -61,9 +61,12 @@ SEQ_LENS, SPLIT_PAGES, BLOCK_TABLE_PAGES, TO_BLOCK_TABLE, TABLE_SLOTS, CHECK_TAB
 UPDATE_PAGE_LISTS, BUILD_TABLE, COPY_PAGES = (
     Recipe(kernel=name, threads=THREADS) for name in ("update_page_lists", "build_table", "copy_pages")
 )
+TABLE_CHECKSUM, COMPARE_CHECKSUMS = (
+    Recipe(kernel=name, threads=32) for name in ("table_checksum", "compare_checksums")
+)
 TABLES = (
     SEQ_LENS, SPLIT_ROWS, SPLIT_PAGES, BLOCK_TABLE_ROWS, BLOCK_TABLE_PAGES, TO_BLOCK_TABLE, TABLE_SLOTS, CHECK_TABLE,
-    UPDATE_PAGE_LISTS, BUILD_TABLE, COPY_PAGES,
+    UPDATE_PAGE_LISTS, BUILD_TABLE, COPY_PAGES, TABLE_CHECKSUM, COMPARE_CHECKSUMS,
 )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
     "block_table_rows": 64,
     "build_table": 40,
     "check_table": 40,
+    "compare_checksums": 40,
     "copy_pages": 40,
     "decode": {
         (16, 8): 128, (32, 8): 128, (64, 8): 128, (80, 8): 128, (96, 8): 128, (112, 8): 128, (128, 8): 128,
@@ -55,6 +56,7 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
     "seq_lens": 40,
     "split_pages": 40,
     "split_rows": 64,
+    "table_checksum": 64,
     "table_slots": 40,
     "to_block_table": 40,
     "update_page_lists": 40,

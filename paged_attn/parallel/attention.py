@@ -19,8 +19,9 @@ lists. All ranks make the same calls in the same order, with the same queries, o
 What the ranks must plan alike is compared by plan(): layout, page_size, heads, dims, dtype, options and capacities each
 time they change, and the lengths, where tables are on the host, every time. Where they differ, or where a rank cannot
 plan, every rank raises ValueError (LayoutMismatchError for what a pool is like), which says which rank said what, and
-has to plan again. TimeoutError is raised where a rank does not come within the communicator's timeout: by plan(),
-status() and close(), and by run() where the exchange is on the host.
+has to plan again. Lengths of tables on devices are compared there, in graphs, too, and status() raises the ValueError.
+TimeoutError is raised where a rank does not come within the communicator's timeout: by plan(), status() and close(),
+and by run() where the exchange is on the host.
 """
 
 from __future__ import annotations
@@ -176,15 +177,16 @@ class _BatchAttention:
         self._plans = [make_plan(**capacities, batch_invariant=batch_invariant) for _ in comm.ranks]
         options = {"shard": shard, "partial_dtype": self._partial_dtype.name, "batch_invariant": bool(batch_invariant)}
         self._said_of_plan: dict[str, Any] = options | capacities
-        self._agreed: list[bytes] = []  # what the ranks of this process said that all ranks agreed on
+        # By rank of this process: what it says of steps like the last one, and which those are.
+        self._statements: list[tuple[Any, bytes]] = [(None, b"")] * len(comm.ranks)
+        self._agreed: list[bytes] = []  # what they said that all ranks agreed on
         self._step: Step | None = None  # of the last plan, where no rank refused it
         self._is_idle: list[bool] = []  # by rank of this process: it holds no page of the step
         # By their shapes, rows left out: merges, and where each rank of this process writes an lse that nobody wants.
         self._merges: dict[MergeShape, tuple[Merge, list[Any]]] = {}
         self._latest: Merge | None = None
-        self._captures: dict[
-            str, tuple[int, int]
-        ] = {}  # by device: the last capture, and the merge that its graph keeps
+        self._lengths = comm.lengths() if comm.devices[0] != "cpu" else None
+        self._captures: dict[str, tuple[int, int]] = {}  # by device: the last capture, and the id of what it keeps
 
     # -- once a step ---------------------------------------------------------------------------------------------------
 
@@ -199,9 +201,12 @@ class _BatchAttention:
             try:
                 self._check_operands(kvs[i], tables[i], comm.devices[i])
                 plan_one(self._plans[i], kvs[i], tables[i], indptrs[i])
-                spec = self._plans[i]._plan.step.spec
-                self._check_spec(spec)
-                said = static_statement(spec, tables[i], **self._said_of_plan)
+                step = self._plans[i]._plan.step
+                like = step, tables[i].batch_size, tables[i].device
+                if self._statements[i][0] != like:
+                    self._check_spec(step.spec)
+                    self._statements[i] = like, static_statement(step.spec, tables[i], **self._said_of_plan)
+                said = self._statements[i][1]
                 told = lengths_statement(tables[i], indptrs[i], rank, comm.num_ranks)
             except Exception as found:
                 error = error or found
@@ -210,7 +215,10 @@ class _BatchAttention:
             lengths.append(told)
         if error is not None or static != self._agreed or any(lengths):
             self._agree(static, lengths, error)
-        step: Step = self._plans[0]._plan.step
+        if self._lengths is not None:
+            self._lengths.update(tables)
+            self._keep_with_graph(self._lengths)
+        step = self._plans[0]._plan.step
         most = step.rows[-1] * (step.spec.q_len or 1)  # the capacity, where there is one
         if 0 < most < _ANY_ROWS:
             self._merge_of(step.spec, most, step.spec.dtype)
@@ -361,7 +369,8 @@ class _BatchAttention:
             spare[:rows] if x.lse is None else x.lse.reshape(spare[:rows].shape)
             for x, spare in zip(arrays, unwanted, strict=True)
         ]
-        merge(states, outs, lses, [x.sinks for x in arrays])
+        checksums = [None] * len(arrays) if self._lengths is None else self._lengths.checksums
+        merge(states, outs, lses, [x.sinks for x in arrays], checksums)
         self._keep_with_graph(merge, unwanted)
 
     def _keep_with_graph(self, *used: Any) -> None:
@@ -393,6 +402,8 @@ class _BatchAttention:
         """
         for merge, _ in self._merges.values():
             merge.status()
+        if self._lengths is not None:
+            self._lengths.status()
         for plan in self._plans:
             plan.status()
 

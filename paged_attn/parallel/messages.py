@@ -21,14 +21,16 @@ from typing import Any
 import numpy as np
 
 from .. import backends
+from ..holders import TableArrays
 from ..interop import FLOAT32
 from ..merge import merge_states
-from .ranks import Merge, MergeShape, Ranks
+from .ranks import Lengths, Merge, MergeShape, Ranks
 
 ALL_GATHER, BY_HEADS, BY_HEADS_AND_BACK = (
     "all-gather", "all-to-all by heads", "all-to-all by heads, then all-gather",
 )  # fmt: skip
 BYTES_OF_A_CALL = 1 << 20  # what travels in the time that one more call takes, 7 us at some 130 GB/s
+_UINT64 = np.dtype(np.uint64)
 _UNIT = 16  # bytes: kernels load as many at once
 
 
@@ -67,9 +69,45 @@ class MessageRanks(Ranks):
     def prepare(self, shape: MergeShape) -> Merge:
         return MessageMerge(self, shape)
 
+    def lengths(self) -> Lengths:
+        return MessageLengths(self)
+
 
 def empty_bytes(count: int, device: str) -> Any:
     return backends.of(device).empty((count,), np.dtype(np.uint8), device)
+
+
+class MessageLengths(Lengths):
+    """Checksums that are exchanged by messages of one unit, once a step."""
+
+    ranks: MessageRanks
+
+    def __init__(self, ranks: MessageRanks) -> None:
+        self._messages = [x.reshape(ranks.num_ranks, _UNIT) for x in ranks.buffers(ranks.num_ranks, _UNIT)]
+        own = [x[rank, : _UINT64.itemsize].view(_UINT64) for rank, x in zip(ranks.ranks, self._messages, strict=True)]
+        super().__init__(ranks, own)
+        self._is_compared = False
+        self._statuses = [backends.of(device).zeros((1,), np.dtype(np.uint32), device) for device in ranks.devices]
+
+    def update(self, tables: list[TableArrays]) -> None:
+        super().update(tables)
+        self._is_compared = any(table.device != "cpu" for table in tables)  # on all ranks, or on none
+        if not self._is_compared:
+            return
+        self.ranks.all_gather(self._messages)
+        for rank, messages, status in zip(self.ranks.ranks, self._messages, self._statuses, strict=True):
+            backends.of(f"cuda:{status.device.id}").compare_checksums(messages.view(_UINT64), rank, status)
+
+    def status(self) -> None:
+        if not self._is_compared:
+            return
+        for rank, status in zip(self.ranks.ranks, self._statuses, strict=True):
+            (found,) = status.get().tolist()
+            if found:
+                raise ValueError(
+                    f"the lengths of rank {rank} are not those of rank {found - 1} (total_len, or the rank that holds "
+                    f"the first page of a sequence); make the same appends, forks and truncations on every rank"
+                )
 
 
 class MessageMerge(Merge):
@@ -103,7 +141,12 @@ class MessageMerge(Merge):
         return states
 
     def __call__(
-        self, states: list[tuple[Any, Any]], outs: list[Any], lses: list[Any], sinks: list[Any | None]
+        self,
+        states: list[tuple[Any, Any]],
+        outs: list[Any],
+        lses: list[Any],
+        sinks: list[Any | None],
+        checksums: list[Any | None],
     ) -> None:
         n, shape, rows = self.ranks.num_ranks, self.shape, states[0][0].shape[0]
         if self.way == ALL_GATHER:

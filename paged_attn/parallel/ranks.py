@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from .. import backends
+from ..holders import TableArrays
 from ..interop import FLOAT32
 
 T = TypeVar("T")
@@ -29,6 +30,26 @@ class MergeShape:
     partial_dtype: np.dtype  # of v: float32, or the model's dtype
     out_dtype: np.dtype  # of the merged results
     shard: str | None  # None: every rank gets all heads; "heads": rank r gets the r-th of num_ranks equal parts
+
+
+class Lengths:
+    """Checksums of the lengths of a step, on GPUs: of total_len, and of the rank that holds the first page of each
+    sequence. They are the same on all ranks. Where tables are on the host, ranks compare them there, and these are 0.
+
+    checksums: uint64 [1] of each rank of this process, on its device; zeros where none are given.
+    """
+
+    def __init__(self, ranks: Ranks, checksums: list[Any] | None = None) -> None:
+        self.ranks = ranks
+        self.checksums = checksums or [backends.of(x).zeros((1,), np.dtype(np.uint64), x) for x in ranks.devices]
+
+    def update(self, tables: list[TableArrays]) -> None:
+        """Once a step: the checksums of these tables, one for each rank of this process."""
+        for rank, table, checksum in zip(self.ranks.ranks, tables, self.checksums, strict=True):
+            backends.of(f"cuda:{checksum.device.id}").table_checksum(table, rank, self.ranks.num_ranks, checksum)
+
+    def status(self) -> None:
+        """ValueError where those of the last step differ, if the merges do not say it."""
 
 
 class Merge:
@@ -61,7 +82,12 @@ class Merge:
         return [(v[:rows], s[:rows]) for v, s in self._own]
 
     def __call__(
-        self, states: list[tuple[Any, Any]], outs: list[Any], lses: list[Any], sinks: list[Any | None]
+        self,
+        states: list[tuple[Any, Any]],
+        outs: list[Any],
+        lses: list[Any],
+        sinks: list[Any | None],
+        checksums: list[Any | None],
     ) -> None:
         """Exchange and merge, in rank order, so that the bits depend on nothing but the states. All lists have one
         entry for each rank of this process.
@@ -70,6 +96,7 @@ class Merge:
         outs: out_dtype [rows, heads, dim] to write; for shard="heads" [rows, heads / num_ranks, dim].
         lses: float32, outs without its last axis, to write.
         sinks: float32 [heads], natural logarithms, which count once; or None.
+        checksums: uint64 [1], Lengths.checksums, for an exchange that compares them by itself; None on the CPU.
         """
         raise NotImplementedError
 
@@ -114,6 +141,10 @@ class Ranks:
         lost."""
         if self.is_closed:
             raise RuntimeError(f"the communicator is closed; make another one ({self!r})")
+
+    def lengths(self) -> Lengths:
+        """For the steps of one plan."""
+        return Lengths(self)
 
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:
         """What one-shot calls keep from call to call, made where there is none."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import paged_attn as pa
 from paged_attn import compile, parallel
 
 if sys.argv[1:2] == ["shim"]:
@@ -138,6 +139,36 @@ def ranks_that_disagree() -> None:
     raise_errors(processes(by_address(), work))
 
 
+def lengths_that_differ_on_the_gpus() -> None:
+    """Another length, and a page that two ranks own: status() says it on both ranks, until a step is right again."""
+
+    def work(comm: Any) -> None:
+        with comm:
+            spread = OnCards(comm, CASE)
+            table, plan, rank = spread.table, spread.plan(), comm.ranks[0]
+            for name in ("total_len", "page_offset"):
+                spread.replan(plan)
+                plan.status()
+                array = getattr(table, name).get()
+                array[2] += rank
+                changed = cupy.asarray(array)
+                names = ("indptr", "indices", "last_page_len", "page_size", "page_offset", "page_stride", "total_len")
+                spread.table = pa.PageTable(**{x: getattr(table, x) for x in names} | {name: changed})
+                spread.replan(plan)
+                plan.run(spread.q, spread.kv)
+                try:
+                    plan.status()
+                except ValueError as error:
+                    assert f"the lengths of rank {rank} are not those of rank {1 - rank}" in str(error), error
+                else:
+                    raise AssertionError(f"{name}: nothing was raised")
+                spread.table = table
+            spread.replan(plan)
+            plan.status()
+
+    raise_errors(processes(by_address(), work))
+
+
 TIMEOUT = 0.5
 
 
@@ -239,6 +270,7 @@ SCENES: list[Callable[[], None]] = [
     two_processes_that_meet_at_an_address,
     two_processes_with_a_unique_id,
     ranks_that_disagree,
+    lengths_that_differ_on_the_gpus,
     *(partial(a_rank_that_does_not_come_to, call) for call in ("plan", "status", "the GPU", "close")),
     a_rank_that_makes_no_communicator,
     arguments_that_do_not_fit,

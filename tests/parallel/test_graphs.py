@@ -10,7 +10,7 @@ import paged_attn as pa
 from paged_attn import parallel
 from tests.cases import Case
 from tests.gpu.capture import no_allocation
-from tests.parallel.spread import Spread
+from tests.parallel.spread import Spread, int32
 
 pytestmark = pytest.mark.gpu
 
@@ -106,3 +106,8 @@ def test_a_step_replays_with_growing_lengths(name: str, max_batch_size: int, sha
             graph.launch()
             plan.status()
             now.assert_right(([x.get() for x in own.out], [x.get() for x in own.lse]), shard)
+        if comm.num_ranks > 1:
+            own.tables[1].total_len.set(int32(CASES[-1].kv_lens) + int32([0, 0, 1]))
+            graph.launch()
+            with pytest.raises(ValueError, match="the lengths of rank 0 are not those of rank 1"):
+                plan.status()

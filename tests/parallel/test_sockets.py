@@ -4,7 +4,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -40,8 +40,23 @@ def together(*processes: Callable[[], Any]) -> list[Any]:
     return found
 
 
+_made: list[Sockets] = []
+
+
+@pytest.fixture(autouse=True)
+def close_all() -> Iterator[None]:
+    yield
+    while _made:
+        _made.pop().close()
+
+
 def meet(ranks: tuple[int, ...], num_ranks: int, address: str, timeout: float = 10.0) -> Callable[[], Sockets]:
-    return lambda: Sockets(ranks, num_ranks, address, timeout)
+    def make() -> Sockets:
+        made = Sockets(ranks, num_ranks, address, timeout)
+        _made.append(made)
+        return made
+
+    return make
 
 
 def meeting(*processes: tuple[int, ...], timeout: float = TIMEOUT) -> list[Sockets]:
@@ -76,7 +91,7 @@ def test_what_comes_from_others_is_passed_over() -> None:
 
     def late() -> Sockets:
         time.sleep(0.6)
-        return Sockets((1,), 2, address, 10.0)
+        return meet((1,), 2, address)()
 
     (first, _), _, (second, _) = together(meet((0,), 2, address), somebody, late)
     assert [x for x, _ in together(lambda: first.all_gather([b"a"]), lambda: second.all_gather([b"b"]))] == [

@@ -17,6 +17,7 @@ from paged_attn import compile as kernels
 from tests.simt import test_append as append
 from tests.simt import test_check as check
 from tests.simt import test_decode as decode
+from tests.simt import test_lengths as lengths
 from tests.simt import test_merge as merge
 from tests.simt import test_prefill as prefill
 from tests.simt import test_schedule as schedule
@@ -261,6 +262,16 @@ MUTATIONS = [
         "table_rows.cuh", "the warps before do not count",
         "if (warp > 0) before = combine(before, warps_before);", "",
         partial(schedule.test_right_tables, "several chunks of rows"),
+    ),
+    Mutation(
+        "lengths.cu", "an empty sequence has an owner",
+        "total_len == 0 ? 0 : behind", "behind",
+        partial(lengths.test_it_is_the_same_on_all_ranks_and_no_other_lengths_have_it, 33, 3),
+    ),
+    Mutation(
+        "lengths.cu", "the last one that differs",
+        "theirs < found ? theirs", "theirs != ~0u && theirs > found % ~0u ? theirs",
+        partial(lengths.test_each_rank_finds_the_first_that_says_something_else, [7, 7, 8], [3, 3, 1]),
     ),
 ]  # fmt: skip
 

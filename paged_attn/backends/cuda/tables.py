@@ -139,3 +139,27 @@ def _out_fields(out: TableArrays) -> dict[str, Any]:
         "out_indptr": out.indptr, "out_indices": out.indices, "out_last_page_len": out.last_page_len,
         "out_page_offset": out.page_offset, "out_total_len": out.total_len, "out_num_indices": out.indices.size,
     }  # fmt: skip
+
+
+def table_checksum(table: TableArrays, rank: int, num_ranks: int, checksum: Any) -> None:
+    """uint64 [1] `checksum` becomes that of the lengths of a table on the device; 0 for one on the host, where ranks
+    compare the lengths themselves."""
+    with current_device(f"cuda:{checksum.device.id}"):
+        if table.device == "cpu" or table.total_len is None:
+            checksum.data.memset_async(0, checksum.nbytes)
+            return
+        launch(recipes.TABLE_CHECKSUM, table.device, 1, {
+            "total_len": table.total_len, "page_offset": table.page_offset, "checksum": checksum,
+            "batch": table.batch_size, "rank": rank, "num_ranks": num_ranks,
+        })  # fmt: skip
+
+
+def compare_checksums(checksums: Any, rank: int, status: Any) -> None:
+    """uint32 [1] `status` becomes 1 + the first rank whose checksum is another than that of `rank`, or 0. checksums:
+    uint64 [num_ranks, any], the first of each row."""
+    device = f"cuda:{checksums.device.id}"
+    with current_device(device):
+        launch(recipes.COMPARE_CHECKSUMS, device, 1, {
+            "checksums": checksums, "status": status, "stride": checksums.shape[1], "rank": rank,
+            "num_ranks": checksums.shape[0],
+        })  # fmt: skip
