@@ -14,8 +14,8 @@ def share(num_pages: np.ndarray, first: np.ndarray, num_ranks: int) -> np.ndarra
 class PagePool:
     """The pages of all ranks, numbered through: page p of rank r is r * num_pages + p, and this rank is rank 0.
 
-    Every rank has such a pool, and all of them get the same calls, so that each knows which pages another one takes,
-    copies and frees: the pages of one rank are taken in the same order in all pools, by whatever number of that rank.
+    Every rank has such a pool, and all of them get the same calls, so that each knows how many pages another one has
+    left, and which of them are shared.
     """
 
     def __init__(self, num_pages: int, num_ranks: int) -> None:

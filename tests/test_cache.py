@@ -375,6 +375,18 @@ def test_a_page_that_another_sequence_holds_further_in_is_copied(device):
     assert read(cache, a) == [*range(9), 10] and read(cache, b) == [0, 1, 11]
 
 
+def test_a_page_stays_shared_whatever_else_is_freed_and_copied(device):
+    cache = make(device, 16)
+    a, b, c = new(cache, 1, 2), new(cache, 3, 4), new(cache, *range(9))
+    forks = [cache.fork(a), cache.fork(b)]
+    cache.free(c)
+    for fork, parent in zip(forks, (a, b), strict=True):
+        write(cache, cache.reserve([fork], 1), 7)
+        assert page_ids(cache, fork) != page_ids(cache, parent)
+    assert [read(cache, seq) for seq in (a, b, *forks)] == [[1, 2], [3, 4], [1, 2, 7], [3, 4, 7]]
+    assert cache.num_shared_pages == 0
+
+
 def test_truncate_into_a_shared_page_then_append_copies_it(device):
     cache = make(device)
     a = new(cache, 1, 2, 3, 4, 5, 6)

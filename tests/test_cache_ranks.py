@@ -261,7 +261,7 @@ def test_out_must_have_positions(device):
     ):
         out = pa.PageTable.empty(1, 4, page_size=4, device=device, **options)
         with pytest.raises(
-            ValueError, match=rf"out has {said} .* pass .*empty\(\.\.\., positions=True, page_stride=2\)"
+            ValueError, match=rf"out has {said}, .* pass .*empty\(\.\.\., positions=True, page_stride=2\)"
         ):
             cache.page_table([seq], out)
     with pytest.raises(ValueError, match=r"total_len, page_stride=2, .* num_ranks=1 writes whole sequences"):
