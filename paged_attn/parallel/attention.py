@@ -49,7 +49,6 @@ from .ranks import Merge, MergeShape, Ranks
 Arrays = Array | Sequence[Array]  # one, or one for each rank of this process
 
 _ANY_ROWS = 2**31 - 1  # of a step whose qo_indptr only the device knows, in a plan without max_tokens
-_ONE_SHOT = "what one-shot calls keep"
 
 
 def decode(
@@ -92,8 +91,8 @@ def decode(
 
     What a kernel finds wrong with a table is raised by comm.status().
     """
-    plan = comm.kept(
-        (_ONE_SHOT, "decode", shard, str(partial_dtype)),
+    plan = _checked(comm).kept(
+        ("decode", str(shard), str(partial_dtype)),
         lambda: BatchDecodeWithPagedKVCache(comm, shard=shard, partial_dtype=partial_dtype),
     )
     shape = _shape_of(_each(comm, q, "q")[0], (3, 4), "[batch, (q_len,) num_qo_heads, head_dim]")
@@ -147,8 +146,8 @@ def prefill(
 
     What a kernel finds wrong with a table is raised by comm.status().
     """
-    plan = comm.kept(
-        (_ONE_SHOT, "prefill", shard, str(partial_dtype)),
+    plan = _checked(comm).kept(
+        ("prefill", str(shard), str(partial_dtype)),
         lambda: BatchPrefillWithPagedKVCache(comm, shard=shard, partial_dtype=partial_dtype),
     )
     shape = _shape_of(_each(comm, q, "q")[0], (3,), "[rows, num_qo_heads, head_dim]")
@@ -173,20 +172,20 @@ class _BatchAttention:
     ) -> None:
         if shard is not None and shard != "heads":
             raise ValueError(f"shard is {shard!r}; pass None (all heads on every rank) or 'heads' (each rank its part)")
-        self._comm, self._shard, self._partial_dtype = comm, shard, any_dtype(partial_dtype, "partial_dtype")
+        self._comm, self._shard, self._partial_dtype = _checked(comm), shard, any_dtype(partial_dtype, "partial_dtype")
         self._plans = [make_plan(**capacities, batch_invariant=batch_invariant) for _ in comm.ranks]
         options = {"shard": shard, "partial_dtype": self._partial_dtype.name, "batch_invariant": bool(batch_invariant)}
         self._said_of_plan: dict[str, Any] = options | capacities
-        self._agreed: list[bytes] = []  # what the ranks of this process said that all ranks agreed on
+        # By rank of this process: what it says of steps like the last one, and which those are.
+        self._statements: list[tuple[Any, bytes]] = [(None, b"")] * len(comm.ranks)
+        self._agreed: list[bytes] = []  # what they said that all ranks agreed on
         self._step: Step | None = None  # of the last plan, where no rank refused it
         self._is_idle: list[bool] = []  # by rank of this process: it holds no page of the step
         # By their shapes, rows left out: merges, and where each rank of this process writes an lse that nobody wants.
         self._merges: dict[MergeShape, tuple[Merge, list[Any]]] = {}
         self._latest: Merge | None = None
         self._lengths = comm.lengths() if comm.devices[0] != "cpu" else None
-        self._captures: dict[
-            str, tuple[int, int]
-        ] = {}  # by device: the last capture, and the merge that its graph keeps
+        self._captures: dict[str, tuple[int, int]] = {}  # by device: the last capture, and the id of what it keeps
 
     # -- once a step ---------------------------------------------------------------------------------------------------
 
@@ -201,9 +200,12 @@ class _BatchAttention:
             try:
                 self._check_operands(kvs[i], tables[i], comm.devices[i])
                 plan_one(self._plans[i], kvs[i], tables[i], indptrs[i])
-                spec = self._plans[i]._plan.step.spec
-                self._check_spec(spec)
-                said = static_statement(spec, tables[i], **self._said_of_plan)
+                step = self._plans[i]._plan.step
+                like = step, tables[i].batch_size, tables[i].device
+                if self._statements[i][0] != like:
+                    self._check_spec(step.spec)
+                    self._statements[i] = like, static_statement(step.spec, tables[i], **self._said_of_plan)
+                said = self._statements[i][1]
                 told = lengths_statement(tables[i], indptrs[i], rank, comm.num_ranks)
             except Exception as found:
                 error = error or found
@@ -215,7 +217,7 @@ class _BatchAttention:
         if self._lengths is not None:
             self._lengths.update(tables)
             self._keep_with_graph(self._lengths)
-        step: Step = self._plans[0]._plan.step
+        step = self._plans[0]._plan.step
         most = step.rows[-1] * (step.spec.q_len or 1)  # the capacity, where there is one
         if 0 < most < _ANY_ROWS:
             self._merge_of(step.spec, most, step.spec.dtype)
@@ -389,7 +391,9 @@ class _BatchAttention:
 
     @property
     def bytes_a_step(self) -> int | None:
-        """What a rank sends to all others together in a layer of a step as large as the plan has room for."""
+        """What a rank sends to all n - 1 others together in a layer of a step as large as the plan has room for:
+        (n - 1) * rows * heads * (v_head_dim * bytes of partial_dtype + 4) by all-gather, 1 / n of it by heads, and then
+        as much in out's dtype if every rank is to have all heads; v and lse are rounded up to 16 bytes each."""
         return None if self._latest is None else self._latest.bytes_a_step
 
     def status(self) -> None:
@@ -555,6 +559,15 @@ class BatchPrefillWithPagedKVCache(_BatchAttention):
             plan.plan(kv, table, indptr, num_qo_heads, causal=causal, **options)
 
         self._plan(kv, table, qo_indptr, plan_one)
+
+
+def _checked(comm: Any) -> Ranks:
+    if not isinstance(comm, Ranks):
+        raise TypeError(
+            f"comm must be a communicator (LocalRanks, MpiRanks, NcclRanks, ...), got {type(comm).__name__}; pass the "
+            f"arguments in their order: decode(comm, q, kv, table), prefill(comm, q, qo_indptr, kv, table)"
+        )
+    return comm
 
 
 def _each(comm: Ranks, value: Any, name: str) -> list[Any]:
