@@ -232,18 +232,21 @@ class PeerRanks(Ranks):
         for device in dict.fromkeys(self.devices):
             with self._cuda.Device(device_index(device)):
                 self._cuda.runtime.deviceSynchronize()
-        for rank, words in zip(self.ranks, self.status_words, strict=True):
+        found = []
+        for words in self.status_words:
             with words.device:
-                lost, differs = words.get().tolist()
-                if differs:
+                found.append(words.get().tolist())
+                if found[-1][1]:
                     words[1:].fill(0)
+        for rank, (lost, _) in zip(self.ranks, found, strict=True):
+            if lost:
+                self._lose(f"rank {lost - 1} did not come to rank {rank} of {self!r} within {self.timeout} s")
+        for rank, (_, differs) in zip(self.ranks, found, strict=True):
             if differs:
                 raise ValueError(
                     f"the lengths of rank {rank} are not those of rank {differs - 1} (total_len, or the rank that "
                     f"holds the first page of a sequence); make the same appends, forks and truncations on every rank"
                 )
-            if lost:
-                self._lose(f"rank {lost - 1} did not come to rank {rank} of {self!r} within {self.timeout} s")
         if self._lost:
             raise TimeoutError(self._lost)
 

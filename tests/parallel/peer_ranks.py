@@ -2,10 +2,13 @@
 
 python -m tests.parallel.peer_ranks shim                  cards of the SIMT shim
 python -m tests.parallel.peer_ranks process RANK ADDRESS  one of two processes, on GPU RANK or on the only one
+python -m tests.parallel.peer_ranks lose RANK ADDRESS     the same, and rank 1 ends while rank 0 waits for it
 """
 
+import contextlib
 import gc
 import json
+import os
 import re
 import sys
 import threading
@@ -279,11 +282,44 @@ SCENES: list[Callable[[], None]] = [
 ]
 
 
-def one_of_two_processes() -> None:
+def in_one_of_two_processes(work: Callable[[Any], None], timeout: float) -> None:
     rank, address = int(sys.argv[2]), sys.argv[3]
     device = rank % cupy.cuda.runtime.getDeviceCount()
-    with cupy.cuda.Device(device), parallel.PeerRanks(rank, 2, address=address, timeout=60.0) as comm:
-        check_results(comm)
+    with cupy.cuda.Device(device), parallel.PeerRanks(rank, 2, address=address, timeout=timeout) as comm:
+        work(comm)
+
+
+def one_of_two_processes() -> None:
+    in_one_of_two_processes(check_results, 60.0)
+
+
+def a_process_that_ends() -> None:
+    """Rank 1 is gone without a word. What rank 0 has on its GPU is of use."""
+
+    def work(comm: Any) -> None:
+        spread = OnCards(comm, CASE)
+        plan = spread.plan()
+        plan.run(spread.q, spread.kv)
+        plan.status()
+        if comm.ranks[0]:
+            print("{}", flush=True)
+            os._exit(0)
+        time.sleep(1)
+        begin = time.monotonic()
+        for _ in range(3):
+            plan.run(spread.q, spread.kv)
+        try:
+            plan.status()
+        except TimeoutError as error:
+            assert "rank 1 did not come to rank 0" in str(error), error
+        else:
+            raise AssertionError("nothing was raised")
+        assert time.monotonic() - begin < 30
+        kv = spread.kv.k_pages.copy()
+        assert bool((kv.view("u2") == spread.kv.k_pages.view("u2")).all())
+
+    with contextlib.suppress(TimeoutError):  # of close()
+        in_one_of_two_processes(work, 20.0)
 
 
 def wrong(scenes: list[Callable[[], None]]) -> Iterator[tuple[str, str]]:
@@ -295,4 +331,5 @@ def wrong(scenes: list[Callable[[], None]]) -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(dict(wrong(SCENES if sys.argv[1] == "shim" else [one_of_two_processes]))))
+    scenes = {"shim": SCENES, "process": [one_of_two_processes], "lose": [a_process_that_ends]}
+    print(json.dumps(dict(wrong(scenes[sys.argv[1]]))))

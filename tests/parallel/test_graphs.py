@@ -36,6 +36,7 @@ def captured(work: Callable[[], None]) -> Any:
 COMMUNICATORS: dict[str, Callable[[], Any]] = {
     "local": lambda: parallel.LocalRanks(4, "cuda"),
     "nccl": lambda: parallel.NcclRanks(0, 1),
+    "peers": lambda: parallel.PeerRanks(0, 2, devices=[0, 0]),
 }
 
 
