@@ -23,9 +23,7 @@ from .ranks import Merge, MergeShape, Ranks
 from .sockets import Sockets
 
 MOST_RANKS = 8  # exchange.cu
-BLOCKS_PER_SM = (
-    2  # of all ranks on a card, its kernel's __launch_bounds__: blocks that wait keep no others from running
-)
+BLOCKS_PER_SM = 2  # of all ranks on a card, as __launch_bounds__ has it: blocks that wait keep no others from running
 RECEIVED_BYTES = 64 << 20  # that wait for a Merge's states, at most: steps of more rows are several exchanges
 _ALLOCATION = 2 << 20  # bytes: CUDA puts smaller ones together, and other processes would get all of them
 _HALVES = 2
@@ -33,6 +31,13 @@ _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 _IS_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 
 _abandoned: list[Any] = []  # memory that a lost rank may still write to
+_returned: list[list[Any]] = []  # what merges that are gone had; freed by a later call, as CUDA frees nothing in a capture
+
+
+def _give_back(idle: list[Any], memory: Any) -> None:
+    """A finaliser's work, which may be done in the middle of a capture."""
+    idle.append(memory)
+    _returned.append(idle)  # which nobody else may hold any more
 
 
 class PeerRanks(Ranks):
@@ -178,8 +183,9 @@ class PeerRanks(Ranks):
                         "a step needs memory on all ranks while the stream is capturing a CUDA graph; make a plan of "
                         "max_batch_size and max_pages, and run a step with this dtype of out before the capture"
                     )
+                _returned.clear()
                 memory = idle.pop() if idle else self._cuda.Memory(size)
-                weakref.finalize(user, idle.append, memory)
+                weakref.finalize(user, _give_back, idle, memory)
                 own.append(memory)
                 runtime.deviceSynchronize()  # what was launched for the user before
                 runtime.memset(memory.ptr, 0xFF, size)
@@ -273,6 +279,7 @@ class PeerRanks(Ranks):
                     self._cuda.runtime.ipcCloseMemHandle(address)
             self.all_gather_bytes(barrier)  # and nobody has this rank's memory
             self._idle.clear()
+            _returned.clear()
         except BaseException:
             _abandoned.append(self._idle)
             raise
