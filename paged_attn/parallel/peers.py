@@ -31,7 +31,7 @@ _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 _IS_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 
 _abandoned: list[Any] = []  # memory that a lost rank may still write to
-_returned: list[list[Any]] = []  # what merges that are gone had; freed by a later call, as CUDA frees nothing in a capture
+_returned: list[list[Any]] = []  # of merges that are gone; a later call frees it, since in a capture CUDA cannot
 
 
 def _give_back(idle: list[Any], memory: Any) -> None:
