@@ -134,12 +134,14 @@ def _merge_constants(
 
 
 def merge_recipes(heads: int, head_dim: int, dtype: np.dtype[Any]) -> Iterator[Recipe]:
-    """All that merging contiguous states of `dtype`, or in float32, can need; sinks apart."""
-    for kernel in ("merge_state", "merge_states"):
-        for v_dtype in (dtype, FLOAT32):
-            for out_dtype in (dtype, FLOAT32):
-                vector = np.gcd(head_dim * v_dtype.itemsize, 16) // v_dtype.itemsize
+    """All that merging contiguous states of `dtype`, or in float32, can need, here or of ranks; sinks apart."""
+    for v_dtype in (dtype, FLOAT32):
+        for out_dtype in (dtype, FLOAT32):
+            vector = np.gcd(head_dim * v_dtype.itemsize, 16) // v_dtype.itemsize
+            for kernel in ("merge_state", "merge_states"):
                 yield merge_recipe(kernel, heads, head_dim, int(vector), v_dtype, out_dtype)
+            if head_dim % 8 == 0:
+                yield exchange_recipe(head_dim, v_dtype, out_dtype)
 
 
 # -- decode ----------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from ..lifetimes import reading
 from ..page_table import PageTable
 from ..paged_kv import PagedKV
 from ..plans import Step, borrow
-from ..spec import AttentionSpec, RunArrays
+from ..spec import RUN_ARRAYS, AttentionSpec, RunArrays
 from .agreement import SEPARATOR, check_agreement, failure, lengths_statement, static_statement
 from .ranks import Merge, MergeShape, Ranks
 
@@ -311,8 +311,8 @@ class _BatchAttention:
                 "run() was called before plan(), or behind one that raised; call plan(kv, table, ...) once a step, on "
                 "every rank, then run()"
             )
-        named = zip(RunArrays._fields, (q, out, lse, sinks), strict=True)
-        given = [RunArrays(*row) for row in zip(*(_each(comm, x, name) for name, x in named), strict=True)]
+        lists = (_each(comm, x, name) for x, name in zip(RunArrays(q, out, lse, sinks), RUN_ARRAYS, strict=True))
+        given = [RunArrays(*row) for row in zip(*lists, strict=True)]
         kvs = _each(comm, kv, "kv")
         borrowed = [borrow(row) for row in given]
         with reading(*(loan for _, loan in borrowed)):
@@ -320,30 +320,32 @@ class _BatchAttention:
             if arrays[0].q.size:
                 self._attend(arrays, kvs)
         outs, lses = (
-            [to_caller(x[k], mine.q) if mine[k] is None else mine[k] for x, mine in zip(arrays, given, strict=True)]
-            for k in (1, 2)  # out, lse
-        )
+            [to_caller(getattr(x, name), mine.q) if getattr(mine, name) is None else getattr(mine, name)
+             for x, mine in zip(arrays, given, strict=True)]
+            for name in ("out", "lse")
+        )  # fmt: skip
         results = (outs, lses) if len(outs) > 1 else (outs[0], lses[0])
         return results if return_lse else results[0]
 
     def _with_results(self, i: int, arrays: RunArrays, kv: Any, return_lse: bool) -> RunArrays:
         """The checked arrays of local rank i, with new ones for results that are wanted and were not given."""
-        q, out, lse, sinks = arrays
+        q, out, lse, *_ = arrays
         step, device = self._plans[i]._plan.step, self._comm.devices[i]
         pools.check_kv(kv, "run(q, kv)")
         calls.check_layer(step.spec, kv)
-        calls.check_arrays(step.spec, RunArrays(q, None, None, sinks), step.rows)
+        calls.check_arrays(step.spec, arrays._replace(out=None, lse=None), step.rows)
         shape, make = (*q.shape[:-2], self._heads(step.spec), step.spec.v_head_dim), backends.of(device).empty
         why = "as q gives it" if self._shard is None else f"as q and shard={self._shard!r} give it"
         if out is not None:
             check_whole(out, "out", shape, why, (step.spec.dtype, FLOAT32), device, "q")
         if lse is not None:
             check_whole(lse, "lse", shape[:-1], "as out without its last axis", (FLOAT32,), device, "q")
-        read = [(q, "q"), (sinks, "sinks"), (kv.k_pages, "kv.k_pages"), (kv.v_pages, "kv.v_pages")]
+        read = [(x, name) for x, (name, rule) in zip(arrays, RUN_ARRAYS.items(), strict=True) if not rule.is_written]
+        read += [(kv.k_pages, "kv.k_pages"), (kv.v_pages, "kv.v_pages")]
         overlaps.check_apart([(out, "out"), (lse, "lse")], read)
         out = make(shape, step.spec.dtype, device) if out is None else out
         lse = make(shape[:-1], FLOAT32, device) if lse is None and return_lse else lse
-        return RunArrays(q, out, lse, sinks)
+        return arrays._replace(out=out, lse=lse)
 
     def _attend(self, arrays: list[RunArrays], kvs: list[PagedKV]) -> None:
         """Attend on each rank of this process, and merge with all others."""
@@ -362,7 +364,8 @@ class _BatchAttention:
                 with on_device_of(s):
                     s.fill(-np.inf)
             else:
-                plan.run(x.q, kv, out=v.reshape(*shape[:-1], -1), lse=s.reshape(shape[:-1]))
+                scored_by = x.scored_by(is_once=False)
+                plan.run(x.q, kv, out=v.reshape(*shape[:-1], -1), lse=s.reshape(shape[:-1]), **scored_by)
         outs = [x.out.reshape(rows, *x.out.shape[-2:]) for x in arrays]
         lses = [
             spare[:rows] if x.lse is None else x.lse.reshape(spare[:rows].shape)
