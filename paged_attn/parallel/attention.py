@@ -49,7 +49,6 @@ from .ranks import Merge, MergeShape, Ranks
 Arrays = Array | Sequence[Array]  # one, or one for each rank of this process
 
 _ANY_ROWS = 2**31 - 1  # of a step whose qo_indptr only the device knows, in a plan without max_tokens
-_ONE_SHOT = "what one-shot calls keep"
 
 
 def decode(
@@ -92,8 +91,8 @@ def decode(
 
     What a kernel finds wrong with a table is raised by comm.status().
     """
-    plan = comm.kept(
-        (_ONE_SHOT, "decode", shard, str(partial_dtype)),
+    plan = _checked(comm).kept(
+        ("decode", str(shard), str(partial_dtype)),
         lambda: BatchDecodeWithPagedKVCache(comm, shard=shard, partial_dtype=partial_dtype),
     )
     shape = _shape_of(_each(comm, q, "q")[0], (3, 4), "[batch, (q_len,) num_qo_heads, head_dim]")
@@ -147,8 +146,8 @@ def prefill(
 
     What a kernel finds wrong with a table is raised by comm.status().
     """
-    plan = comm.kept(
-        (_ONE_SHOT, "prefill", shard, str(partial_dtype)),
+    plan = _checked(comm).kept(
+        ("prefill", str(shard), str(partial_dtype)),
         lambda: BatchPrefillWithPagedKVCache(comm, shard=shard, partial_dtype=partial_dtype),
     )
     shape = _shape_of(_each(comm, q, "q")[0], (3,), "[rows, num_qo_heads, head_dim]")
@@ -173,7 +172,7 @@ class _BatchAttention:
     ) -> None:
         if shard is not None and shard != "heads":
             raise ValueError(f"shard is {shard!r}; pass None (all heads on every rank) or 'heads' (each rank its part)")
-        self._comm, self._shard, self._partial_dtype = comm, shard, any_dtype(partial_dtype, "partial_dtype")
+        self._comm, self._shard, self._partial_dtype = _checked(comm), shard, any_dtype(partial_dtype, "partial_dtype")
         self._plans = [make_plan(**capacities, batch_invariant=batch_invariant) for _ in comm.ranks]
         options = {"shard": shard, "partial_dtype": self._partial_dtype.name, "batch_invariant": bool(batch_invariant)}
         self._said_of_plan: dict[str, Any] = options | capacities
@@ -392,7 +391,9 @@ class _BatchAttention:
 
     @property
     def bytes_a_step(self) -> int | None:
-        """What a rank sends to all others together in a layer of a step as large as the plan has room for."""
+        """What a rank sends to all n - 1 others together in a layer of a step as large as the plan has room for:
+        (n - 1) * rows * heads * (v_head_dim * bytes of partial_dtype + 4) by all-gather, 1 / n of it by heads, and then
+        as much in out's dtype if every rank is to have all heads; v and lse are rounded up to 16 bytes each."""
         return None if self._latest is None else self._latest.bytes_a_step
 
     def status(self) -> None:
@@ -558,6 +559,15 @@ class BatchPrefillWithPagedKVCache(_BatchAttention):
             plan.plan(kv, table, indptr, num_qo_heads, causal=causal, **options)
 
         self._plan(kv, table, qo_indptr, plan_one)
+
+
+def _checked(comm: Any) -> Ranks:
+    if not isinstance(comm, Ranks):
+        raise TypeError(
+            f"comm must be a communicator (LocalRanks, MpiRanks, NcclRanks, ...), got {type(comm).__name__}; pass the "
+            f"arguments in their order: decode(comm, q, kv, table), prefill(comm, q, qo_indptr, kv, table)"
+        )
+    return comm
 
 
 def _each(comm: Ranks, value: Any, name: str) -> list[Any]:

@@ -200,6 +200,9 @@ def test_what_does_not_fit_is_refused() -> None:
     refused(ValueError, r"out must have shape \[2, 4, 64\].*shard", out=[np.empty_like(x) for x in q], shard="heads")
     refused(ValueError, "out overlaps q", out=q)
     refused(ValueError, "lse must have shape", lse=[np.empty((2, 3), np.float32)] * 2)
+    for call in (lambda: parallel.decode(q, kv, table, None), lambda: parallel.BatchPrefillWithPagedKVCache(q)):
+        with pytest.raises(TypeError, match=r"comm must be a communicator .*, got list"):
+            call()
     plan = parallel.BatchDecodeWithPagedKVCache(comm)
     with pytest.raises(RuntimeError, match="before plan"):
         plan.run(q, kv)
