@@ -23,7 +23,7 @@ NUM_PICTURES = {
 SHOWS_RECORDS = "01_quickstart"  # one picture fewer where bench/results is empty
 
 # Whose committed outputs are a GPU's: `python notebooks/execute.py` on a machine with a card makes them so.
-COMMITTED_FROM_GPU = {"01_quickstart"}
+COMMITTED_FROM_GPU = {"01_quickstart", "02_kv_sequence_parallelism"}
 
 
 def read(path: Path) -> nbformat.NotebookNode:
