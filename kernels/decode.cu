@@ -650,7 +650,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) decode(const 
                 const int c = n * 8 + (lane & 3) * 2 + (i & 1), x = first_token + (lane >> 2) + (i >> 1) * 8;
                 const PackedRow at = packed_row(column_block * COLUMNS + c, p.group_size);
                 score[n][i] = score_of<true>(score[n][i], score_factors(p.scoring),
-                                             {item.request, at.token, kv_head * group_size + at.head, x});
+                                             {item.request, p.positions, at.token, kv_head * group_size + at.head, x});
             }
         if (first_token < last_begin || first_token + TILE > first_end) mask(score, warp_limits, first_token);
         state.raise_max(score, scale);

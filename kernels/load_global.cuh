@@ -1,5 +1,5 @@
 // load_global: how kernels read global memory past L1, fetch it ahead, tell L2 what to keep of it, copy it to shared
-// memory, and count arrivals.
+// memory, count arrivals, and share it with other cards and processes.
 //
 // A shared_address is the 32-bit address inside the block's shared memory that PTX takes (in the tests on a CPU: the
 // byte offset into shared_memory). Numbers can be added to and XORed with both.
@@ -103,6 +103,42 @@ __device__ __forceinline__ u32 atomic_inc_acq_rel(u32* counter, u32 bound) {
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(bound) : "memory");
     return before;
+}
+
+// Loads and stores of 4, 8 or 16 bytes that other cards and processes take part in, in no order with others. Of 16 bytes
+// each 32-bit word is one access: a reader may find some of them written and others not yet.
+template <typename T>
+__device__ __forceinline__ T load_system(const T* pointer) {
+    T x;
+    if constexpr (sizeof(T) == 16)
+        asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                     : "l"(pointer)
+                     : "memory");
+    else if constexpr (sizeof(T) == 8)
+        asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(x) : "l"(pointer) : "memory");
+    else
+        asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(x) : "l"(pointer) : "memory");
+    return x;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_system(T* pointer, T x) {
+    if constexpr (sizeof(T) == 16)
+        asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(x.x), "r"(x.y),
+                     "r"(x.z), "r"(x.w)
+                     : "memory");
+    else if constexpr (sizeof(T) == 8)
+        asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(pointer), "l"(x) : "memory");
+    else
+        asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(pointer), "r"(x) : "memory");
+}
+
+// A clock that all SMs have in common. It moves in steps of up to a microsecond.
+__device__ __forceinline__ u64 nanoseconds() {
+    u64 now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
 }
 
 #endif  // __CUDACC__

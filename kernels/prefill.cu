@@ -273,7 +273,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) prefill(const
                 for (int i = 0; i < 4; ++i) {
                     const Row& row = rows[warp * WARP_ROWS + m * 16 + i / 2 * 8 + quad];
                     const int query = row.query - request.first_query, x = block + n * 8 + 2 * pair + i % 2;
-                    score[m][n][i] = score_of(score[m][n][i], score_factors(p.scoring), {request, query, row.head, x});
+                    score[m][n][i] = score_of(score[m][n][i], score_factors(p.scoring),
+                                              {request, p.positions, query, row.head, x});
                 }
 
         // Only blocks at the edge of what a row of this warp sees need a mask.

@@ -334,7 +334,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillHopperParams& p, const
         for (int i = 0; i < BLOCK / 2; ++i) {
             const TileRow row = tile_row(p.list, tile, first_row + i / 2 % 2 * 8);
             const int query = int(row.query) - tile.request.first_query, x = block + 2 * pair + i / 4 * 8 + i % 2;
-            s[i] = score_of(s[i], factors, {tile.request, query, row.head, x});
+            s[i] = score_of(s[i], factors, {tile.request, p.list.positions, query, row.head, x});
         }
         if (edge) mask_scores(s, seen, block + 2 * pair);
     };

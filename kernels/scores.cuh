@@ -12,8 +12,9 @@
 //              part of its keys.
 //
 // Where a new variant of a score goes (spec.py says what is to do in Python):
-//   a bias by position (ALiBi)   score_of(), with the array of slopes as a pointer of Scoring. It returns a score before
-//                                its scale, so a bias in natural-log units is to be divided by sm_scale
+//   a bias by position (ALiBi)   score_of(), with the array of slopes as a pointer of Scoring that score_factors() hands
+//                                on. What score_of() returns, times `scale`, is to base 2: with SOFT_CAP a bias in
+//                                natural-log units is multiplied by LOG2_E, else divided by sm_scale
 //   a custom mask                mask_score() and visible_columns(); a kernel masks only blocks at an edge of what its
 //                                rows see, so every block becomes an edge
 //   something in the denominator end_row()
@@ -48,10 +49,11 @@ __device__ __forceinline__ ScoreFactors score_factors(const Scoring& scoring) {
 }
 
 // Which score it is: of the query number `query` of the request, in its head `head`, with the key of the request's token
-// x, a local index (page_table.cuh has its position); the arguments that FlexAttention gives its score_mod. What a
-// variant does not read costs nothing: it is not computed.
+// x, a local index, whose position is said at the head of page_table.cuh; the arguments that FlexAttention gives its
+// score_mod. What a variant does not read costs nothing: it is not computed.
 struct ScoreAt {
     const Request& request;
+    const Positions& positions;
     int query;
     int head;
     int x;

@@ -233,19 +233,28 @@ struct BuildTableParams {
     const int* starts;         // [batch], where a sequence's pages begin in page_lists
     const int* indptr;         // [batch + 1]
     const int* last_page_len;  // [batch]
-    OutTable out;              // capacity rows, those past batch without pages
+    const int* page_offset;    // [batch], or null like all positions
+    const int* total_len;      // [batch]
+    OutTable out;              // capacity rows; those past batch have no pages, and positions 0
     Status* status;            // [1]
     int num_entries;
     int batch;
     int capacity;  // >= batch
+    int page_stride;  // between entries of page_lists that a sequence takes
 };
 
 extern "C" __global__ void __launch_bounds__(256) build_table(const __grid_constant__ BuildTableParams p) {
-    // 1. indptr and last_page_len, all blocks together.
+    // 1. What there is of each sequence, all blocks together.
     const i64 step = i64(gridDim.x) * blockDim.x;
+#pragma unroll 1  // these loads are few, and would take registers from those of pages
     for (i64 row = i64(blockIdx.x) * blockDim.x + threadIdx.x; row <= p.capacity; row += step) {
         p.out.indptr[row] = p.indptr[row < p.batch ? int(row) : p.batch];
-        if (row < p.capacity) p.out.last_page_len[row] = row < p.batch ? p.last_page_len[row] : 0;
+        if (row >= p.capacity) continue;
+        const bool is_given = row < p.batch;
+        p.out.last_page_len[row] = is_given ? p.last_page_len[row] : 0;
+        if (!p.page_offset) continue;
+        p.out.page_offset[row] = is_given ? p.page_offset[row] : 0;
+        p.out.total_len[row] = is_given ? p.total_len[row] : 0;
     }
     if (p.batch <= 0) return;
 
@@ -254,11 +263,10 @@ extern "C" __global__ void __launch_bounds__(256) build_table(const __grid_const
     if (of.row >= p.batch) return;
     const Range out = checked_range(p.indptr, of.row, p.out.num_indices, FAULT_INDPTR, p.status);
     const int start = p.starts[of.row];
-    if (start < 0 || start > p.num_entries - (out.end - out.begin))
-        return record_fault(p.status, FAULT_INDICES, of.row, start);
-    const i64 from = i64(start) - out.begin;
+    const i64 last = start + i64(out.end - out.begin - 1) * p.page_stride;
+    if (start < 0 || last >= p.num_entries) return record_fault(p.status, FAULT_INDICES, of.row, start);
     for (i64 entry = first_entry(out, of); entry < out.end; entry += entry_step(of))
-        p.out.indices[entry] = p.page_lists[from + entry];
+        p.out.indices[entry] = p.page_lists[start + (entry - out.begin) * p.page_stride];
 }
 
 // ---- whole pages ----------------------------------------------------------------------------------------------------

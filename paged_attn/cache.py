@@ -1,8 +1,13 @@
 """PagedKVCache: who owns which page, on the host, in NumPy, for all sequences of a batch at once.
 
-A sequence is a row: its length in tokens, and a list of page ids. Pages are counted by reference, because forks share
-them. On the device is only what the kernels read: the pages, and a copy of all page lists, from which page tables are
-made.
+A sequence is a row: its length in tokens, and a list of page ids. The sequences that hold a page are counted, because
+forks share pages. On the device is only what the kernels read: the pages, and a copy of all page lists, from which page
+tables are made.
+
+Each of several ranks has the lengths, lists and counts of all, and the memory of its own pages alone. What a call does
+depends on pages of other ranks (is one shared, is one left), and every rank is told all that the others are told, so
+that it need not ask. Pages are numbered through all ranks, beginning with this one: a page below num_pages, or a slot
+below num_pages * page_size, is here, and any other is not.
 
 A call that fails changes nothing. Whatever may raise (checks, allocations, copies of pages, uploads, a kernel's first
 compilation) comes first and works on what no sequence holds: pages that are still free, entries behind the end of a
@@ -13,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -21,11 +26,11 @@ import numpy as np
 from . import backends, interop
 from .append import append
 from .checks import scalars, sequences, tables, tokens
-from .errors import OutOfPagesError
 from .interop import Array
 from .layout import Layout, as_layout
 from .lifetimes import loan_of, reading
 from .page_lists import PageLists, resized
+from .page_pool import PagePool, share
 from .page_table import PageTable
 from .paged_kv import PagedKV
 from .ragged import ranges
@@ -90,6 +95,8 @@ class PagedKVCache:
     v_head_dim: int, the last axis of V. Default None: head_dim.
     num_layers: int, layers that share the page lists; a page id means the same page in each of them. Default 1.
     device: "cpu", "cuda", "cuda:1", ... Default None: the current CUDA device where there is one, else the CPU.
+    rank: int in [0, num_ranks), which pages of a sequence this cache stores. Default 0.
+    num_ranks: int, the caches that share the sequences. Default 1: this one stores every page.
 
     A sequence is the int that `new_sequence` or `fork` returned. A batch of them, `seqs`, is a list of such ints or an
     integer array [batch], without repetition. One that was freed, or is none of this cache, is a ValueError.
@@ -97,6 +104,13 @@ class PagedKVCache:
     Whatever a call raises (OutOfPagesError, an out-of-memory of the device, anything), every sequence is as it was
     before that call. All work for the device goes on its current stream: use one stream for a cache, or order those
     that you use. A cache serves one thread at a time; a call while another thread is in one is a RuntimeError.
+
+    With several ranks each has a cache, made with the same arguments but for `rank` and `device`, and gets the same
+    calls in the same order, with all new tokens. Page j of a sequence is stored on rank (j + first) % num_ranks, where
+    `first` goes round by new_sequence(), and a fork has its parent's. Of the P = ceil(L / page_size) pages of a context
+    of L tokens a rank stores P // num_ranks, or one more. Ids, lengths, free and shared pages, and OutOfPagesError are
+    the same on every rank; slots and page tables are of one. A call that raises on some ranks alone, as for want of a
+    device's memory, must be made again there before the next one.
 
     ValueError, TypeError: extents, layouts and dtypes that cannot be. NotImplementedError: a dtype or head_dim that
     `supports("append", ...)` denies on that device.
@@ -114,8 +128,10 @@ class PagedKVCache:
         v_head_dim: int | None = None,
         num_layers: int = 1,
         device: Any = None,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
-        num_pages, page_size, num_kv_heads, head_dim, v_head_dim, num_layers = (
+        num_pages, page_size, num_kv_heads, head_dim, v_head_dim, num_layers, num_ranks = (
             scalars.as_int(value, name, minimum=1)
             for value, name in (
                 (num_pages, "num_pages"),
@@ -124,8 +140,11 @@ class PagedKVCache:
                 (head_dim, "head_dim"),
                 (head_dim if v_head_dim is None else v_head_dim, "v_head_dim"),
                 (num_layers, "num_layers"),
+                (num_ranks, "num_ranks"),
             )
         )
+        rank = scalars.as_index(rank, "rank", num_ranks)
+        scalars.as_int(num_pages * num_ranks, "num_pages * num_ranks", minimum=1)  # page ids are int32
         layout, dtype = as_layout(layout), interop.as_dtype(dtype)
         self._device = interop.resolve_device(device)
         self._backend = backends.of(self._device)
@@ -143,15 +162,13 @@ class PagedKVCache:
             )
             for pages in (self._storage[i] for i in range(num_layers))
         )
-        self._num_pages, self._page_size = num_pages, page_size
+        self._num_pages, self._page_size, self._num_ranks = num_pages, page_size, num_ranks
 
-        self._free_pages = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack: the first _num_free are free
-        self._num_free = num_pages
-        self._references = np.zeros(num_pages, np.int32)
-        self._num_references = 0  # their sum
-
+        self._pool = PagePool(num_pages, num_ranks)
         self._lists = PageLists(self._backend, self._device)
         self._length = np.zeros(0, np.int64)  # [rows] tokens, reserved ones included
+        self._first_rank = np.zeros(0, np.int64)  # [rows] the rank of the first page, counted from this rank
+        self._next_first_rank = -rank % num_ranks  # of the sequence that begins next
         self._live_id = np.zeros(0, np.int64)  # [rows] the id of the sequence in this row, -1 where there is none
         self._unused_ids: list[int] = []  # the ids that free rows give next; the last comes first
         self._batch: tuple[bytes, np.ndarray] | None = None  # the last ids that passed the checks, and their rows
@@ -161,7 +178,7 @@ class PagedKVCache:
     def __repr__(self) -> str:
         return (
             f"PagedKVCache({len(self._layers)} x {self._layers[0]}: {np.count_nonzero(self._live_id >= 0)} sequences, "
-            f"{self._num_free} pages free)"
+            f"{self.num_free_pages} pages free)"
         )
 
     @property
@@ -171,6 +188,7 @@ class PagedKVCache:
 
     @property
     def num_pages(self) -> int:
+        """Pages of this rank."""
         return self._num_pages
 
     @property
@@ -179,20 +197,30 @@ class PagedKVCache:
         return self._page_size
 
     @property
+    def num_ranks(self) -> int:
+        """Caches that share the sequences; the page_stride of their tables."""
+        return self._num_ranks
+
+    @property
     def num_free_pages(self) -> int:
-        return self._num_free
+        """Free pages of the rank that has the fewest.
+
+        They are enough for sequences that get p, q, ... pages (new ones and copies) if ceil(p / num_ranks) +
+        ceil(q / num_ranks) + ... is no more.
+        """
+        return min(self._pool.num_free)
 
     @property
     def num_shared_pages(self) -> int:
-        """Pages that more than one sequence holds."""
-        return int(np.count_nonzero(self._references > 1))
+        """Pages of all ranks that more than one sequence holds."""
+        return self._pool.num_shared
 
     @property
     def device(self) -> str:
         return self._device
 
     def seq_len(self, seq: int) -> int:
-        """Tokens of a sequence, reserved ones included. It holds ceil(seq_len / page_size) pages.
+        """Tokens of a sequence, reserved ones included. It holds ceil(seq_len / page_size) pages of all ranks.
 
         seq: int, the sequence.
         """
@@ -202,7 +230,8 @@ class PagedKVCache:
     def new_sequence(self) -> int:
         """The id of a new, empty sequence. It holds no page."""
         seq = self._next_id()
-        self._begin(seq)
+        self._begin(seq, 0, self._next_first_rank)
+        self._next_first_rank = (self._next_first_rank + 1) % self._num_ranks
         return seq
 
     @_one_thread_at_a_time
@@ -222,10 +251,9 @@ class PagedKVCache:
         rows, counts = np.array([forked & ROW_MASK]), np.array([pages.size])
         entries = self._lists.stage(rows, counts, pages)
 
-        self._references[pages] += 1
-        self._num_references += pages.size
+        self._pool.hold(pages)
         self._lists.commit(rows, counts, entries)
-        self._begin(forked, length)
+        self._begin(forked, length, self._first_rank[row])
         return forked
 
     @_one_thread_at_a_time
@@ -241,7 +269,7 @@ class PagedKVCache:
         dropped = self._lists.pages(row, kept).copy()
         self._length[row] = length
         self._lists.count[row] = kept
-        self._release(dropped)
+        self._pool.release(dropped)
 
     @_one_thread_at_a_time
     def free(self, seq: int) -> None:
@@ -255,14 +283,14 @@ class PagedKVCache:
         self._live_id[row] = -1
         self._length[row] = 0
         self._lists.count[row] = 0
-        self._release(pages)
+        self._pool.release(pages)
         self._unused_ids.append(int(seq) + (1 << ROW_BITS))
 
     @_one_thread_at_a_time
     def reserve(self, seqs: Sequence[int] | np.ndarray, counts: int | Sequence[int] | np.ndarray) -> Any:
         """Make sequences longer: slots int64 [sum(counts)] on the cache's device, the tokens of seqs[0] first.
 
-        The slots are for `write` in every layer; slot = page * page_size + offset.
+        The slots are for `write` in every layer; slot = page * page_size + offset, or -1 for a token of another rank.
 
         seqs: ints [batch], the sequences, without repetition.
         counts: int or ints [batch], the tokens that each sequence gets.
@@ -270,7 +298,8 @@ class PagedKVCache:
         It takes pages as needed. A sequence whose last page is partly filled and shared gets a copy of it (all layers);
         where all sequences that share it are in the batch, the longest of them (of several, the last) keeps the
         original.
-        OutOfPagesError (with .wanted and .free) if the pool cannot give that many pages.
+        OutOfPagesError (with .wanted and .free) if the pool cannot give that many pages; with several ranks it is about
+        the one that lacks the most, and the same on each.
         """
         rows = self._rows(seqs)
         reserved = self._prepare(rows, self._counts(counts, rows.size))
@@ -281,17 +310,12 @@ class PagedKVCache:
     def write(self, slots: Array, k: Array, v: Array, layer: int = 0) -> None:
         """Write new tokens into one layer.
 
-        slots: int64 or int32 [tokens], as `reserve` returns them; -1 skips the token.
+        slots: int64 or int32 [tokens], as `reserve` returns them; -1 skips the token, which is another rank's.
         k: [tokens, num_kv_heads, head_dim], of the cache's dtype and on its device.
         v: [tokens, num_kv_heads, v_head_dim].
         layer: int in [0, num_layers). Default 0.
         """
-        layer = scalars.as_int(layer, "layer", minimum=-(2**31))
-        if not 0 <= layer < len(self._layers):
-            raise ValueError(
-                f"layer is {layer}, which is no layer of a cache with num_layers={len(self._layers)}; "
-                f"pass an int in [0, {len(self._layers)})"
-            )
+        layer = scalars.as_index(layer, "layer", len(self._layers))
         append(self._layers[layer], slots, k, v)
 
     @_one_thread_at_a_time
@@ -332,30 +356,48 @@ class PagedKVCache:
         With `out` a view of its first len(seqs) rows is returned; `out` itself, whose rows past the batch are then
         empty, is what a CUDA graph plans. Entries of `indices` from indptr[-1] on mean nothing. PageTableError if the
         batch has more rows or pages than `out` has room for.
+
+        With several ranks it has the pages of this one, with page_offset, page_stride=num_ranks and total_len=seq_len;
+        an `out` must then be made by PageTable.empty(..., positions=True, page_stride=num_ranks), else ValueError.
         """
         rows = self._rows(seqs)
-        num_pages = self._lists.count[rows]
+        num_pages, per_row = self._rows_of_table(rows, getattr(out, "page_offset", None) is not None)
         indptr = np.zeros(rows.size + 1, np.int64)
         num_pages.cumsum(out=indptr[1:])
-        length = self._length[rows]
-        last_page_len = np.minimum(length - (num_pages - 1) * self._page_size, length)  # 0 where there is no page
         if out is None:
-            table = self._new_table(rows.size, int(indptr[-1]))
-            self._lists.write_table(rows, indptr, last_page_len, table)
+            table = self._new_table(rows.size, int(indptr[-1]), per_row)
+            self._lists.write_table(rows, indptr, per_row, table)
             return table
-        tables.check_table_out(out, self._page_size, self._device, rows.size, int(indptr[-1]))
-        self._lists.write_table(rows, indptr, last_page_len, out)
-        return self._table_of(out.indptr[: rows.size + 1], out.indices, out.last_page_len[: rows.size])
+        tables.check_table_out(out, self._page_size, self._num_ranks, self._device, rows.size, int(indptr[-1]))
+        self._lists.write_table(rows, indptr, per_row, out)
+        first_rows = {name: getattr(out, name)[: rows.size] for name in per_row}
+        return self._table_of({"indptr": out.indptr[: rows.size + 1], "indices": out.indices, **first_rows})
 
-    def _new_table(self, batch_size: int, num_pages: int) -> PageTable:
+    def _rows_of_table(self, rows: np.ndarray, with_positions: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The pages of this rank that some sequences have, int64 [batch], and what a table says of each."""
+        length, num_pages = self._length[rows], self._lists.count[rows]
+        if self._num_ranks == 1 and not with_positions:  # the quick way to the same
+            last_page_len = np.minimum(length - (num_pages - 1) * self._page_size, length)  # 0 where there is no page
+            return num_pages, {"last_page_len": last_page_len}
+        page_offset = -self._first_rank[rows] % self._num_ranks
+        num_pages = share(num_pages, page_offset, self._num_ranks)
+        last = page_offset + (num_pages - 1) * self._num_ranks
+        last_page_len = np.minimum(length - last * self._page_size, self._page_size) * (num_pages > 0)
+        return num_pages, {"last_page_len": last_page_len, "page_offset": page_offset, "total_len": length}
+
+    def _new_table(self, batch_size: int, num_pages: int, names: Collection[str]) -> PageTable:
         """A table of this size, whose arrays hold nothing yet; they are parts of one, which takes one allocation."""
-        memory = self._backend.empty((2 * batch_size + 1 + num_pages,), np.dtype(np.int32), self._device)
-        return self._table_of(
-            memory[: batch_size + 1], memory[2 * batch_size + 1 :], memory[batch_size + 1 : 2 * batch_size + 1]
-        )
+        begin = batch_size + 1
+        memory = self._backend.empty((begin + len(names) * batch_size + num_pages,), np.dtype(np.int32), self._device)
+        arrays = {"indptr": memory[:begin]}
+        for name in names:
+            arrays[name] = memory[begin : begin + batch_size]
+            begin += batch_size
+        arrays["indices"] = memory[begin:]
+        return self._table_of(arrays)
 
-    def _table_of(self, indptr: Any, indices: Any, last_page_len: Any) -> PageTable:
-        return PageTable.of_own_arrays(indptr, indices, last_page_len, self._page_size, self._device)
+    def _table_of(self, arrays: dict[str, Any]) -> PageTable:
+        return PageTable.of_own_arrays(arrays, self._page_size, self._num_ranks, self._device)
 
     def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> _Reservation:
         """All of a reservation that may raise. It takes free pages, and writes entries of no list."""
@@ -364,18 +406,18 @@ class PagedKVCache:
         longer = length + counts
         added = self._pages_for(longer) - held
         (growing,) = added.nonzero()
-        num_added = int(added[growing].sum()) if growing.size else 0
-        copying = self._copying(rows, length, counts)
-        wanted = num_added + copying.size
-        if wanted > self._num_free:
-            raise OutOfPagesError(wanted, self._num_free)
+        page = lists.last_pages(rows)
+        copying = self._copying(length, counts, page)
+        copied = page[copying]
+        pages = copied
+        if growing.size or copying.size:
+            growth = rows[growing], added[growing]
+            first_rank = self._first_rank[growth[0]] + held[growing]  # of the first new page
+            pages = self._pool.next_free(first_rank, growth[1], copied)
+        new_pages, copies = pages[: pages.size - copying.size], pages[pages.size - copying.size :]
         upload = self._backend.uploader(self._device)  # raises in a graph's capture
-        pages = self._free_pages[self._num_free - wanted : self._num_free][::-1].copy()
-        new_pages, copies = pages[:num_added], pages[num_added:]
 
         # A new token goes into the last page that its sequence has, into the copy of it, or into one of the new pages.
-        page = lists.last_pages(rows)
-        copied = page[copying]
         page[copying] = copies
         position = ranges(length, counts)
         number = position // page_size  # of the token's page in its sequence
@@ -387,12 +429,14 @@ class PagedKVCache:
             first = added.cumsum() - added
             page = page[row]
             page[new >= 0] = new_pages[(first[row] + new)[new >= 0]]
-        slots = upload((page - number) * page_size + position)
-        if not wanted:
+        slots = (page - number) * page_size + position
+        if self._num_ranks > 1:
+            slots[slots >= self._num_pages * page_size] = -1
+        slots = upload(slots)
+        if not pages.size:
             return _Reservation(slots, rows, longer)
-        if copying.size:
-            self._backend.copy_pages(self._storage, copied, copies)
-        growth = rows[growing], added[growing]
+        if copying.size and (here := copied < self._num_pages).any():
+            self._backend.copy_pages(self._storage, copied[here], copies[here])
         staged = lists.stage(*growth, new_pages)  # last: it may enlarge the arena
         return _Reservation(slots, rows, longer, pages, *growth, staged, rows[copying], copied, copies)
 
@@ -403,55 +447,31 @@ class PagedKVCache:
         it can lose some, but two sequences never hold one that they do not share.
         """
         if reserved.pages.size:
-            self._num_free -= reserved.pages.size
-            self._references[reserved.pages] = 1
-            self._num_references += reserved.pages.size - reserved.copies.size
+            self._pool.take(reserved.pages)
         if reserved.copies.size:
             self._lists.replace_last_pages(reserved.rows_copying, reserved.copies)
         if reserved.staged.size:
             self._lists.commit(reserved.rows_growing, reserved.added, reserved.staged)
         self._length[reserved.rows] = reserved.longer
         if reserved.copies.size:
-            np.subtract.at(self._references, reserved.copied, 1)
+            self._pool.release_copied(reserved.copied)
 
-    def _copying(self, rows: np.ndarray, length: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Which of the rows, `length` tokens long and about to get `counts` more, must first copy their last page.
-
-        Returns their indices in `rows`.
-        """
-        if self._num_references == self._num_pages - self._num_free:  # no page is shared
+    def _copying(self, length: np.ndarray, counts: np.ndarray, last_pages: np.ndarray) -> np.ndarray:
+        """Of sequences `length` tokens long, which get `counts` more, those that must first copy their last page: the
+        indices in the batch."""
+        if not self._pool.is_any_shared:
             return _NONE
         (writers,) = ((counts > 0) & (length % self._page_size > 0)).nonzero()
-        pages = self._lists.last_pages(rows[writers])
-        is_shared = self._references[pages] > 1
-        if not is_shared.any():
-            return writers[:0]
-        writers, pages = writers[is_shared], pages[is_shared]
-        shared, group, num_writers = np.unique(pages, return_inverse=True, return_counts=True)
-        # The longest writes behind the tokens of all others, so that a call that fails later harms none of them.
-        by_length = np.argsort(length[writers], kind="stable")
-        keeper = np.zeros(shared.size, np.int64)
-        keeper[group[by_length]] = by_length  # of several values for one element NumPy keeps the last
-        keeps_original = (num_writers == self._references[shared])[group]
-        keeps_original &= keeper[group] == np.arange(writers.size)
-        return writers[~keeps_original]
-
-    def _release(self, pages: np.ndarray) -> None:
-        """One sequence releases these pages; those that no other sequence holds become free."""
-        self._references[pages] -= 1
-        self._num_references -= pages.size
-        freed = pages[self._references[pages] == 0]
-        self._free_pages[self._num_free : self._num_free + freed.size] = freed
-        self._num_free += freed.size
+        return writers[self._pool.must_copy(last_pages[writers], length[writers])]
 
     def _set_num_rows(self, num_rows: int) -> None:
         """Makes room for more sequences; the rows so far stay."""
         old = self._length.size
         self._lists.set_num_rows(num_rows)
-        length, live_id = resized(self._length, num_rows), resized(self._live_id, num_rows)
+        length, first_rank, live_id = (resized(x, num_rows) for x in (self._length, self._first_rank, self._live_id))
         live_id[old:] = -1
         self._unused_ids += range(num_rows - 1, old - 1, -1)
-        self._length, self._live_id = length, live_id
+        self._length, self._first_rank, self._live_id = length, first_rank, live_id
 
     def _next_id(self) -> int:
         """The id that the next sequence gets; there is a row for it."""
@@ -459,10 +479,10 @@ class PagedKVCache:
             self._set_num_rows(2 * self._length.size)
         return self._unused_ids[-1]
 
-    def _begin(self, seq: int, length: int = 0) -> None:
+    def _begin(self, seq: int, length: int, first_rank: int) -> None:
         """`seq`, the next id, is a sequence from now on."""
         row = seq & ROW_MASK
-        self._length[row], self._live_id[row] = length, seq
+        self._length[row], self._first_rank[row], self._live_id[row] = length, first_rank, seq
         self._unused_ids.pop()
 
     def _pages_for(self, length: Any) -> Any:

@@ -12,6 +12,8 @@ CUPY = {12: "cupy-cuda12x>=14.0.1,!=14.1.0", 13: "cupy-cuda13x>=14.0.1,!=14.1.0"
 TOOLKIT = {12: "cuda-toolkit[nvrtc,cudart]>=12.9,<13", 13: "cuda-toolkit[nvrtc,cudart]>=13,<14"}
 CUBLAS = {12: "cuda-toolkit[cublas]>=12.9,<13", 13: "cuda-toolkit[cublas]>=13,<14"}  # the demo's linear layers
 BINDINGS = {12: "cuda-bindings>=12.9,<13", 13: "cuda-bindings>=13,<14"}  # compile without CuPy and without a card
+NCCL = {12: "nvidia-nccl-cu12", 13: "nvidia-nccl-cu13"}
+MPI = ("mpi4py", "mpich")
 
 # The demo's models.
 GLASSLLM = ("glassllm",)

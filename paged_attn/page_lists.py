@@ -70,15 +70,22 @@ class PageLists:
         self.page_ids[entries] = pages
         self._mark_changed(entries)
 
-    def write_table(self, rows: np.ndarray, indptr: np.ndarray, last_page_len: np.ndarray, out: PageTable) -> None:
-        """Write the table of `rows` into `out`, after sending what the device has not seen of the lists."""
+    def write_table(self, rows: np.ndarray, indptr: np.ndarray, per_row: dict[str, np.ndarray], out: PageTable) -> None:
+        """Write the table of `rows` into `out`, after sending what the device has not seen of the lists.
+
+        per_row: what row i of `out` gets as element i of last_page_len and, where it has positions, of page_offset and
+        total_len. It then gets every page_stride-th page from page page_offset[i] on.
+        """
         device_page_ids = self._device_page_ids
         if device_page_ids.size != self.page_ids.size:  # the lists have moved since, so that all of them are changed
             device_page_ids = self._backend.empty(self.page_ids.shape, self.page_ids.dtype, self._device)
         is_known = self._num_changed <= self._changed.size
         changed = self._changed[: self._num_changed] if is_known else np.arange(self._used, dtype=np.int32)
         values = self.page_ids[changed]
-        self._backend.update_table(device_page_ids, changed, values, self.start[rows], indptr, last_page_len, out)
+        starts = self.start[rows]
+        if "page_offset" in per_row:
+            starts += per_row["page_offset"]
+        self._backend.update_table(device_page_ids, changed, values, starts, indptr, per_row, out)
         self._device_page_ids = device_page_ids
         self._num_changed = 0
 

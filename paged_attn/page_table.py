@@ -61,25 +61,39 @@ class PageTable(TableArrays):
         )
 
     @classmethod
-    def of_own_arrays(cls, indptr: Any, indices: Any, last_page_len: Any, page_size: int, device: str) -> "PageTable":
-        """A plain table of native arrays that paged_attn has made. Checks would take as long as all the rest."""
+    def of_own_arrays(cls, arrays: dict[str, Any], page_size: int, page_stride: int, device: str) -> "PageTable":
+        """A table of native arrays that paged_attn has made. Checks would take as long as all the rest."""
         table = cls.__new__(cls)
-        table._set(indptr=indptr, indices=indices, last_page_len=last_page_len, page_size=page_size, device=device)
+        vars(table).update(arrays, page_size=page_size, page_stride=page_stride, device=device)
         return table
 
     @classmethod
-    def empty(cls, max_batch_size: int, max_pages: int, *, page_size: int, device: Any = None) -> "PageTable":
+    def empty(
+        cls,
+        max_batch_size: int,
+        max_pages: int,
+        *,
+        page_size: int,
+        device: Any = None,
+        positions: bool = False,
+        page_stride: int = 1,
+    ) -> "PageTable":
         """A table of requests without a page, for `out=` of a cache's page_table.
 
         max_batch_size: int, the rows that it has.
         max_pages: int, the entries of indices: room for the pages of all requests together.
         page_size: int, tokens a page.
         device: "cpu", "cuda", "cuda:1", ... Default None: the current CUDA device where there is one, else the CPU.
+        positions: bool, whether it has page_offset and total_len, as a cache of several ranks writes them. Default
+            False.
+        page_stride: int, num_ranks of that cache. Default 1.
         """
         scalars.as_int(max_batch_size, "max_batch_size", minimum=0)
         scalars.as_int(max_pages, "max_pages", minimum=0)
         scalars.as_int(page_size, "page_size", minimum=1)
-        return cls(*_zeros(resolve_device(device), max_batch_size + 1, max_pages, max_batch_size), page_size=page_size)
+        rows = (max_batch_size,) * (3 if scalars.as_bool(positions, "positions") else 1)
+        arrays = zip(TABLE_ARRAYS, _zeros(resolve_device(device), max_batch_size + 1, max_pages, *rows), strict=False)
+        return cls(**dict(arrays), page_size=page_size, page_stride=page_stride)
 
     @classmethod
     def from_block_table(cls, block_table: Array, seq_lens: Array, *, page_size: int) -> "PageTable":

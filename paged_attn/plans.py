@@ -127,7 +127,7 @@ class AttentionPlan:
             self._signature = None
             calls.check_layer(step.spec, kv)
             calls.check_arrays(step.spec, arrays, step.rows, self._remedy)
-            calls.check_sinks(arrays.sinks, step.is_split)
+            calls.check_once(arrays, step.is_split)
             self._compared = overlaps.compared((kv.k_pages, kv.v_pages, *arrays), RUN_PAIRS)
             self._signature = signature
         if self._compared and (not kv.k_address or overlaps.may_overlap(addresses, self._compared)):

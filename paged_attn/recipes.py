@@ -62,9 +62,12 @@ SEQ_LENS, SPLIT_PAGES, BLOCK_TABLE_PAGES, TO_BLOCK_TABLE, TABLE_SLOTS, CHECK_TAB
 UPDATE_PAGE_LISTS, BUILD_TABLE, COPY_PAGES = (
     Recipe(kernel=name, threads=THREADS) for name in ("update_page_lists", "build_table", "copy_pages")
 )
+TABLE_CHECKSUM, COMPARE_CHECKSUMS = (
+    Recipe(kernel=name, threads=32) for name in ("table_checksum", "compare_checksums")
+)
 TABLES = (
     SEQ_LENS, SPLIT_ROWS, SPLIT_PAGES, BLOCK_TABLE_ROWS, BLOCK_TABLE_PAGES, TO_BLOCK_TABLE, TABLE_SLOTS, CHECK_TABLE,
-    UPDATE_PAGE_LISTS, BUILD_TABLE, COPY_PAGES,
+    UPDATE_PAGE_LISTS, BUILD_TABLE, COPY_PAGES, TABLE_CHECKSUM, COMPARE_CHECKSUMS,
 )  # fmt: skip
 
 
@@ -77,6 +80,7 @@ def row_blocks(rows: int, entries: int) -> int:
 
 APPEND_THREADS = 256
 MERGE_WARPS = 4
+EXCHANGE_THREADS = 256  # a warp an item
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +110,20 @@ def merge_recipe(
     sinks: bool = False,
 ) -> Recipe:
     """merge_state or merge_states, with loads and stores of `vector` numbers."""
-    constants = defines(
+    constants = _merge_constants(head_dim, vector, v_dtype, out_dtype, sinks)
+    return Recipe(kernel=kernel, threads=32 * min(MERGE_WARPS, heads), constants=constants)
+
+
+def exchange_recipe(head_dim: int, v_dtype: np.dtype[Any], out_dtype: np.dtype[Any]) -> Recipe:
+    """The kernel that ranks exchange and merge their states by; 16 bytes of v at once."""
+    constants = _merge_constants(head_dim, 16 // v_dtype.itemsize, v_dtype, out_dtype, sinks=True)
+    return Recipe(kernel="exchange", threads=EXCHANGE_THREADS, constants=constants)
+
+
+def _merge_constants(
+    head_dim: int, vector: int, v_dtype: np.dtype[Any], out_dtype: np.dtype[Any], sinks: bool
+) -> tuple[tuple[str, int], ...]:
+    return defines(
         HEAD_DIM=head_dim,
         VEC=vector,
         BFLOAT16=BFLOAT16 in (v_dtype, out_dtype),
@@ -114,16 +131,17 @@ def merge_recipe(
         OUT_FLOAT32=out_dtype == FLOAT32,
         SINKS=sinks,
     )
-    return Recipe(kernel=kernel, threads=32 * min(MERGE_WARPS, heads), constants=constants)
 
 
 def merge_recipes(heads: int, head_dim: int, dtype: np.dtype[Any]) -> Iterator[Recipe]:
-    """All that merging contiguous states of `dtype`, or in float32, can need; sinks apart."""
-    for kernel in ("merge_state", "merge_states"):
-        for v_dtype in (dtype, FLOAT32):
-            for out_dtype in (dtype, FLOAT32):
-                vector = np.gcd(head_dim * v_dtype.itemsize, 16) // v_dtype.itemsize
+    """All that merging contiguous states of `dtype`, or in float32, can need, here or of ranks; sinks apart."""
+    for v_dtype in (dtype, FLOAT32):
+        for out_dtype in (dtype, FLOAT32):
+            vector = np.gcd(head_dim * v_dtype.itemsize, 16) // v_dtype.itemsize
+            for kernel in ("merge_state", "merge_states"):
                 yield merge_recipe(kernel, heads, head_dim, int(vector), v_dtype, out_dtype)
+            if head_dim % 8 == 0:
+                yield exchange_recipe(head_dim, v_dtype, out_dtype)
 
 
 # -- decode ----------------------------------------------------------------------------------------------------------

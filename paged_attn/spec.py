@@ -97,6 +97,12 @@ class RunArrays(NamedTuple):
         by_row = (rule.has_rows for rule in RUN_ARRAYS.values())
         return RunArrays(*[change(x) if rows and x is not None else x for x, rows in zip(self, by_row, strict=True)])
 
+    def scored_by(self, *, is_once: bool) -> dict[str, Any]:
+        """The given ones of those that change scores, by name: that count once a row, or for each key."""
+        named = zip(self, RUN_ARRAYS.items(), strict=True)
+        rules = {name: (x, rule) for x, (name, rule) in named if rule.constant and x is not None}
+        return {name: x for name, (x, rule) in rules.items() if rule.is_once is is_once}
+
     def constants(self) -> tuple[str, ...]:
         """What kernels are compiled for beside Scoring.constants."""
         rules = zip(self, RUN_ARRAYS.values(), strict=True)
@@ -114,6 +120,7 @@ class RunArray:
     is_written: bool = False
     has_rows: bool = True  # its first axis is that of q
     constant: str = ""  # the -D constant of kernels/scores.cuh that is 1 where the array is given
+    is_once: bool = False  # counts once a row, so that of partial results merge_states takes it
 
 
 RUN_ARRAYS = {
@@ -142,6 +149,7 @@ RUN_ARRAYS = {
         dtypes=(FLOAT32,),
         has_rows=False,
         constant="SINKS",
+        is_once=True,
     ),
 }
 """A row for each field of RunArrays, in the order of the fields."""

@@ -15,7 +15,7 @@ from .card import Card, card_of
 from .checks.scalars import as_bool, as_int
 from .compile import Recipe
 from .interop import any_dtype, as_dtype, resolve_device
-from .spec import AttentionSpec, Scoring
+from .spec import RUN_ARRAYS, AttentionSpec, Scoring
 from .support import check_op, check_supported
 
 
@@ -69,7 +69,7 @@ def warm_up(
         page_size=as_int(page_size, "page_size", minimum=1),
         q_len=as_int(q_len, "q_len", minimum=1),
         max_batch_size=None if max_batch_size is None else as_int(max_batch_size, "max_batch_size", minimum=1),
-        constants=("SINKS",) if as_bool(sinks, "sinks") else (),
+        scored_by=("sinks",) if as_bool(sinks, "sinks") else (),
         soft_cap=as_bool(soft_cap, "soft_cap"),
     )
     if num_qo_heads % num_kv_heads:
@@ -99,7 +99,7 @@ class Shapes:
     page_size: int
     q_len: int = 1
     max_batch_size: int | None = None
-    constants: tuple[str, ...] = ()  # RunArrays.constants
+    scored_by: tuple[str, ...] = ()  # names of RUN_ARRAYS
     soft_cap: bool = False
 
     def spec(self, op: str) -> AttentionSpec:
@@ -125,9 +125,11 @@ def needed_recipes(op: str, shapes: Shapes, card: Card) -> Iterator[Recipe]:
     yield from recipes.TABLES
     if op != "merge":
         yield recipes.append_recipe(shapes.num_kv_heads, shapes.head_dim, shapes.v_head_dim)
+    rules = [RUN_ARRAYS[name] for name in shapes.scored_by]
     attending: list[Recipe] = []
     if op == "merge":
         attending = list(recipes.merge_recipes(shapes.num_qo_heads, shapes.v_head_dim, shapes.dtype))
+        rules = [rule for rule in rules if rule.is_once]
     elif op == "decode":
         yield from (recipes.PLAN_REQUESTS, recipes.PLAN_SPLITS)
         attending = [*recipes.decode_recipes(shapes.spec(op), shapes.max_batch_size, card)]
@@ -138,8 +140,8 @@ def needed_recipes(op: str, shapes: Shapes, card: Card) -> Iterator[Recipe]:
         if isinstance(attending[0], recipes.HopperPrefillRecipe):
             yield recipes.PLAN_TILES
     yield from attending
-    if shapes.constants:
-        yield from (recipes.with_constants(recipe, shapes.constants) for recipe in attending)
+    constants = [rule.constant for rule in rules]
+    yield from (recipes.with_constants(recipe, constants) for recipe in attending if constants)
 
 
 def compile_all(needed: Iterator[Recipe], device: str) -> None:

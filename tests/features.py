@@ -1,4 +1,4 @@
-"""Sinks, and V with a dim of its own, through the public functions on a card. Prints what was wrong, by name.
+"""Sinks, V with a dim of its own and caches of several ranks, by public functions on a card. Prints what was wrong.
 
 python -m tests.features shim 80                      on the SIMT shim's card of this compute capability
 python -m tests.features shim 90 sinks_of_gpt_oss     of this feature alone
@@ -163,6 +163,44 @@ def a_cache_of_values_with_a_dim_of_their_own() -> None:
                 assert_close(out.astype(np.float32), right.astype(np.float32), tolerance=OUT_TOLERANCE["float16"])
 
 
+def a_cache_of_several_ranks() -> None:
+    """Attention of every rank over its pages, merged, is that over all pages on the CPU; `out` is written anew."""
+    rng, num_ranks, heads, dim, options = np.random.default_rng(1), 3, 4, 64, {"window_left": 14, "return_lse": True}
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32).astype(np.float16)
+
+    def make(device: str, **ranks: int) -> pa.PagedKVCache:
+        return pa.PagedKVCache(16, 4, 2, dim, layout="HND", dtype="float16", device=device, **ranks)
+
+    whole, ranks = make("cpu"), [make("cuda", rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    sizes: dict[str, Any] = {"page_size": 4, "positions": True, "page_stride": num_ranks}
+    outs = [pa.PageTable.empty(4, 16, device="cuda", **sizes) for _ in ranks]
+
+    def check(seqs: list[int], counts: list[int]) -> None:
+        k, v, q = normal(sum(counts), 2, dim), normal(sum(counts), 2, dim), normal(len(seqs), 2, heads, dim)
+        whole.append(seqs, counts, k, v)
+        right = np.empty(q.shape, np.float32)
+        _, lse = pa.decode(q, whole.layers[0], whole.page_table(seqs), out=right, **options)
+        states = cupy.empty((num_ranks, *q.shape), np.float32), cupy.empty((num_ranks, *lse.shape), np.float32)
+        for rank, cache in enumerate(ranks):
+            cache.append(seqs, counts, cupy.asarray(k), cupy.asarray(v))
+            table = cache.page_table(seqs, outs[rank])
+            table.validate(16).raise_if_bad()
+            out, partial_lse = (array[rank] for array in states)
+            pa.decode(cupy.asarray(q), cache.layers[0], table, out=out, lse=partial_lse, **options)
+        rows = (array.reshape(num_ranks, -1, *array.shape[3:]).swapaxes(0, 1) for array in states)
+        found, found_lse = (array.get() for array in pa.merge_states(*rows))
+        tolerances = {"tolerance": OUT_TOLERANCE["float16"], "lse_tolerance": LSE_TOLERANCE}
+        assert_close(found.reshape(right.shape), right, found_lse.reshape(lse.shape), lse, **tolerances)
+
+    (first,), (second,) = ({cache.new_sequence() for cache in (whole, *ranks)} for _ in range(2))
+    check([first, second], [22, 9])
+    (fork,) = {cache.fork(first) for cache in (whole, *ranks)}
+    check([fork], [2])  # into a copy of the last page
+    check([second, first], [4, 1])
+
+
 FEATURES = (
     sinks_of_gpt_oss,
     sinks_of_several_queries,
@@ -170,6 +208,7 @@ FEATURES = (
     sinks_of_chunks,
     values_with_a_dim_of_their_own,
     a_cache_of_values_with_a_dim_of_their_own,
+    a_cache_of_several_ranks,
 )
 
 

@@ -39,12 +39,14 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
     "block_table_rows": 64,
     "build_table": 40,
     "check_table": 40,
+    "compare_checksums": 40,
     "copy_pages": 40,
     "decode": {
         (16, 8): 128, (32, 8): 128, (64, 8): 128, (80, 8): 128, (96, 8): 128, (112, 8): 128, (128, 8): 128,
         (64, 16): 160, (96, 16): 200, (80, 16): 184, (112, 16): 208, (128, 16): 128, (64, 24): 200, (64, 32): 240,
         (256, 8): 240, (192, 8, 128): 240, (64, 8, 128): 128, (64, 16, 128): 200,
     },
+    "exchange": 128,
     "merge_state": 40,
     "merge_states": 64,
     "plan_requests": 64,
@@ -55,6 +57,7 @@ REGISTERS: dict[str, int | dict[Any, int]] = {
     "seq_lens": 40,
     "split_pages": 40,
     "split_rows": 64,
+    "table_checksum": 64,
     "table_slots": 40,
     "to_block_table": 40,
     "update_page_lists": 40,
@@ -116,6 +119,7 @@ def variants() -> dict[str, list[dict[str, int]]]:
             for recipe in merges:
                 constants = dict(recipe.constants)
                 made.append(_with_feature(recipe, sinks=constants["OUT_FLOAT32"] != constants["BFLOAT16"]))
+            made += (recipes.exchange_recipe(head_dim, v, dtype) for v in (recipes.FLOAT32, dtype))
         for feature in features:
             made += _prefill(H100, head_dim, **feature)
     for head_dim, v_dim in MIXED_DIMS:

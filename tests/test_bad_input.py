@@ -334,6 +334,13 @@ bad(
     "'tpu'",
     "pass None",
 )
+bad(
+    "table: empty, positions",
+    lambda w: pa.PageTable.empty(2, 3, page_size=4, positions=1),
+    TypeError,
+    "positions must be a bool",
+    "pass True or False",
+)
 bad("table: split 0", lambda w: w.table.split(0), ValueError, "num_chunks is 0", "[1, ", "at least 1")
 bad("table: split 1.5", lambda w: w.table.split(1.5), TypeError, "num_chunks must be an int", "1.5", "pass an int")
 bad(
@@ -1661,6 +1668,17 @@ bad(
     "the cache has 4 and 1",
     "make out with PageTable.empty(..., page_size=4, device=",
 )
+bad(
+    "cache: out without positions",
+    lambda w: w.make_cache(num_ranks=2).page_table([], out=pa.PageTable.empty(2, 9, page_size=4, device=w.device)),
+    ValueError,
+    "out has no positions",
+    "num_ranks=2",
+    "make out with PageTable.empty(..., page_size=4, device=",
+    "positions=True, page_stride=2)",
+)
+bad("cache: rank", lambda w: w.make_cache(rank=2, num_ranks=2), ValueError, "rank is 2", "num_ranks=2", "in [0, 2)")
+bad("cache: no ranks", lambda w: w.make_cache(num_ranks=0), ValueError, "num_ranks is 0", "[1, ", "at least 1")
 
 
 # -- memory that is written while it is read -------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """PagedKVCache, rule by rule. tests/test_cache_properties.py holds any sequence of its calls against a plain model."""
 
+import gc
 import threading
 import time
 import tracemalloc
@@ -375,6 +376,18 @@ def test_a_page_that_another_sequence_holds_further_in_is_copied(device):
     assert read(cache, a) == [*range(9), 10] and read(cache, b) == [0, 1, 11]
 
 
+def test_a_page_stays_shared_whatever_else_is_freed_and_copied(device):
+    cache = make(device, 16)
+    a, b, c = new(cache, 1, 2), new(cache, 3, 4), new(cache, *range(9))
+    forks = [cache.fork(a), cache.fork(b)]
+    cache.free(c)
+    for fork, parent in zip(forks, (a, b), strict=True):
+        write(cache, cache.reserve([fork], 1), 7)
+        assert page_ids(cache, fork) != page_ids(cache, parent)
+    assert [read(cache, seq) for seq in (a, b, *forks)] == [[1, 2], [3, 4], [1, 2, 7], [3, 4, 7]]
+    assert cache.num_shared_pages == 0
+
+
 def test_truncate_into_a_shared_page_then_append_copies_it(device):
     cache = make(device)
     a = new(cache, 1, 2, 3, 4, 5, 6)
@@ -633,7 +646,7 @@ def test_out_must_fit_the_cache(device):
     mixed = pa.PageTable(whole.indptr[:4], whole.indptr, whole.last_page_len[:3], page_size=4)
     with pytest.raises(ValueError, match=r"out\.indptr overlaps out\.indices in memory"):
         cache.page_table([a], out=mixed)
-    with pytest.raises(ValueError, match=r"out has positions of its own.* PageTable\.empty"):
+    with pytest.raises(ValueError, match=r"is_split=True, and a cache of num_ranks=1 writes whole .* PageTable\.empty"):
         cache.page_table([a], out=pa.PageTable.empty(1, 4, page_size=4, device=device).split(2))
 
 
@@ -748,6 +761,7 @@ def test_a_card_without_memory_leaves_the_cache_as_it_was():
     """The real error, of CuPy's pool."""
     import cupy
 
+    gc.collect()  # or what other tests left is freed under the limit
     cache = make("cuda", 1 << 20, 4)
     a, b = new(cache, 1, 2, 3, 4, 5), cache.new_sequence()
     pool = cupy.get_default_memory_pool()

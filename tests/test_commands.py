@@ -273,8 +273,10 @@ def test_the_extras_are_what_the_commands_install() -> None:
         assert requirements(f"demo-cuda{major}") == [
             *map(Requirement, (*cuda, *install.GLASSLLM, *install.GGUF_READERS, install.CUBLAS[major]))
         ]
+        assert requirements(f"parallel-cuda{major}") == [*map(Requirement, (*cuda, *install.MPI, install.NCCL[major]))]
         assert requirements(f"jax-cuda{major}") == [*map(Requirement, (*cuda, f"jax[cuda{major}]"))]
     assert EXTRAS["demo"] == [*install.GLASSLLM, *install.GGUF_READERS]
+    assert EXTRAS["parallel"] == [*install.MPI]
     assert install.BINDINGS[12] in EXTRAS["test"]
 
 

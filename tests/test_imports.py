@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HEAVY = {"cupy", "jax", "jaxlib", "torch", "rich"}
+HEAVY = {"cupy", "jax", "jaxlib", "mpi4py", "torch", "rich"}
 ROOT = Path(__file__).parents[1]
 PROBE = """
 import json, sys, time
@@ -33,6 +33,12 @@ def test_import_is_light() -> None:
         if seconds < 0.2:
             return
     raise AssertionError(f"the last of ten imports took {seconds:.2f} s")
+
+
+def test_communicators_bring_their_libraries_when_they_are_made() -> None:
+    assert not import_cost("paged_attn.parallel")[1]
+    probe = [sys.executable, "-c", "import sys, paged_attn; print('paged_attn.parallel' in sys.modules)"]
+    assert subprocess.run(probe, cwd=ROOT, check=True, capture_output=True, text=True).stdout == "False\n"
 
 
 def test_a_heavy_import_is_seen(tmp_path: Path) -> None:

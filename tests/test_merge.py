@@ -1,13 +1,26 @@
 """Merging of partial attention: identity, associativity, bases, and the whole from the parts of a split sequence."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 import paged_attn as pa
-from tests.cases import DECODE, OUT_TOLERANCE, PREFILL, Case, Inputs, assert_close, build
+from tests.cases import (
+    DECODE,
+    LSE_TOLERANCE,
+    NEEDLE_CASES,
+    OUT_TOLERANCE,
+    PREFILL,
+    Case,
+    Inputs,
+    assert_close,
+    assert_needle,
+    build,
+)
 
 EMPTY = -np.inf
 
@@ -162,19 +175,43 @@ def test_merge_states_refuses(v: np.ndarray, s: np.ndarray, options: dict, error
 # -- a whole by its parts ----------------------------------------------------------------------------------------------
 
 
-def attend(inputs: Inputs, table: pa.PageTable, copies: int) -> tuple[np.ndarray, np.ndarray]:
+def attend(inputs: Inputs, table: pa.PageTable, copies: int, xp: Any = np) -> tuple[Any, Any]:
     """Rows of out (float32, as partial results are kept) and lse for `copies` of the queries over a table."""
-    case = inputs.case
+    case, to = inputs.case, xp.asarray
     q = np.concatenate([inputs.q] * copies)
-    out = np.empty(q.shape, np.float64 if case.dtype == "float64" else np.float32)
+    out = xp.empty(q.shape, np.float64 if case.dtype == "float64" else np.float32)
     options = {"out": out, "return_lse": True, **inputs.options()}
     if case.is_decode:
-        _, lse = pa.decode(q, inputs.kv(), table, **options)
+        _, lse = pa.decode(to(q), inputs.kv(to), table, **options)
     else:
         starts = np.arange(copies, dtype=np.int32)[:, None] * inputs.qo_indptr[-1] + inputs.qo_indptr[:-1]
         qo_indptr = np.append(starts.ravel(), np.int32(len(q)))
-        _, lse = pa.prefill(q, qo_indptr, inputs.kv(), table, **options)
+        _, lse = pa.prefill(to(q), to(qo_indptr), inputs.kv(to), table, **options)
     return out.reshape(-1, *out.shape[-2:]), lse.reshape(-1, lse.shape[-1])
+
+
+def chunks(inputs: Inputs, num_chunks: int, xp: Any = np) -> tuple[Any, Any]:
+    """Partial results out [num_chunks, rows, heads, dim] and lse [num_chunks, rows, heads] of a split table."""
+    out, lse = attend(inputs, inputs.table(xp.asarray).split(num_chunks), num_chunks, xp)
+    return out.reshape(num_chunks, -1, *out.shape[1:]), lse.reshape(num_chunks, -1, lse.shape[1])
+
+
+def merge(out: Any, lse: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of partial results, merged where they are, in NumPy."""
+    return tuple(map(on_host, pa.merge_states(out.swapaxes(0, 1), lse.swapaxes(0, 1))))
+
+
+def on_host(array: Any) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def assert_chunks_merge_to_the_whole(inputs: Inputs, *counts: int, xp: Any = np) -> None:
+    """To what NumPy answers of the unsplit table, for each number of chunks."""
+    whole, whole_lse = attend(inputs, inputs.table(), 1)
+    tolerance, lse_tolerance = (1e-5, 1e-5) if xp is np else (OUT_TOLERANCE[inputs.case.dtype], LSE_TOLERANCE)
+    for num_chunks in counts:
+        merged, merged_lse = merge(*chunks(inputs, num_chunks, xp))
+        assert_close(merged, whole, merged_lse, whole_lse, tolerance=tolerance, lse_tolerance=lse_tolerance)
 
 
 SPLIT_CASES = [case for case in DECODE + PREFILL if any(case.kv_lens) and "long" not in case.name]
@@ -182,13 +219,62 @@ SPLIT_CASES = [case for case in DECODE + PREFILL if any(case.kv_lens) and "long"
 
 @pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
 def test_the_chunks_of_a_split_table_merge_to_the_whole(case: Case) -> None:
+    assert_chunks_merge_to_the_whole(build(case), 2, 7)
+
+
+RAGGED = Case("ragged", (100, 3, 0, 64, 1, 16, 17))  # of 7 pages at most: the last chunks of many are empty
+KINDS = (
+    RAGGED,
+    replace(RAGGED, name="q_len", q_len=3, layout="HND"),
+    replace(RAGGED, name="prefill", q_lens=(100, 5, 2, 0, 1, 9, 30)),
+    replace(RAGGED, name="not_causal", q_lens=(20, 5, 2, 1, 0, 9, 1), causal=False, layout="HND"),
+)
+
+
+@pytest.mark.parametrize("case", KINDS, ids=str)
+@pytest.mark.parametrize("group_size", range(1, 9))
+def test_any_number_of_chunks_merges_to_the_whole(xp: Any, group_size: int, case: Case) -> None:
+    assert_chunks_merge_to_the_whole(build(replace(case, num_qo_heads=2 * group_size)), *range(1, 10), xp=xp)
+
+
+@pytest.mark.parametrize("case", KINDS, ids=str)
+@pytest.mark.parametrize("window_left", [0, 1, 14, 15, 16, 17, 40, 99])
+def test_windows_across_borders_merge_to_the_whole(xp: Any, window_left: int, case: Case) -> None:
+    assert_chunks_merge_to_the_whole(build(replace(case, window_left=window_left)), 2, 3, 7, xp=xp)
+
+
+@pytest.mark.parametrize("window_left", [-1, 0, 15, 16, 40])
+@pytest.mark.parametrize("total_len", [96, 50])
+@pytest.mark.parametrize("q_len", [1, 16, 40, 120])
+def test_a_row_sees_of_each_chunk_what_the_masks_leave(xp: Any, q_len: int, total_len: int, window_left: int) -> None:
+    """96 keys in chunks of a page, before, across and behind the diagonal; with total_len=50 two behind all rows."""
+    case = Case("diagonal", (96,), q_lens=(q_len,), total_lens=(total_len,), window_left=window_left)
     inputs = build(case)
-    whole, whole_lse = attend(inputs, inputs.table(), 1)
-    for num_chunks in (2, 7):
-        out, lse = attend(inputs, inputs.table().split(num_chunks), num_chunks)
-        out = out.reshape(num_chunks, *whole.shape).swapaxes(0, 1)
-        merged, merged_lse = pa.merge_states(out, lse.reshape(num_chunks, *whole_lse.shape).swapaxes(0, 1))
-        assert_close(merged, whole, merged_lse, whole_lse, tolerance=1e-5, lse_tolerance=1e-5)
+    key, row = np.arange(96), total_len - q_len + np.arange(q_len)[:, None]  # positions
+    is_seen = (key <= row) & ((key >= row - window_left) | (window_left < 0))  # [q_len, 96]
+    count = is_seen.reshape(q_len, 6, 16).sum(axis=-1).T  # [6, q_len]
+    out, lse = chunks(inputs, 6, xp)
+    for found in (on_host(out).any(axis=(-2, -1)), np.isfinite(on_host(lse)).any(axis=-1)):
+        np.testing.assert_array_equal(found, count > 0)
+
+    unmasked = replace(inputs, case=replace(case, causal=False, window_left=-1), total_len=None)
+    full, full_lse = chunks(unmasked, 6)
+    all_seen = count == 16
+    tolerance = 1e-5 if xp is np else OUT_TOLERANCE[case.dtype]
+    out, lse = on_host(out), on_host(lse)
+    assert_close(out[all_seen], full[all_seen], lse[all_seen], full_lse[all_seen], tolerance=tolerance)
+    assert (lse[~all_seen] < full_lse[~all_seen]).all()
+    assert_chunks_merge_to_the_whole(inputs, 6, xp=xp)
+
+
+@pytest.mark.parametrize("num_chunks", [2, 3, 7])
+@pytest.mark.parametrize("case", NEEDLE_CASES, ids=str)
+def test_a_needle_at_either_side_of_a_border_is_seen(xp: Any, case: Case, num_chunks: int) -> None:
+    borders = build(case).table().split(num_chunks).page_offset * case.page_size  # some of empty chunks
+    places = {border + side for border in borders.tolist() for side in (-1, 0)} & {*range(max(case.kv_lens))}
+    assert len(places) > num_chunks
+    for place in sorted(places):
+        assert_needle(case, place, *merge(*chunks(build(case, needle=place), num_chunks, xp)))
 
 
 @pytest.mark.parametrize("page_size", [1, 8, 16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from notebooks.execute import code_hash, environment, execute, main
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-NUM_PICTURES = {"01_quickstart": 3}  # the page table, the masks of prefill, decode against the read floor
+NUM_PICTURES = {
+    "01_quickstart": 3,  # the page table, the masks of prefill, decode against the read floor
+    "02_kv_sequence_parallelism": 2,  # two halves of a softmax, the ranks that store pages
+}
+SHOWS_RECORDS = "01_quickstart"  # one picture fewer where bench/results is empty
 
-# Whether the committed outputs are a GPU's: `python notebooks/execute.py` on a machine with a card makes it true.
-COMMITTED_FROM_GPU = True
+# Whose committed outputs are a GPU's: `python notebooks/execute.py` on a machine with a card makes them so.
+COMMITTED_FROM_GPU = {"01_quickstart", "02_kv_sequence_parallelism"}
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -63,16 +68,17 @@ def record(folder: Path) -> None:
             file.write(json.dumps({**line, **times, "card": "a card", "date": date}) + "\n")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("is_recorded", [True, False], ids=["recorded", "not_recorded"])
+@pytest.mark.parametrize(
+    ("name", "is_recorded"), [(path.stem, True) for path in NOTEBOOKS] + [(SHOWS_RECORDS, False)], ids=str
+)
 @pytest.mark.usefixtures("no_card")
-def test_it_runs_on_the_reference_backend(path: Path, is_recorded: bool, tmp_path: Path) -> None:
+def test_it_runs_on_the_reference_backend(name: str, is_recorded: bool, tmp_path: Path) -> None:
     if is_recorded:
         record(tmp_path)
-    notebook = read(path)
+    notebook = read(FOLDER / f"{name}.ipynb")
     execute(notebook, tmp_path)
     assert_whole_run(notebook)
-    assert len(pictures(notebook)) == NUM_PICTURES[path.stem] - (not is_recorded)
+    assert len(pictures(notebook)) == NUM_PICTURES[name] - (not is_recorded)
     assert "numpy arrays on the CPU" in printed(code_cells(notebook)[0])
 
 
@@ -89,6 +95,19 @@ def test_the_quickstart_shows_what_it_says(tmp_path: Path) -> None:
     assert "3 sequences of 12 tokens hold 7 pages, 1 of them shared" in output
 
 
+@pytest.mark.usefixtures("no_card")
+def test_kv_sequence_parallelism_shows_what_it_says(tmp_path: Path) -> None:
+    notebook = read(FOLDER / "02_kv_sequence_parallelism.ipynb")
+    execute(notebook, tmp_path)
+    output = "".join(map(printed, code_cells(notebook)))
+    differences = re.findall(r"(?:out|lse) +(\d+e[+-]\d+)", output)
+    assert len(differences) == 10 and max(map(float, differences)) < 2e-6
+    assert "request 0: the query sees keys in chunks [3]" in output and "[60 60 60 56] see a key" in output
+    assert "the same bits on all ranks: True" in output
+    assert "all-gather, 18720 bytes\nby hand: 18720 bytes" in output
+    assert "ranks 0, 2, 3 said 200; rank 1 said 201" in output
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_is_committed_with_the_outputs_of_its_code(path: Path) -> None:
     notebook = read(path)
@@ -99,7 +118,7 @@ def test_it_is_committed_with_the_outputs_of_its_code(path: Path) -> None:
     assert metadata["code"] == code_hash(notebook), f"{path.name} was edited after it was executed; {again}"
     assert metadata["date"] and set(metadata["versions"]) >= {"paged_attn", "python", "numpy"}
     first = printed(code_cells(notebook)[0])
-    if COMMITTED_FROM_GPU:
+    if path.stem in COMMITTED_FROM_GPU:
         assert metadata["card"] != "cpu", f"{path.name} was executed without a card; {again} on a machine with one"
         assert f"cupy arrays on {metadata['card']}" in first
         assert metadata["versions"].keys() >= {"cupy", "nvrtc", "cuda_driver"}

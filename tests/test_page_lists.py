@@ -50,8 +50,21 @@ class World:
         rows = np.arange(ROWS)
         indptr = np.concatenate([[0], np.cumsum([len(self.model[row]) for row in rows])])
         table = pa.PageTable.empty(ROWS, int(indptr[-1]), page_size=1, device="cpu")
-        self.lists.write_table(rows, indptr, np.ones(ROWS, np.int64), table)
+        self.lists.write_table(rows, indptr, {"last_page_len": np.ones(ROWS, np.int64)}, table)
         assert table.indices.tolist() == [page for row in rows for page in self.model[row]]
+
+    def table_of_a_rank_is_right(self) -> None:
+        """Every third page of rows in any order, from a page on that differs from row to row."""
+        rows = self.rng.permutation(ROWS)
+        offsets = self.rng.integers(0, 3, ROWS)
+        expected = [self.model[row][offset::3] for row, offset in zip(rows, offsets, strict=True)]
+        indptr = np.concatenate([[0], np.cumsum(list(map(len, expected)))])
+        table = pa.PageTable.empty(ROWS + 1, int(indptr[-1]), page_size=1, device="cpu", positions=True, page_stride=3)
+        per_row = {"last_page_len": rows + 1, "page_offset": offsets, "total_len": rows + 50}
+        self.lists.write_table(rows, indptr, per_row, table)
+        assert table.indices.tolist() == [page for pages in expected for page in pages]
+        for name, values in per_row.items():
+            assert getattr(table, name).tolist() == [*values, 0]
 
     def check(self) -> None:
         for row, pages in self.model.items():
@@ -70,7 +83,7 @@ def test_lists_and_tables_hold_what_they_were_given(seed: int) -> None:
             world.check()
         for _ in range(int(world.rng.choice([0, 200]))):  # more changes than there are entries
             world.replace()
-        world.table_is_right()
+        world.rng.choice([world.table_is_right, world.table_of_a_rank_is_right])()
 
 
 def test_only_changed_entries_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import paged_attn as pa
+from paged_attn import parallel
 from paged_attn.spec import Scoring
 
 ATTENTION = (pa.decode, pa.prefill, pa.single_decode, pa.single_prefill)
@@ -29,8 +30,14 @@ METHODS = [
     )
     for name in names.split()
 ]
+PARALLEL = [getattr(parallel, name) for name in parallel.__all__]
+PARALLEL += [
+    parallel.BatchDecodeWithPagedKVCache.plan, parallel.BatchPrefillWithPagedKVCache.plan,
+    parallel.BatchDecodeWithPagedKVCache.run,
+]  # fmt: skip
 FUNCTIONS = (
     *METHODS,
+    *PARALLEL,
     *ATTENTION, *PLANS, *CLASSES, pa.append, pa.merge_state, pa.merge_states, pa.supports, pa.status, pa.warm_up,
 )  # fmt: skip
 SHARED = {"sm_scale", "causal", "window_left", "logits_soft_cap", "sinks", "out", "lse", "return_lse"}
@@ -49,7 +56,7 @@ def arguments(function: Callable[..., Any]) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__qualname__)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: f"{function.__module__}.{function.__qualname__}")
 def test_every_argument_is_documented_with_its_default(function: Callable[..., Any]) -> None:
     said = arguments(function)
     for name, parameter in inspect.signature(function).parameters.items():

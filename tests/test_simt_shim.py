@@ -119,6 +119,7 @@ def test_warp_wrappers(bfloat16: int, dtype: np.dtype, valid_rows: int, reverse:
     assert out["counter"] == (3 + 32) % 5
     np.testing.assert_array_equal(out["loaded"], [1, 2, 3, 4, 1, 2])
     np.testing.assert_array_equal(out["moved"], [1, 2, 3, 4, 1, 2])
+    np.testing.assert_array_equal(out["shared"], [1, 2, 3, 4, 5, 6, 7, 1])
 
 
 @pytest.mark.parametrize(("bfloat16", "dtype"), FORMATS)

@@ -97,11 +97,9 @@ def split_table(table: TableArrays, num_chunks: int, out: TableArrays) -> None:
     page_offset = first * table.page_stride + (0 if table.page_offset is None else table.page_offset)
     total_len = np.broadcast_to(seq_lens(table) if table.total_len is None else table.total_len, counts.shape)
     indptr = _indptr(counts.ravel())
-    _write_rows(out, indptr, last_page_len.ravel())
+    per_row = {"last_page_len": last_page_len, "page_offset": page_offset, "total_len": total_len}
+    _write_rows(out, indptr, {name: array.ravel() for name, array in per_row.items()})
     out.indices[: indptr[-1]] = table.indices[ranges((table.indptr[:-1] + first).ravel(), counts.ravel())]
-    assert out.page_offset is not None and out.total_len is not None
-    out.page_offset[: counts.size] = page_offset.ravel()
-    out.total_len[: counts.size] = total_len.ravel()
 
 
 def from_block_table(block_table: np.ndarray, seq_lens: np.ndarray, page_size: int, out: TableArrays) -> None:
@@ -109,7 +107,7 @@ def from_block_table(block_table: np.ndarray, seq_lens: np.ndarray, page_size: i
     counts = -(-seq_lens.astype(np.int64) // page_size)
     indptr = _indptr(counts)
     out.indices[: indptr[-1]] = block_table[np.arange(block_table.shape[1]) < counts[:, None]]
-    _write_rows(out, indptr, np.where(counts > 0, seq_lens - (counts - 1) * page_size, 0))
+    _write_rows(out, indptr, {"last_page_len": np.where(counts > 0, seq_lens - (counts - 1) * page_size, 0)})
 
 
 def to_block_table(table: TableArrays, max_pages_per_seq: int) -> np.ndarray:
@@ -156,25 +154,33 @@ def update_table(
     update_value: np.ndarray,
     starts: np.ndarray,
     indptr: np.ndarray,
-    last_page_len: np.ndarray,
+    per_row: dict[str, np.ndarray],
     out: Any,
 ) -> None:
-    """Change entries of the arena of page ids, then gather the batch's pages from it into `out`."""
+    """Change entries of the arena of page ids, then gather the batch's pages from it into `out`.
+
+    Those of request i are at starts[i], starts[i] + page_stride, ...; per_row: what `out` gets of each request, by the
+    name of its array there.
+    """
     page_lists[update_index] = update_value
-    out.indices[: indptr[-1]] = page_lists[ranges(starts, np.diff(indptr))]
-    _write_rows(out, indptr, last_page_len)
+    counts = np.diff(indptr)
+    steps = ranges(np.zeros_like(starts), counts) * out.page_stride
+    out.indices[: indptr[-1]] = page_lists[np.repeat(starts, counts) + steps]
+    _write_rows(out, indptr, per_row)
 
 
 def _indptr(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)])
 
 
-def _write_rows(out: Any, indptr: np.ndarray, last_page_len: np.ndarray) -> None:
-    """Rows of `out` past the batch have no page."""
+def _write_rows(out: Any, indptr: np.ndarray, per_row: dict[str, np.ndarray]) -> None:
+    """Rows of `out` past the batch have no page, and 0 in the arrays per_row."""
     out.indptr[: indptr.size] = indptr
     out.indptr[indptr.size :] = indptr[-1]
-    out.last_page_len[: last_page_len.size] = last_page_len
-    out.last_page_len[last_page_len.size :] = 0
+    for name, values in per_row.items():
+        array = getattr(out, name)
+        array[: values.size] = values
+        array[values.size :] = 0
 
 
 # -- the pool ----------------------------------------------------------------------------------------------------------

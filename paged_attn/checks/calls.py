@@ -238,12 +238,13 @@ def check_arrays(
                 check_base(array, name, rule.alignment)
 
 
-def check_sinks(sinks: Any, is_split: bool) -> None:
-    """In partial results a sink would be counted once a chunk."""
-    if sinks is not None and is_split:
+def check_once(arrays: RunArrays, is_split: bool) -> None:
+    """In partial results what counts once a row would be counted once a chunk."""
+    if is_split and (given := arrays.scored_by(is_once=True)):
+        name = next(iter(given))
         raise ValueError(
-            "sinks were given with a table that split() made, and every chunk of a sequence would count them; "
-            "pass them to merge_states(v, s, sinks=sinks) alone"
+            f"{name} were given with a table that split() made, and every chunk of a sequence would count them; "
+            f"pass them to merge_states(v, s, {name}={name}) alone"
         )
 
 

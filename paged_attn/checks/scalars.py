@@ -28,6 +28,14 @@ def as_int(value: Any, name: str, *, minimum: int, maximum: int = INT_MAX) -> in
     return number
 
 
+def as_index(value: Any, name: str, size: int) -> int:
+    """`value` as an int of [0, size), where num_<name>s=size is an argument, too."""
+    number = as_int(value, name, minimum=-INT_MAX)
+    if not 0 <= number < size:
+        raise ValueError(f"{name} is {number}, and there are num_{name}s={size}; pass an int in [0, {size})")
+    return number
+
+
 def as_float(value: Any, name: str, *, rule: str = "", minimum: float = -math.inf) -> float:
     """`value` as a finite float of at least `minimum`; TypeError for strings, bools and arrays."""
     try:

@@ -110,13 +110,20 @@ def check_table_values(table: TableArrays, num_pages: int = ANY_PAGE) -> None:
         )
 
 
-def check_table_out(out: Any, page_size: int, device: str, batch_size: int, num_pages: int) -> None:
-    """`out` of PagedKVCache.page_table: a plain table, of this page_size and device, with room for the batch."""
-    remedy = f"make out with PageTable.empty(..., page_size={page_size}, device={device!r})"
+def check_table_out(out: Any, page_size: int, num_ranks: int, device: str, batch_size: int, num_pages: int) -> None:
+    """`out` of PagedKVCache.page_table: of this page_size and device, with positions if there are several ranks, and
+    with room for the batch."""
     check_table(out, "out")
-    if out.page_offset is not None or out.total_len is not None:
-        raise ValueError(f"out has positions of its own, and a cache writes whole sequences; {remedy}")
-    _check_out(out, page_size, 1, device, "the cache", remedy)
+    sizes = f"page_size={page_size}, device={device!r}, positions={num_ranks > 1}, page_stride={num_ranks}"
+    remedy = f"make out with PageTable.empty(..., {sizes})"
+    has = [name for name in ("page_offset", "total_len") if getattr(out, name) is not None]
+    fits = len(has) == 2 or (num_ranks == 1 and not has)
+    if out.is_split or not fits:
+        raise ValueError(
+            f"out has {' and '.join(has) or 'no positions'}, is_split={out.is_split}, and a cache of "
+            f"num_ranks={num_ranks} writes whole sequences{' with positions' if num_ranks > 1 else ''}; {remedy}"
+        )
+    _check_out(out, page_size, num_ranks, device, "the cache", remedy)
     for field, what, count, capacity in (
         ("max_batch_size", "sequences", batch_size, out.batch_size),
         ("max_pages", "pages", num_pages, out.indices.size),

@@ -87,7 +87,7 @@ def right_input(random: np.random.Generator, head_dim: int) -> Given:
         "block_table": random.integers(0, NUM_PAGES, (batch, WIDTH)),
         "seq_lens": random.integers(0, longest + 1, batch),
         "update_index": random.permutation(LIST_ENTRIES)[:tokens],
-        "starts": random.integers(0, LIST_ENTRIES - LONGEST, batch),
+        "starts": random.integers(0, LIST_ENTRIES - LONGEST * page_stride, batch),
         "source": pages[:4],
         "target": pages[4:8],
     }
@@ -272,7 +272,7 @@ def update_faults(given: Given) -> Faults:
         if not 0 <= entry < LIST_ENTRIES:
             faults.add(("indices", i, entry))
     for i, ((begin, end), start) in enumerate(zip(rows, given.list("starts"), strict=True)):
-        if not 0 <= start <= LIST_ENTRIES - (end - begin):
+        if start < 0 or start + (end - begin - 1) * given.page_stride >= LIST_ENTRIES:
             faults.add(("indices", i, start))
     return faults
 
@@ -483,12 +483,16 @@ def update_table(card: Card) -> Go:
     """What PagedKVCache.page_table launches. It makes these arrays itself, so they go in below the public call."""
     arrays = card.given.arrays
     lists = cupy.asarray(np.arange(LIST_ENTRIES, dtype=np.int32))
-    out = pa.PageTable.empty(card.given.batch + SPARE_REQUESTS, arrays["indices"].size, page_size=1, device="cuda")
+    rows = ("last_page_len", "page_offset", "total_len")
+    out = pa.PageTable.empty(
+        card.given.batch + SPARE_REQUESTS, arrays["indices"].size, page_size=1, device="cuda",
+        positions="page_offset" in arrays, page_stride=card.given.page_stride,
+    )  # fmt: skip
 
     def go() -> Result:
         backend.update_table(
             lists, arrays["update_index"], arrays["update_index"], arrays["starts"], arrays["indptr"],
-            arrays["last_page_len"], out,
+            {name: arrays[name] for name in rows if name in arrays}, out,
         )  # fmt: skip
         return Result()
 

@@ -1,4 +1,4 @@
-"""Sinks and dims of V on a card: tests/features.py, CUDA graphs, JAX."""
+"""Sinks, dims of V and ranks on a card: tests/features.py, CUDA graphs, JAX."""
 
 from typing import Any
 

@@ -21,5 +21,6 @@ def test_corrupted_inputs_do_no_harm() -> None:
         with_a_fault += sum(said["with_a_fault"].values())
     assert len(inputs) == OPERATIONS and inputs.total() >= INPUTS
     assert with_a_fault > INPUTS / 2
-    portable = {name for name, path in kernels.kernel_files().items() if "hopper" not in path.name}
-    assert portable <= set(launches), "a kernel has not met a corrupted input"
+    others = ("prefill_hopper.cu", "exchange.cu", "lengths.cu")  # the last two take no number as a place
+    wanted = {name for name, path in kernels.kernel_files().items() if path.name not in others}
+    assert wanted <= set(launches), "a kernel has not met a corrupted input"

@@ -118,6 +118,39 @@ def test_200_decode_steps_replay(layout: str, planned_in_the_graph: bool) -> Non
     pa.status()
 
 
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_200_decode_steps_in_chunks_replay(layout: str) -> None:
+    """KV sequence parallelism on one card: append, split, plan, run and merge_states in one graph."""
+    num_chunks, server = 5, Server(layout)
+    rows = num_chunks * MAX_BATCH
+    plan = pa.BatchDecodeWithPagedKVCache(max_batch_size=rows, max_pages=NUM_PAGES)
+    chunks = server.table.split(num_chunks)
+    q = cupy.empty((num_chunks, *server.q.shape), np.float16)
+    v, s = cupy.empty(q.shape, np.float32), cupy.empty(q.shape[:-1], np.float32)
+
+    def step() -> None:
+        server.append()
+        server.table.split(num_chunks, out=chunks)
+        plan.plan(server.kv, chunks, HEADS)
+        q[...] = server.q
+        plan.run(q.reshape(rows, HEADS, DIM), server.kv, out=v.reshape(rows, HEADS, DIM), lse=s.reshape(rows, HEADS))
+        pa.merge_states(v.swapaxes(0, 1), s.swapaxes(0, 1), out=server.out, lse=server.lse)
+
+    server.prepare(0)
+    step()
+    server.check()
+    graph = captured(step)
+    for i in range(1, STEPS):
+        server.prepare(i)
+        v.fill(np.nan)
+        s.fill(np.nan)
+        cupy.cuda.get_current_stream().synchronize()
+        graph.launch()
+        server.check()
+    plan.status()
+    pa.status()
+
+
 class RandomTables:
     """Tables of requests that grow, shrink, run empty, join and leave, over pages of random numbers."""
 

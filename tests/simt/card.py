@@ -3,15 +3,20 @@
 `install()` makes it the module `cupy` of this process (one that does nothing else: a child process). It has what
 paged_attn/backends/cuda/ and the tests of corrupted inputs use. Every array stands in guarded memory of its own:
 whoever leaves it ends the process (behind it) or is found by `check` (before it). New arrays are full of 0xFF bytes:
--1 as page ids, NaN as floats. Launches are done when they return, so streams and events have nothing to do; `launched`
-says where each went, and `current` which card and streams are the current ones, as CuPy has it for each thread.
+-1 as page ids, NaN as floats. Launches are done when they return, so streams and events have nothing to do, but for
+those of `exchange`, which wait for each other: each runs in a thread until its stream, an event there or its card is
+waited for. `launched` says where each went, and `current` which card and streams are the current ones, as CuPy has it
+for each thread.
 """
 
 import ctypes
 import re
 import sys
 import threading
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -56,12 +61,18 @@ class ndarray:
         return ndarray(self.host.reshape(*shape), self.device.id)
 
     def __setitem__(self, key: Any, value: "ndarray") -> None:
+        assert not isinstance(value, np.ndarray), "CuPy does not copy from the host by itself"
         self.host[key] = value.host
+
+    def fill(self, value: Any) -> None:
+        _finish(self.device.id)
+        self.host.fill(value)
 
     def swapaxes(self, a: int, b: int) -> "ndarray":
         return ndarray(self.host.swapaxes(a, b), self.device.id)
 
     def get(self) -> np.ndarray:
+        _finish(self.device.id)
         return self.host.copy()
 
     @property
@@ -119,17 +130,39 @@ def _launch(config_address: int, function: int, arguments_address: int, extra: N
     dtype = kernels.params_dtype(text, kernels.params_name(text, name))
     params = ctypes.c_void_p.from_address(arguments_address).value
     assert params is not None
-    driver.launch(
+    where = current.device, config.stream or 0
+    run = partial(
+        driver.launch,
         name,
         (config.grid_x, config.grid_y, config.grid_z),
         (config.block_x, config.block_y, config.block_z),
-        np.frombuffer((ctypes.c_char * dtype.itemsize).from_address(params), dtype)[0:1].reshape(()),
+        np.frombuffer((ctypes.c_char * dtype.itemsize).from_address(params), dtype)[0:1].reshape(()).copy(),
         config.shared_bytes,
         source=text,
         reverse=reverse,
         **defines,
     )
+    if name == "exchange":
+        worker, under_way = _streams.setdefault(where, (ThreadPoolExecutor(1), deque()))
+        under_way.append(worker.submit(run, instance=list(_streams).index(where)))
+    else:
+        _finish(*where)
+        with _one_at_a_time:
+            run()
     return 0
+
+
+# By card and stream: a thread, and what it has to do or has done.
+_streams: dict[tuple[int, int], tuple[ThreadPoolExecutor, deque[Future[None]]]] = {}
+_one_at_a_time = threading.Lock()
+
+
+def _finish(device: int, stream: int | None = None) -> None:
+    """Wait for what is under way on a stream of a card, or on all of them."""
+    for where, (_, under_way) in list(_streams.items()):
+        if where[0] == device and stream in (None, where[1]):
+            while under_way:
+                under_way.popleft().result()
 
 
 NUM_DEVICES = 2
@@ -146,7 +179,7 @@ class _Current(threading.local):
 class Stream:
     """What the backend uses of cupy.cuda.Stream. Its address says which one it is; 0 is the default stream."""
 
-    def __init__(self, address: int | None = None, *, non_blocking: bool = False) -> None:
+    def __init__(self, address: int | None = None, *, non_blocking: bool = False, priority: int = 0) -> None:
         self.ptr = id(self) if address is None else address
 
     def __enter__(self) -> "Stream":
@@ -157,7 +190,11 @@ class Stream:
     def __exit__(self, *error: object) -> None:
         current.streams[current.device] = self._before
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        _finish(current.device, self.ptr)
+
+    def wait_event(self, event: Any) -> None:
+        """What is behind the event is over."""
 
 
 class _Device:
@@ -177,6 +214,14 @@ class _Device:
 
 current = _Current()
 launched: list[tuple[str, int, int]] = []  # kernel, the current device, the stream's address
+
+
+class Memory:
+    """An allocation apart from others."""
+
+    def __init__(self, size: int) -> None:
+        self._array = empty(size, np.uint8)
+        self.ptr = self._array.data.ptr
 
 
 class _PinnedMemory(bytearray):
@@ -223,10 +268,11 @@ def install(compute_capability: str = "80") -> None:
     """compute_capability: that of the cards; Hopper's, "90", takes its own kernel of prefill."""
     _Device.compute_capability = compute_capability
     tensor_map._encode = host_map
-    event = SimpleNamespace(record=lambda stream: None, done=True)
+    event = SimpleNamespace(record=lambda stream: _finish(current.device, stream.ptr), done=True)
     cuda = SimpleNamespace(
         Device=_Device,
         Event=lambda **options: event,
+        Memory=Memory,
         Stream=Stream,
         alloc=alloc,
         alloc_pinned_memory=_PinnedMemory,
@@ -238,7 +284,14 @@ def install(compute_capability: str = "80") -> None:
             getDevice=lambda: current.device,
             setDevice=lambda device: setattr(current, "device", device),
             getDeviceCount=lambda: NUM_DEVICES,
-            deviceSynchronize=lambda: None,
+            deviceSynchronize=lambda: _finish(current.device),
+            deviceGetPCIBusId=lambda device: f"0000:{device}:00.0",
+            deviceCanAccessPeer=lambda device, peer: True,
+            deviceEnablePeerAccess=lambda peer: None,
+            memset=ctypes.memset,
+            ipcGetMemHandle=lambda address: address.to_bytes(64, "little"),
+            ipcOpenMemHandle=lambda handle, flags: int.from_bytes(handle, "little"),
+            ipcCloseMemHandle=lambda address: None,
             streamIsCapturing=lambda stream: False,
         ),
     )

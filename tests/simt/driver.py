@@ -29,8 +29,8 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,8 @@ def _shim_text() -> str:
 
 
 @cache
-def build(source: str, kernel: str, defines: tuple[tuple[str, Any], ...]) -> ctypes.CDLL:
-    """The shared library of ``kernel`` in ``source`` (a flattened text)."""
+def build(source: str, kernel: str, defines: tuple[tuple[str, Any], ...], instance: int = 0) -> ctypes.CDLL:
+    """The shared library of ``kernel`` in ``source`` (a flattened text). Each instance has globals of its own."""
     if shutil.which(_COMPILER[0]) is None:  # a failure even where the library stands in the cache
         raise SimtError(f"{_COMPILER[0]} is not on the PATH, and the kernels' tests need it; apt-get install g++")
     entry = _ENTRY.replace("KERNEL", kernel).replace("PARAMS", kernels.params_name(source, kernel))
@@ -73,18 +73,30 @@ def build(source: str, kernel: str, defines: tuple[tuple[str, Any], ...]) -> cty
     key = hashlib.sha256("\0".join((text, _shim_text(), *command)).encode()).hexdigest()[:24]
     cache_folder = private_cache.folder("simt")
     library = cache_folder / f"{kernel}-{key}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=cache_folder) as folder:
-            unfinished = Path(folder) / library.name
-            result = subprocess.run(
-                (*command, "-x", "c++", "-", "-o", str(unfinished)), input=text, text=True, capture_output=True
-            )
-            if result.returncode:
-                raise SimtError(f"g++ does not compile kernel {kernel}:\n{result.stderr}")
-            unfinished.replace(library)
+
+    def compile_to(path: Path) -> None:
+        result = subprocess.run(
+            (*command, "-x", "c++", "-", "-o", str(path)), input=text, text=True, capture_output=True
+        )
+        if result.returncode:
+            raise SimtError(f"g++ does not compile kernel {kernel}:\n{result.stderr}")
+
+    _make(library, compile_to)
+    if instance:  # a file of its own is loaded apart
+        first, library = library, library.with_stem(f"{library.stem}-{instance}")
+        _make(library, partial(shutil.copy, first))
     loaded = ctypes.CDLL(str(library))
     loaded.simt_message.restype = ctypes.c_char_p
     return loaded
+
+
+def _make(file: Path, write: Callable[[Path], Any]) -> None:
+    """A file that is there as a whole or not at all, whoever else makes it."""
+    if not file.exists():
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            unfinished = Path(folder) / file.name
+            write(unfinished)
+            unfinished.replace(file)
 
 
 def launch(
@@ -96,11 +108,15 @@ def launch(
     *,
     source: str | None = None,
     reverse: bool = False,
+    instance: int = 0,
     **defines: Any,
 ) -> None:
-    """Runs ``kernel`` to its end. ``source`` is its text, by default that of the file in kernels/ that defines it."""
+    """Runs ``kernel`` to its end. ``source`` is its text, by default that of the file in kernels/ that defines it.
+
+    Launches that run at the same time, in threads, need instances of their own.
+    """
     text = kernels.load_source(kernel) if source is None else source
-    library = build(text, kernel, tuple(sorted(defines.items())))
+    library = build(text, kernel, tuple(sorted(defines.items())), instance)
     dtype = kernels.params_dtype(text, kernels.params_name(text, kernel))
     if dtype.itemsize != library.simt_params_bytes():
         raise SimtError(f"{kernel}: params_dtype has {dtype.itemsize} bytes, g++ {library.simt_params_bytes()}")

@@ -8,8 +8,10 @@
 // launch(..., reversed) runs the threads in the opposite order, shared memory holds 0xff (NaN) when a block starts, and
 // of asynchronous copies one half is done at once, the other as late as the waits of its threads allow.
 #pragma once
+#include <sched.h>
 #include <setjmp.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <ucontext.h>
 
 #include <cmath>

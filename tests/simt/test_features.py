@@ -1,4 +1,4 @@
-"""Sinks, and V with a dim of its own, on the shim's cards (tests/features.py has the calls)."""
+"""Sinks, V with a dim of its own and caches of several ranks, on the shim's cards (tests/features.py has the calls)."""
 
 from tests import child
 

@@ -17,6 +17,8 @@ from paged_attn import compile as kernels
 from tests.simt import test_append as append
 from tests.simt import test_check as check
 from tests.simt import test_decode as decode
+from tests.simt import test_exchange as exchange
+from tests.simt import test_lengths as lengths
 from tests.simt import test_merge as merge
 from tests.simt import test_prefill as prefill
 from tests.simt import test_schedule as schedule
@@ -50,6 +52,11 @@ def merges(test: Callable[..., None], **fields: Any) -> Callable[[], None]:
     cases = merge.PAIRS if test is merge.test_merge_state else merge.CASES
     (found,) = [case for case in cases if case == merge.Case(**fields)]
     return partial(test, found)
+
+
+def exchanges(**fields: Any) -> Callable[[], None]:
+    (found,) = [case for case in exchange.CASES if case == exchange.Case(**fields)]
+    return partial(exchange.test_steps_of_all_ranks, found)
 
 
 def tiles(requests: int, **fields: Any) -> Callable[[], None]:
@@ -131,12 +138,12 @@ MUTATIONS = [
     ),
     # -- merge --
     Mutation(
-        "merge.cu", "the v of an empty state counts",
+        "state_lists.cuh", "the v of an empty state counts",
         "if (s == -INF) continue;", "",
         partial(merges(merge.test_empty_states_change_nothing), mark=-np.inf),
     ),
     Mutation(
-        "merge.cu", "+inf is a score like any other",
+        "state_lists.cuh", "+inf is a score like any other",
         "if (lane_s == INF) lane_s = -INF;", "",
         partial(merges(merge.test_empty_states_change_nothing), mark=np.inf),
     ),
@@ -144,6 +151,42 @@ MUTATIONS = [
         "merge.cu", "the layers of a grid fall together",
         "blockIdx.z * gridDim.y + blockIdx.y", "blockIdx.y",
         merges(merge.test_merge_states, heads=9, warps=5),
+    ),
+    # -- exchange --
+    Mutation(
+        "exchange.cu", "a half that is used twice",
+        "{int(epoch & 1),", "{int(epoch & 0),",
+        exchange.test_a_rank_may_be_an_epoch_ahead,
+    ),
+    Mutation(
+        "exchange.cu", "what was read does not wait again",
+        "if (has_state && !is_own) store_system(s, NOT_YET);", "",
+        exchanges(),
+    ),
+    Mutation(
+        "exchange.cu", "a wait for v left out",
+        "if (from != p.rank && !is_here(x)) missing = from;", "",
+        exchanges(),
+    ),
+    Mutation(
+        "exchange.cu", "a part for another rank",
+        "state + (by_heads ? to * p.part : 0)", "state",
+        exchanges(by_heads=True),
+    ),
+    Mutation(
+        "exchange.cu", "a NaN means not yet",
+        "return word == NOT_YET ? OTHER_NAN : word;", "return word;",
+        partial(exchange.test_a_nan_goes_through_whatever_its_bits, exchange.F16),
+    ),
+    Mutation(
+        "exchange.cu", "a lost rank is sent the next step",
+        "item < items && !was_lost;", "item < items;",
+        partial(exchange.test_a_rank_that_does_not_come, exchange.LOSSES[0]),
+    ),
+    Mutation(
+        "state_lists.cuh", "what came of a row counts, though a rank is lost",
+        "if (states.is_lost()) sum = 0.f;", "",
+        partial(exchange.test_a_rank_that_does_not_come, exchange.LOSSES[1]),
     ),
     # -- append --
     Mutation(
@@ -198,7 +241,12 @@ MUTATIONS = [
     Mutation(
         "table.cu", "rows past the batch have pages",
         "row < p.batch ? int(row) : p.batch", "row < p.batch ? int(row) : 0",
-        partial(table.test_update_table, 1),
+        partial(table.test_update_table, 1, 1),
+    ),
+    Mutation(
+        "table.cu", "pages of other ranks",
+        "(entry - out.begin) * p.page_stride]", "(entry - out.begin)]",
+        partial(table.test_update_table, 1, 3),
     ),
     Mutation(
         "table.cu", "only the first layer copied",
@@ -256,6 +304,16 @@ MUTATIONS = [
         "table_rows.cuh", "the warps before do not count",
         "if (warp > 0) before = combine(before, warps_before);", "",
         partial(schedule.test_right_tables, "several chunks of rows"),
+    ),
+    Mutation(
+        "lengths.cu", "an empty sequence has an owner",
+        "total_len == 0 ? 0 : behind", "behind",
+        partial(lengths.test_it_is_the_same_on_all_ranks_and_no_other_lengths_have_it, 33, 3),
+    ),
+    Mutation(
+        "lengths.cu", "the last one that differs",
+        "theirs < found ? theirs", "theirs != ~0u && theirs > found % ~0u ? theirs",
+        partial(lengths.test_each_rank_finds_the_first_that_says_something_else, [7, 7, 8], [3, 3, 1]),
     ),
 ]  # fmt: skip
 

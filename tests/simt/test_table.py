@@ -374,7 +374,14 @@ def test_slots_of_any_table(seed: int) -> None:
 
 
 def update_table(
-    page_lists: np.ndarray, updates: Any, starts: Any, indptr: Any, last_page_len: Any, capacity: int, max_pages: int
+    page_lists: np.ndarray,
+    updates: Any,
+    starts: Any,
+    indptr: Any,
+    per_row: dict[str, Any],
+    capacity: int,
+    max_pages: int,
+    page_stride: int = 1,
 ) -> Any:
     guarded = Guarded()
     arena, status = guarded.output(page_lists), guarded.status()
@@ -382,7 +389,7 @@ def update_table(
     out = SimpleNamespace(
         indptr=filled(guarded, capacity + 1),
         indices=filled(guarded, max_pages),
-        last_page_len=filled(guarded, capacity),
+        **{name: filled(guarded, capacity) for name in per_row},
     )
     shared = {"page_lists": arena, "status": status, "num_entries": arena.size}
     if index.size:
@@ -392,17 +399,20 @@ def update_table(
     fields = outputs(out) | {
         "starts": guarded.input(np.array(starts, np.int32)),
         "indptr": guarded.input(np.array(indptr, np.int32)),
-        "last_page_len": guarded.input(np.array(last_page_len, np.int32)),
+        **dict.fromkeys(("page_offset", "total_len")),
+        **{name: guarded.input(np.array(values, np.int32)) for name, values in per_row.items()},
         "batch": batch,
         "capacity": capacity,
+        "page_stride": page_stride,
     }
     launch("build_table", max(batch, 1) * 2, 32, shared | fields)
     guarded.check()
     return arena, out, fault_of(status)
 
 
+@pytest.mark.parametrize("page_stride", [1, 3])
 @pytest.mark.parametrize("seed", range(20))
-def test_update_table(seed: int) -> None:
+def test_update_table(seed: int, page_stride: int) -> None:
     rng = np.random.default_rng(seed)
     batch = [0, 1, 7, 40][seed % 4]
     capacity, size = batch + seed % 3, 300
@@ -410,24 +420,26 @@ def test_update_table(seed: int) -> None:
     counts = rng.integers(0, 7, batch)
     if batch == 1:
         counts[:] = 100
-    starts = rng.integers(0, size - 100 + 1, batch).astype(np.int32)
+    starts = rng.integers(0, size - 99 * page_stride, batch).astype(np.int32)
     indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    last_page_len = rng.integers(1, 17, batch).astype(np.int32)
+    names = ("last_page_len", "page_offset", "total_len")
+    per_row = {name: rng.integers(1, 17, batch).astype(np.int32) for name in names[:page_stride]}  # all, or one
     index = rng.permutation(size)[: 40 * (seed % 2)].astype(np.int32)
     value = rng.integers(1000, 2000, index.size).astype(np.int32)
     arena, out, fault = update_table(
-        page_lists, np.stack([index, value], 1), starts, indptr, last_page_len, capacity, int(indptr[-1]) + 4
+        page_lists, np.stack([index, value], 1), starts, indptr, per_row, capacity, int(indptr[-1]) + 4, page_stride
     )
     want = SimpleNamespace(
         indptr=np.zeros(capacity + 1, np.int32),
         indices=np.full(int(indptr[-1]) + 4, -77, np.int32),
-        last_page_len=np.zeros(capacity, np.int32),
+        **{name: np.zeros(capacity, np.int32) for name in per_row},
+        page_stride=page_stride,
     )
-    reference.update_table(page_lists, index, value, starts, indptr, last_page_len, want)
+    reference.update_table(page_lists, index, value, starts, indptr, per_row, want)
     assert fault is None
     np.testing.assert_array_equal(arena, page_lists)
-    for name, array in vars(want).items():
-        np.testing.assert_array_equal(getattr(out, name), array, err_msg=name)
+    for name, array in vars(out).items():
+        np.testing.assert_array_equal(array, getattr(want, name), err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -444,8 +456,18 @@ def test_update_table(seed: int) -> None:
     ],
 )
 def test_a_wrong_update(updates: Any, starts: list[int], indptr: list[int], fault: Fault) -> None:
-    page_lists = np.arange(10, dtype=np.int32)
-    assert update_table(page_lists, updates, starts, indptr, [1, 1], 2, 6)[2] == fault
+    page_lists, per_row = np.arange(10, dtype=np.int32), {"last_page_len": [1, 1]}
+    assert update_table(page_lists, updates, starts, indptr, per_row, 2, 6)[2] == fault
+
+
+@pytest.mark.parametrize(("start", "fault"), [(3, None), (4, ("indices", 0, 4)), (12, ("indices", 0, 12))])
+def test_pages_of_a_rank_end_within_the_lists(start: int, fault: Fault) -> None:
+    """The last of three pages, every third entry, is the last entry; a row without a page may begin behind it."""
+    page_lists, per_row = np.arange(10, dtype=np.int32), {"last_page_len": [1, 0]}
+    _, out, found = update_table(page_lists, [], [start, 12], [0, 3, 3], per_row, 2, 6, page_stride=3)
+    assert found == fault
+    if fault is None:
+        assert out.indices[:3].tolist() == [3, 6, 9]
 
 
 # -- whole pages -------------------------------------------------------------------------------------------------------

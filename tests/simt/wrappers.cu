@@ -16,6 +16,8 @@ struct WarpParams {
     const float4* sums; // [1]
     float* loaded;      // [6]      sums by load_global_cg of float4, float2
     float* moved;       // [6]      sums by load_global of float4, float2
+    uint4* places;      // [3]      to be written by store_system of 16, 8 and 4 bytes
+    u32* shared;        // [8]      what load_system finds there, and whether time goes on
     int valid_rows;
 };
 
@@ -65,6 +67,17 @@ extern "C" __global__ void warp_wrappers(const __grid_constant__ WarpParams p) {
         const u64 first = cache_policy(Evict::FIRST);
         *(float4*)p.moved = load_global(p.sums, first);
         *((float2*)p.moved + 2) = load_global((const float2*)p.sums, first);
+
+        const u64 begin = nanoseconds();
+        store_system(p.places, uint4{1, 2, 3, 4});
+        store_system((u64*)(p.places + 1), u64(5) << 32 | 6);
+        store_system((u32*)(p.places + 2), 7u);
+        const uint4 words = load_system(p.places);
+        const u64 wide = load_system((const u64*)(p.places + 1));
+        const u32 word = load_system((const u32*)(p.places + 2));
+        const u32 shared[8] = {words.x, words.y, words.z, words.w, u32(wide >> 32), u32(wide), word,
+                               begin > 0 && nanoseconds() >= begin};
+        for (int i = 0; i < 8; ++i) p.shared[i] = shared[i];
     }
 }
 

@@ -27,6 +27,8 @@ def warp_arrays(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray, di
         "tickets": np.zeros(32, np.uint32),
         "loaded": np.zeros(6, np.float32),
         "moved": np.zeros(6, np.float32),
+        "places": np.zeros(3, "V16"),
+        "shared": np.zeros(8, np.uint32),
     }
     return a, b, sums.view(np.float32), out
 

@@ -9,11 +9,21 @@ from .merge import merge_state, merge_states
 from .plan import Plan
 from .pool import append, copy_pages
 from .status import raise_device_status, raise_word
-from .tables import check_table, from_block_table, seq_lens, split_table, table_slots, to_block_table, update_table
+from .tables import (
+    check_table,
+    compare_checksums,
+    from_block_table,
+    seq_lens,
+    split_table,
+    table_checksum,
+    table_slots,
+    to_block_table,
+    update_table,
+)
 from .uploads import to_backend, uploader
 
 __all__ = [
-    "Plan", "append", "check_table", "copy_pages", "empty", "from_block_table", "merge_state", "merge_states",
-    "raise_device_status", "raise_word", "seq_lens", "split_table", "table_slots", "to_backend", "to_block_table",
-    "update_table", "uploader", "zeros",
+    "Plan", "append", "check_table", "compare_checksums", "copy_pages", "empty", "from_block_table", "merge_state",
+    "merge_states", "raise_device_status", "raise_word", "seq_lens", "split_table", "table_checksum", "table_slots",
+    "to_backend", "to_block_table", "update_table", "uploader", "zeros",
 ]  # fmt: skip

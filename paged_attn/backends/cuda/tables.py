@@ -76,23 +76,24 @@ def update_table(
     update_value: np.ndarray[Any, Any],
     starts: np.ndarray[Any, Any],
     indptr: np.ndarray[Any, Any],
-    last_page_len: np.ndarray[Any, Any],
+    per_row: dict[str, np.ndarray[Any, Any]],
     out: Any,
 ) -> None:
     device = out.device
     status = device_word(device)
     num_updates, num_entries, batch = update_index.size, page_lists.size, starts.size
     with current_device(device):
-        parts = (update_index, update_value, starts, indptr, last_page_len)
-        _memory, (index, value, start, row, last) = upload_together(parts, device)
+        parts = (update_index, update_value, starts, indptr, *per_row.values())
+        _memory, (index, value, start, row, *uploaded) = upload_together(parts, device)
         launch(recipes.UPDATE_PAGE_LISTS, device, -(-num_updates // recipes.THREADS), {
             "page_lists": page_lists, "update_index": index, "update_value": value, "status": status,
             "num_entries": num_entries, "num_updates": num_updates,
         })  # fmt: skip
         launch(recipes.BUILD_TABLE, device, recipes.row_blocks(batch, int(indptr[-1])) if batch else 1, {
             **_out_fields(out),
-            "page_lists": page_lists, "starts": start, "indptr": row, "last_page_len": last, "status": status,
-            "num_entries": num_entries, "batch": batch, "capacity": out.last_page_len.size,
+            "page_offset": None, "total_len": None, **dict(zip(per_row, uploaded, strict=True)),
+            "page_lists": page_lists, "starts": start, "indptr": row, "status": status, "num_entries": num_entries,
+            "batch": batch, "capacity": out.last_page_len.size, "page_stride": out.page_stride,
         })  # fmt: skip
 
 
@@ -110,3 +111,26 @@ def _out_fields(out: TableArrays) -> dict[str, Any]:
 def _addresses(table: TableArrays) -> list[int]:
     arrays = (getattr(table, name) for name in TABLE_ARRAYS)
     return [0 if array is None else array.data.ptr for array in arrays]
+
+
+def table_checksum(table: TableArrays, rank: int, num_ranks: int, checksum: Any) -> None:
+    """uint64 [1] `checksum` becomes that of the lengths of a table on the device; 0 for one on the host, where ranks
+    compare the lengths themselves."""
+    device = f"cuda:{checksum.device.id}"
+    if table.device == "cpu" or table.total_len is None:
+        with current_device(device):
+            checksum.data.memset_async(0, checksum.nbytes)
+        return
+    launch(recipes.TABLE_CHECKSUM, device, 1, {
+        "total_len": table.total_len, "page_offset": table.page_offset, "checksum": checksum,
+        "batch": table.batch_size, "rank": rank, "num_ranks": num_ranks,
+    })  # fmt: skip
+
+
+def compare_checksums(checksums: Any, rank: int, status: Any) -> None:
+    """uint32 [1] `status` becomes 1 + the first rank whose checksum is another than that of `rank`, or 0. checksums:
+    uint64 [num_ranks, any], the first of each row."""
+    launch(recipes.COMPARE_CHECKSUMS, f"cuda:{checksums.device.id}", 1, {
+        "checksums": checksums, "status": status, "stride": checksums.shape[1], "rank": rank,
+        "num_ranks": checksums.shape[0],
+    })  # fmt: skip

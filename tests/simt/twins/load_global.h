@@ -42,3 +42,28 @@ inline u32 atomic_inc_acq_rel(u32* counter, u32 bound) {
     *counter = before >= bound ? 0 : before + 1;
     return before;
 }
+
+// Word by word, as another rank's thread may be writing.
+template <typename T>
+inline T load_system(const T* pointer) {
+    T x;
+    const volatile u32* const from = reinterpret_cast<const volatile u32*>(simt::aligned<T>(pointer));
+    if constexpr (sizeof(T) == 8) return *reinterpret_cast<const volatile T*>(from);
+    for (unsigned i = 0; i < sizeof(T) / 4; ++i) reinterpret_cast<u32*>(&x)[i] = from[i];
+    return x;
+}
+
+template <typename T>
+inline void store_system(T* pointer, T x) {
+    volatile u32* const to = reinterpret_cast<volatile u32*>(simt::aligned<T>(pointer));
+    if constexpr (sizeof(T) == 8) *reinterpret_cast<volatile T*>(to) = x;
+    else for (unsigned i = 0; i < sizeof(T) / 4; ++i) to[i] = reinterpret_cast<const u32*>(&x)[i];
+}
+
+// Who asks waits for something: another rank's thread may run meanwhile.
+inline u64 nanoseconds() {
+    sched_yield();
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return u64(now.tv_sec) * 1000000000u + u64(now.tv_nsec);
+}
