@@ -39,7 +39,8 @@ def assert_merged(exchange: Exchange, v: np.ndarray, s: np.ndarray, sinks: np.nd
         part = found.shape[1]
         heads = slice(None) if exchange.shape.shard is None else slice(rank * part, (rank + 1) * part)
         error = np.linalg.norm(found.astype(np.float64) - out[:, heads], axis=-1)
-        assert (error <= TOLERANCE[found.dtype] * np.linalg.norm(out[:, heads], axis=-1)).all(), error.max()
+        limit = TOLERANCE[found.dtype] * np.linalg.norm(out[:, heads], axis=-1) + 1e-6  # of a float16 below 2^-14
+        assert (error <= limit).all(), (error - limit).max()
         np.testing.assert_allclose(found_lse, lse[:, heads], rtol=1e-5, atol=1e-5)
         if exchange.shape.shard is None:
             np.testing.assert_array_equal(found, results[0][0])
