@@ -10,6 +10,7 @@ append    microseconds of append beside a plain copy of as many bytes
 host      what plan(), run(), one-shot calls and a cache's step cost the host; eager wall time of a layer
 cold      seconds until the first result in a new process, with an empty and with a filled compile cache
 numerics  the study of errors (its own options: python -m bench numerics --help)
+exchange  microseconds of an exchange of partial results between ranks (python -m bench exchange --help)
 compare   this checkout beside another one, in turns, case by case (python -m bench compare --help)
 
 On the device, all is timed by events in turns, after a clean flush of the L2 cache and behind a spin of the stream that
@@ -48,7 +49,7 @@ from tests.cases import (
     BENCH_PREFILL_MORE,
 )
 
-from . import compare, numerics, plot, record
+from . import compare, exchange, numerics, plot, record
 from .attention import BOUND_FLOORS, BOUND_US, measure, measure_point
 from .bases import POOL, over_bases
 from .cold import COLD, measure_cold
@@ -60,7 +61,7 @@ from .states import measure_append, measure_merge
 from .timing import Stopwatch
 
 HEADLINE = "headline"
-COMMANDS = {"compare": compare, "numerics": numerics}  # with options of their own
+COMMANDS = {"compare": compare, "exchange": exchange, "numerics": numerics}  # with options of their own
 FLAGS = ("combined", "batch_invariant", "lse", "sinks")  # in a line only where they are set
 Figures = Mapping[str, Any]
 

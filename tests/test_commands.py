@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name
 from rich.console import Console
 
 from bench import __main__ as bench
-from bench import compare, numerics
+from bench import compare, exchange, numerics
 from paged_attn import __main__ as command_line
 from paged_attn import compile, doctor, install, interop
 from paged_attn.demo import cli, models
@@ -108,6 +108,8 @@ def check_python(words: list[str]) -> None:
     try:
         if module == "paged_attn":
             command_line.make_parser().parse_args(arguments or ["--help"])
+        elif arguments[:1] == ["exchange"]:
+            exchange.main(["--help"])
         elif arguments[:1] == ["numerics"] or module == "bench.numerics":
             numerics.main(["--help"])
         elif arguments[:1] == ["compare"]:
