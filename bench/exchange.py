@@ -1,16 +1,11 @@
 """Microseconds of an exchange of partial states with its merge, for ranks on one card or on several, by rows.
 
-    python -m bench.exchange                  two ranks on the first card, 32, 512 and 2048 rows of 128
-    python -m bench.exchange --devices 0 1    on two cards
-
 Each rank replays a CUDA graph of 32 exchanges on a stream of its own; all start together, behind a spin that hides the
 host's part. Beside them a graph of 32 merge_states of the same states on one card, which is what an exchange adds to.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +21,6 @@ from .timing import Memory, spread
 
 STEPS = 32  # of a graph
 HEADS, DIM = 32, 128
-ROWS = (32, 512, 2048)
 WARM_UP = 3
 
 
@@ -178,17 +172,3 @@ def _time_merges(cupy: Any, states: Any, out: Any, lse: Any, memory: Memory, rep
             end.synchronize()
             times.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / STEPS)
     return times
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.exchange", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--devices", type=int, nargs="+", default=[0, 0], help="the card of each rank (default: 0 0)")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="multiples of 32 (default: 32 512 2048)")
-    parser.add_argument("--reps", type=int, default=30)
-    given = parser.parse_args()
-    for rows in given.rows:
-        print(json.dumps(measure_exchange(rows, given.devices, given.reps)), flush=True)
-
-
-if __name__ == "__main__":
-    main()

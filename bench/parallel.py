@@ -385,15 +385,20 @@ def plot(lines: Sequence[Line], path: Path, title: str) -> None:
     pyplot.close(canvas)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Measure, print tables, record a line a figure, and draw."""
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench parallel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gpus", type=int, help="cards to use (default: all)")
     parser.add_argument("--reps", type=int, default=20, help="replays of each graph (default: 20)")
     parser.add_argument("--json", type=Path, default=record.RESULTS / "parallel.jsonl", metavar="PATH")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print tables, record a line a figure, and draw."""
+    options = parse(arguments)
     cupy = require_gpu()
     environment, console = record.environment(), Console()
     indices = range(cupy.cuda.runtime.getDeviceCount() if options.gpus is None else options.gpus)

@@ -39,7 +39,8 @@
 //   grid   a block of rank r waits for blocks of the same index on other ranks only. The grid is small enough that blocks
 //          which wait keep none of those off a card that ranks share
 //   warp   items warp, warp + all warps, ...: an item is (row, place in a part). It sends those of all its items, then
-//          merges them: no warp waits before it has sent
+//          merges them: no warp waits before it has sent. Those of the last block have no items; the first of them
+//          exchanges the lengths, lane r with rank r
 //   lane   of a state that it sends, pieces lane, lane + 32, ... of 16 bytes; of states that it merges: state_lists.cuh
 //   No shared memory, no barrier.
 //
@@ -54,6 +55,7 @@ static_assert(sizeof(V) * VEC == 16 && SINKS, "pieces have 16 bytes, and sinks a
 constexpr u32 NOT_YET = ~0u;
 constexpr u32 OTHER_NAN = 0x7fffffffu;  // for a float, and for each of two 16-bit numbers
 constexpr int PIECES = (CHUNKS + 31) / 32;
+constexpr int RANK_TURNS = TURNS * SIDE < 8 ? TURNS : (8 + SIDE - 1) / SIDE;  // all ranks in one batch, where they fit
 constexpr int LOST = 0, DIFFERS = 1;
 
 struct ExchangeParams {
@@ -102,34 +104,40 @@ struct Step {
     }
 };
 
+// The state of an item that rank `of` is to have: one of its own part, where ranks have parts.
+__device__ __forceinline__ i64 state_of(const ExchangeParams& p, int item, int of) {
+    if (p.part == p.heads) return item;
+    const int row = item / p.part;
+    return i64(row) * p.heads + of * p.part + (item - row * p.part);
+}
+
 // A state on its way to other ranks. That of a rank which saw no key travels as zeros.
 struct Message {
     uint4 pieces[PIECES];
     u32 s;
 
+    // All loads at once: none waits for another.
     __device__ __forceinline__ void load(const ExchangeParams& p, i64 state) {
         const int lane = threadIdx.x & 31;
-        const uint4* const from = reinterpret_cast<const uint4*>(p.v + state * HEAD_DIM);
+        const uint4* const from = reinterpret_cast<const uint4*>(p.v) + state * CHUNKS + lane;
 #pragma unroll
         for (int i = 0; i < PIECES; ++i)
-            if (lane + 32 * i < CHUNKS) pieces[i] = from[lane + 32 * i];
-        s = __float_as_uint(p.s[state]);
-        const bool saw_keys = (s & 0x7fffffffu) != 0x7f800000u;
-#pragma unroll
-        for (int i = 0; i < PIECES; ++i) {
-            uint4& x = pieces[i];
-            x = saw_keys ? uint4{as_sent(x.x), as_sent(x.y), as_sent(x.z), as_sent(x.w)} : uint4{0, 0, 0, 0};
-        }
-        s = as_sent(s);
+            if (lane + 32 * i < CHUNKS) pieces[i] = load_system(from + 32 * i);
+        s = load_system(reinterpret_cast<const u32*>(p.s) + state);
     }
 
-    __device__ __forceinline__ void send(V* v, u32* to_s) const {
+    __device__ __forceinline__ void send(V* to_v, u32* to_s) const {
         const int lane = threadIdx.x & 31;
-        uint4* const to = reinterpret_cast<uint4*>(v);
+        const bool saw_keys = (s & 0x7fffffffu) != 0x7f800000u;
+        uint4* const to = reinterpret_cast<uint4*>(to_v) + lane;
 #pragma unroll
-        for (int i = 0; i < PIECES; ++i)
-            if (lane + 32 * i < CHUNKS) store_system(to + lane + 32 * i, pieces[i]);
-        if (lane == 0) store_system(to_s, s);
+        for (int i = 0; i < PIECES; ++i) {
+            const uint4& x = pieces[i];
+            if (lane + 32 * i < CHUNKS)
+                store_system(to + 32 * i, saw_keys ? uint4{as_sent(x.x), as_sent(x.y), as_sent(x.z), as_sent(x.w)}
+                                                   : uint4{0, 0, 0, 0});
+        }
+        if (lane == 0) store_system(to_s, as_sent(s));
     }
 };
 
@@ -151,27 +159,30 @@ struct StatesOfRanks {
         uint4* const received = reinterpret_cast<uint4*>(p.v_of[p.rank]);
         const uint4* const computed = reinterpret_cast<const uint4*>(p.v) + own * CHUNKS;
 
-        // 1. Read until everything is there.
+        // 1. Read until everything is there: all loads, and then a look at what came, so that none waits for another.
         int missing;
         u32 word = 0;
         do {
-            missing = -1;
 #pragma unroll
             for (int turn = 0; turn < turns; ++turn) {
                 const int from = first + turn * SIDE + side;
                 if (from >= num_states) continue;
                 const uint4* const v = from == p.rank ? computed : received + step.place(p, from, item) * CHUNKS;
 #pragma unroll
-                for (int i = 0; i < STEPS; ++i) {
-                    if (CHUNKS % GROUP && i * GROUP + column >= CHUNKS) continue;
-                    const uint4 x = load_system(v + i * GROUP + column);
-                    if (from != p.rank && !is_here(x)) missing = from;
-                    loaded[turn][i] = reinterpret_cast<const Columns&>(x);
-                }
+                for (int i = 0; i < STEPS; ++i)
+                    if (CHUNKS % GROUP == 0 || i * GROUP + column < CHUNKS)
+                        reinterpret_cast<uint4&>(loaded[turn][i]) = load_system(v + i * GROUP + column);
             }
-            if (has_state) {
-                word = load_system(is_own ? reinterpret_cast<const u32*>(p.s) + own : s);
-                if (!is_own && word == NOT_YET) missing = first + lane;
+            if (has_state) word = load_system(is_own ? reinterpret_cast<const u32*>(p.s) + own : s);
+            missing = has_state && !is_own && word == NOT_YET ? first + lane : -1;
+#pragma unroll
+            for (int turn = 0; turn < turns; ++turn) {
+                const int from = first + turn * SIDE + side;
+                if (from >= num_states || from == p.rank) continue;
+#pragma unroll
+                for (int i = 0; i < STEPS; ++i)
+                    if (CHUNKS % GROUP == 0 || i * GROUP + column < CHUNKS)
+                        if (!is_here(reinterpret_cast<const uint4&>(loaded[turn][i]))) missing = from;
             }
         } while (!step.is_over(p, missing, lost));
         lane_s = has_state && !lost ? __uint_as_float(word) : -INF;
@@ -195,49 +206,43 @@ struct StatesOfRanks {
 };
 
 extern "C" __global__ void __launch_bounds__(256, 2) exchange(const __grid_constant__ ExchangeParams p) {
-    const int lane = threadIdx.x & 31, warps = blockDim.x / 32;
-    const int warp = blockIdx.x * warps + threadIdx.x / 32, num_warps = gridDim.x * warps;
-    const int items = p.rows * p.part;
+    const int lane = threadIdx.x & 31, warps = blockDim.x / 32, last_block = gridDim.x - 1;
+    const int warp = blockIdx.x * warps + threadIdx.x / 32, num_warps = last_block * warps;
+    const int items = warp < num_warps ? p.rows * p.part : 0;
     const bool by_heads = p.part < p.heads;
-    // Lane r of the first warp sees to the lengths of rank r.
-    const bool has_lengths = warp == 0 && lane < p.num_ranks && lane != p.rank;
-    if (items == 0) return;  // on every rank; nobody would wait, and so it is no epoch
+    const bool has_lengths = warp == num_warps && lane < p.num_ranks && lane != p.rank;  // of rank `lane`
+    if (p.rows == 0) return;  // on every rank; nobody would wait, and so it is no epoch
+    const auto next_rank = [&](int i) { return p.rank + i < p.num_ranks ? p.rank + i : p.rank + i - p.num_ranks; };
 
-    // 1. The epoch, and whether it can be.
-    const u32 epoch = p.epochs[warp];
-    const bool was_lost = p.status[LOST] != 0;
-    __syncwarp();
-    if (lane == 0) p.epochs[warp] = epoch + 1;
+    // 1. In one wait for memory: the first state to send, the epoch, whether a rank was lost before.
+    Message message;
+    message.load(p, state_of(p, warp < items ? warp : 0, next_rank(1)));
+    const u32 epoch = load_system(p.epochs + warp);
+    const bool was_lost = load_system(p.status + LOST) != 0;
+    const u64 lengths = *p.lengths == ~u64(0) ? 0 : *p.lengths;
     const Step step = {int(epoch & 1), was_lost ? 0 : nanoseconds() + p.timeout};
 
     // 2. Send: to the next rank first, so that not all send to one.
-    u64 lengths = 0;
-    if (has_lengths) {
-        lengths = *p.lengths == ~u64(0) ? 0 : *p.lengths;
-        if (!was_lost) store_system(p.lengths_of[lane] + step.half * p.num_ranks + p.rank, lengths);
-    }
-    for (int item = warp; item < items && !was_lost; item += num_warps) {
-        const int row = item / p.part;
-        const i64 state = i64(row) * p.heads + (item - row * p.part);
-        Message message;
+    for (int item = warp; item < items && !was_lost; item += num_warps)
         for (int i = 1; i < p.num_ranks; ++i) {
-            const int to = p.rank + i < p.num_ranks ? p.rank + i : p.rank + i - p.num_ranks;
-            if (by_heads || i == 1) message.load(p, state + (by_heads ? to * p.part : 0));
+            const int to = next_rank(i);
+            if (i > 1 ? by_heads : item > warp) message.load(p, state_of(p, item, to));
             const i64 place = step.place(p, p.rank, item);
             message.send(p.v_of[to] + place * HEAD_DIM, p.s_of[to] + place);
         }
-    }
+    if (has_lengths && !was_lost) store_system(p.lengths_of[lane] + step.half * p.num_ranks + p.rank, lengths);
+    __syncwarp();  // all lanes know the epoch
+    if (lane == 0) p.epochs[warp] = epoch + 1;
 
     // 3. Wait, and merge.
     for (int item = warp; item < items; item += num_warps) {
-        const int row = item / p.part, head = item - row * p.part + (by_heads ? p.rank * p.part : 0);
-        StatesOfRanks states = {p, step, item, i64(row) * p.heads + head, false};
-        merge<TURNS>(states, p.num_ranks, LOG2_E, p.out + i64(item) * HEAD_DIM, p.lse + item,
-                     p.sinks ? __ldg(p.sinks + head) : -INF);
+        StatesOfRanks states = {p, step, item, state_of(p, item, p.rank), false};
+        const float sink = p.sinks ? __ldg(p.sinks + item % p.part + (by_heads ? p.rank * p.part : 0)) : -INF;
+        merge<RANK_TURNS>(states, p.num_ranks, LOG2_E, p.out + i64(item) * HEAD_DIM, p.lse + item, sink);
     }
 
     // 4. Compare the lengths.
-    if (warp > 0) return;
+    if (warp != num_warps) return;
     u64* const theirs = p.lengths_of[p.rank] + step.half * p.num_ranks + lane;
     u64 word = 0;
     int missing;

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import paged_attn as pa
-from bench import cold, first_result, layers, peers, plot, record
+from bench import cold, first_result, layers, parallel, peers, plot, record
 from bench.__main__ import (
     BENCHES,
     describe,
@@ -552,3 +552,35 @@ def test_lines_are_appended(tmp_path: Path) -> None:
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"case": "a", "tflops": 1.5}, {"case": "b"}]
     assert record.read(path) == [{"case": "a", "tflops": 1.5}, {"case": "b"}]
     assert record.read(tmp_path / "none.jsonl") == []
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+def test_ranks_of_the_benchmark_share_the_pages_of_each_request(num_ranks: int) -> None:
+    work = Workload.build(Case("ragged", (100, 16, 5)), np)
+    tables = parallel.rank_tables(work, num_ranks)
+    for i, (begin, end) in enumerate(itertools.pairwise(work.indptr)):
+        shares = [pages[indptr[i] : indptr[i + 1]] for indptr, pages, _ in tables]
+        for rank, share in enumerate(shares):
+            np.testing.assert_array_equal(share, work.indices[begin:end][rank::num_ranks])
+        lens = [(len(x) - 1) * 16 + last[i] for x, (_, _, last) in zip(shares, tables, strict=True) if len(x)]
+        assert sum(lens) == work.case.kv_lens[i]
+
+
+def test_the_model_of_many_ranks_follows_what_was_measured() -> None:
+    def measured(tokens: float) -> dict[str, float]:
+        return {"median": 7.0 + tokens * 1e-3}
+
+    parts = {f"part_of_{ranks}_us": ranks for ranks in parallel.PARTS}
+    lines = [
+        {"part": "decode", "case": f"1x{tokens >> 10}k", "one_card_us": measured(tokens)}
+        | {name: measured(tokens / ranks) for name, ranks in parts.items()}
+        for tokens in (1 << 17, 1 << 19)
+    ]
+    for found in parallel.model_lines(lines):
+        tokens = int(found["case"][2:-1]) << 20
+        assert found["one_card_us"] == pytest.approx(7 + tokens * 1e-3, abs=0.1)
+        assert found["local_us"] == pytest.approx(7 + tokens / found["ranks"] * 1e-3, abs=0.1)
+        assert (found["between_us"] > 0) == (found["ranks"] > 8) and "NVLink" in found["sources"]

@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name
 from rich.console import Console
 
 from bench import __main__ as bench
-from bench import compare, numerics
+from bench import compare, numerics, parallel
 from paged_attn import __main__ as command_line
 from paged_attn import compile, doctor, install, interop
 from paged_attn.demo import cli, models
@@ -112,6 +112,8 @@ def check_python(words: list[str]) -> None:
             numerics.main(["--help"])
         elif arguments[:1] == ["compare"]:
             compare.parse(arguments[1:] or ["--help"])
+        elif arguments[:1] == ["parallel"]:
+            parallel.parse(arguments[1:])
         else:
             assert module == "bench", module
             bench.parse(arguments or ["--help"])

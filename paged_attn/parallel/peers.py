@@ -340,7 +340,7 @@ class PeerMerge(Merge):
         # 2. A launch for each rank here.
         recipe = exchange_recipe(shape.dim, shape.partial_dtype, shape.out_dtype)
         warps = recipe.num_threads // 32
-        self._blocks = min(-(-capacity // warps), ranks.most_blocks)
+        self._blocks = min(-(-capacity // warps) + 1, ranks.most_blocks)  # the last one compares lengths
         fixed = {
             "heads": shape.heads, "part": part, "num_ranks": n, "capacity": capacity,
             "timeout": int(ranks.timeout * 1e9),

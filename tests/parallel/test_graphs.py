@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import paged_attn as pa
 from paged_attn import parallel
-from tests.cases import Case
+from tests.cases import OUT_TOLERANCE, Case, assert_close
 from tests.gpu.capture import no_allocation
 from tests.parallel.spread import Spread, int32
 
@@ -112,3 +113,60 @@ def test_a_step_replays_with_growing_lengths(name: str, max_batch_size: int, sha
             graph.launch()
             with pytest.raises(ValueError, match="the lengths of rank 0 are not those of rank 1"):
                 plan.status()
+
+
+@pytest.mark.parametrize("name", COMMUNICATORS)
+def test_whole_steps_replay(name: str) -> None:
+    """append, attention, exchange and merge of all ranks in one graph: 60 tokens of two sequences, which take pages on
+    one rank after the other."""
+    import cupy
+
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32).astype(np.float16)
+
+    extents = {"page_size": 16, "num_kv_heads": 2, "head_dim": 64, "layout": "NHD", "dtype": "float16"}
+    with COMMUNICATORS[name]() as comm:
+        n, several = comm.num_ranks, len(comm.ranks) > 1
+        whole = pa.PagedKVCache(32, device="cpu", **extents)
+        caches = [pa.PagedKVCache(32, device="cuda", rank=rank, num_ranks=n, **extents) for rank in comm.ranks]
+        for cache in (whole, *caches):
+            seqs = [cache.new_sequence(), cache.new_sequence()]
+        tables = [
+            pa.PageTable.empty(2, 64, page_size=16, device="cuda", positions=True, page_stride=n) for _ in caches
+        ]  # fmt: skip
+        slots = [cupy.full(2, -1, np.int64) for _ in caches]
+        k, v = cupy.zeros((2, 2, 64), np.float16), cupy.zeros((2, 2, 64), np.float16)
+        q, outs = cupy.zeros((2, 8, 64), np.float16), [cupy.zeros((2, 8, 64), np.float16) for _ in caches]
+        plan = parallel.BatchDecodeWithPagedKVCache(comm, max_batch_size=2, max_pages=64)
+
+        def plain(each: list[Any]) -> Any:
+            return each if several else each[0]
+
+        def step() -> None:
+            kvs = [cache.layers[0] for cache in caches]
+            for kv, new in zip(kvs, slots, strict=True):
+                pa.append(kv, new, k, v)
+            plan.plan(plain(kvs), plain(tables), 8)
+            plan.run(plain([q] * len(caches)), plain(kvs), out=plain(outs))
+
+        graph = None
+        for number in range(60):
+            new_k, new_v, new_q = normal(2, 2, 64), normal(2, 2, 64), normal(2, 8, 64)
+            whole.append(seqs, 1, new_k, new_v)
+            for cache, mine, table in zip(caches, slots, tables, strict=True):
+                mine[...] = cache.reserve(seqs, 1)
+                cache.page_table(seqs, out=table)
+            for array, values in ((k, new_k), (v, new_v), (q, new_q)):
+                array.set(values)
+            cupy.cuda.get_current_stream().synchronize()
+            if number == 0:
+                step()
+                graph = captured(step)
+            else:
+                graph.launch()
+            plan.status()
+            right = pa.decode(new_q, whole.layers[0], whole.page_table(seqs))
+            for out in outs:
+                assert_close(out.get(), right, tolerance=OUT_TOLERANCE["float16"])

@@ -29,7 +29,7 @@ class Case:
     v: np.dtype = F32
     out: np.dtype = F16
     by_heads: bool = False
-    blocks: int = 2
+    blocks: int = 2  # with items
     spare_rows: int = 0  # of the memory that waits
 
     def __str__(self) -> str:
@@ -56,6 +56,7 @@ CASES = [
     Case(num_ranks=8, rows=1, heads=2, dim=256, out=F32, blocks=1),
     Case(num_ranks=8, rows=1, heads=2, dim=16, v=F16, out=F32, blocks=1),
     Case(num_ranks=4, rows=2, heads=4, dim=512, out=BF16, by_heads=True),
+    Case(num_ranks=3, rows=7, heads=9, dim=64, by_heads=True, blocks=1),  # more items than warps
 ]
 
 
@@ -85,7 +86,9 @@ class Ranks:
             memory = [
                 self.guarded.output(bits(x).reshape(shape), 16) for x, (shape, _) in zip(empty, shapes, strict=True)
             ]
-            self.ranks.append(Rank(*memory, self.guarded.output(np.zeros(case.blocks * self.threads // 32, np.uint32))))
+            self.ranks.append(
+                Rank(*memory, self.guarded.output(np.zeros((case.blocks + 1) * self.threads // 32, np.uint32)))
+            )
         source = kernels.load_source("exchange")  # compiled here, not in each thread
         for rank in range(n):
             build(source, "exchange", tuple(sorted(self.constants.items())), rank)
@@ -128,7 +131,7 @@ class Ranks:
             }  # fmt: skip
             try:
                 launch(
-                    "exchange", case.blocks, self.threads, fields, reverse=rank in reverse, instance=rank,
+                    "exchange", case.blocks + 1, self.threads, fields, reverse=rank in reverse, instance=rank,
                     **self.constants,
                 )  # fmt: skip
             except Exception as error:

@@ -165,12 +165,12 @@ MUTATIONS = [
     ),
     Mutation(
         "exchange.cu", "a wait for v left out",
-        "if (from != p.rank && !is_here(x)) missing = from;", "",
+        "if (!is_here(reinterpret_cast<const uint4&>(loaded[turn][i]))) missing = from;", ";",
         exchanges(),
     ),
     Mutation(
         "exchange.cu", "a part for another rank",
-        "state + (by_heads ? to * p.part : 0)", "state",
+        "warp < items ? warp : 0, next_rank(1)", "warp < items ? warp : 0, p.rank",
         exchanges(by_heads=True),
     ),
     Mutation(
