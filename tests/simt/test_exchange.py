@@ -16,7 +16,7 @@ from tests.simt.guarded import Guarded
 from tests.simt.test_merge import bits
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
-LONG, SHORT = 60.0, 0.3  # seconds of a wait that ends, and of one that does not
+LONG, SHORT = 60.0, 3.0  # seconds of a wait that ends, and of one that does not: threads share a few cores
 SAFE = 4.0  # and of one that does not where a kernel is wrong (test_mutations.py)
 
 
