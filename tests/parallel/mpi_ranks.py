@@ -151,7 +151,7 @@ def disagreeing() -> Iterator[str]:
 
 # -- a rank that comes late --------------------------------------------------------------------------------------------
 
-TIMEOUT, LATE = 1.0, 3.0  # seconds
+TIMEOUT, LATE = 2.0, 8.0  # seconds
 
 
 def late() -> Iterator[str]:

@@ -140,7 +140,7 @@ def lengths_that_differ_on_the_gpus() -> None:
     raise_errors(processes(by_address(), work))
 
 
-TIMEOUT = 0.5
+TIMEOUT = 1.0
 
 
 def a_rank_that_does_not_come_to(call: str) -> None:
@@ -177,7 +177,7 @@ def a_rank_that_does_not_come_to(call: str) -> None:
             error = found
         seconds = time.monotonic() - begin
         is_over.set()
-        assert error is not None and 0.9 * TIMEOUT <= seconds < TIMEOUT + 1, (error, seconds)
+        assert error is not None and 0.9 * TIMEOUT <= seconds < TIMEOUT + 5, (error, seconds)
         assert re.search("a rank did not come to|rank 1 did not come to rank 0", str(error)), error
         if call != "close":
             for again in (lambda: spread.replan(plan), plan.status, comm.status, lambda: comm.all_gather_bytes([b""])):

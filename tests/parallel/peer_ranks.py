@@ -218,7 +218,7 @@ def a_rank_that_does_not_come_to(call: str) -> None:
             error = found
         seconds = time.monotonic() - begin
         is_over.set()
-        assert error is not None and 0.9 * TIMEOUT <= seconds < TIMEOUT + 2, (error, seconds)
+        assert error is not None and 0.9 * TIMEOUT <= seconds < TIMEOUT + 8, (error, seconds)
         assert "rank 1 did not come to rank 0" in str(error), error
         if call != "close":
             again = (lambda: spread.replan(plan), plan.status, comm.status, comm.check_usable, comm.close)
