@@ -207,7 +207,7 @@ def a_rank_that_makes_no_communicator() -> None:
         parallel.NcclRanks(0, 2, unique_id=fake_nccl.get_unique_id(), timeout=TIMEOUT)
         raise AssertionError("nothing was raised")
     except TimeoutError as error:
-        assert "making the communicators of NCCL was not over within 0.5 s" in str(error), error
+        assert "making the communicators of NCCL was not over within 1.0 s" in str(error), error
     finally:
         fake_nccl.NcclCommunicator.__init__ = make  # type: ignore[method-assign]
 
