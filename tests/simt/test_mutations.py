@@ -95,7 +95,7 @@ MUTATIONS = [
     ),
     Mutation(
         "scores.cuh", "a sink for rows without a request",
-        "has_request ? __ldg(sinks + head) : -INF", "__ldg(sinks + head)",
+        "has_request ? __ldg(scoring.sinks + head) : -INF", "__ldg(scoring.sinks + head)",
         partial(decode.test_sinks, decode.SINKS[0], 1),
     ),
     Mutation(
