@@ -77,7 +77,7 @@ def _check_lengths(lengths: list[np.ndarray], batch_size: int) -> None:
     if is_twice.any():
         request = int(is_twice.argmax())
         raise ValueError(
-            f"a page of request {request} belongs to two ranks: page_offset[{request}] % num_ranks is "
+            f"a page of request {request} belongs to two ranks: page_offset[{request}] % num_ranks: "
             f"{_who_said_what(offset[:, request])}; each rank has an offset of its own, (rank - first) % {num_ranks}, "
             f"where `first` is the rank that holds the first page"
         )

@@ -14,7 +14,8 @@ A plan says which way its communicator chose (`way`) and how many bytes a step o
 
 A process with one rank gives and gets plain arrays. One with several (LocalRanks, or several GPUs of one process)
 gives q, kv, table, qo_indptr, sinks, out and lse as lists, one entry for each of its ranks in rank order, and gets
-lists. All ranks make the same calls in the same order, with the same queries, options and sinks.
+lists. All ranks make the same calls in the same order, with the same queries, options and sinks, and an out of the same
+dtype: what run() is given is not compared.
 
 What the ranks must plan alike is compared by plan(): layout, page_size, heads, dims, dtype, options and capacities each
 time they change, and the lengths, where tables are on the host, every time. Where they differ, or where a rank cannot
@@ -175,7 +176,9 @@ class _BatchAttention:
         self._comm, self._shard, self._partial_dtype = _checked(comm), shard, any_dtype(partial_dtype, "partial_dtype")
         self._plans = [make_plan(**capacities, batch_invariant=batch_invariant) for _ in comm.ranks]
         options = {"shard": shard, "partial_dtype": self._partial_dtype.name, "batch_invariant": bool(batch_invariant)}
-        self._said_of_plan: dict[str, Any] = options | capacities
+        self._said_of_plan: dict[str, Any] = options | {
+            name: None if size is None else int(size) for name, size in capacities.items()
+        }
         # By rank of this process: what it says of steps like the last one, and which those are.
         self._statements: list[tuple[Any, bytes]] = [(None, b"")] * len(comm.ranks)
         self._agreed: list[bytes] = []  # what they said that all ranks agreed on
@@ -206,13 +209,15 @@ class _BatchAttention:
                     self._check_spec(step.spec)
                     self._statements[i] = like, static_statement(step.spec, tables[i], **self._said_of_plan)
                 said = self._statements[i][1]
-                told = lengths_statement(tables[i], indptrs[i], rank, comm.num_ranks)
+                indptr = None if indptrs[i] is None else native(indptrs[i], "qo_indptr")
+                told = lengths_statement(tables[i], indptr, rank, comm.num_ranks)
             except Exception as found:
                 error = error or found
                 said, told = failure(found), b""
             static.append(said)
             lengths.append(told)
-        if error is not None or static != self._agreed or any(lengths):
+        # What the host knows is compared every time; of tables on a GPU hosts say nothing while nothing else changes.
+        if error is not None or static != self._agreed or any(table.device == "cpu" for table in tables):
             self._agree(static, lengths, error)
         if self._lengths is not None:
             self._lengths.update(tables)
@@ -315,10 +320,15 @@ class _BatchAttention:
         given = [RunArrays(*row) for row in zip(*lists, strict=True)]
         kvs = _each(comm, kv, "kv")
         borrowed = [borrow(row) for row in given]
-        with reading(*(loan for _, loan in borrowed)):
-            arrays = [self._with_results(i, row, kvs[i], return_lse) for i, (row, _) in enumerate(borrowed)]
-            if arrays[0].q.size:
-                self._attend(arrays, kvs)
+        try:
+            with reading(*(loan for _, loan in borrowed)):
+                arrays = [self._with_results(i, row, kvs[i], return_lse) for i, (row, _) in enumerate(borrowed)]
+                if arrays[0].q.size:
+                    self._attend(arrays, kvs)
+        except Exception:
+            if len(comm.ranks) < comm.num_ranks:  # the others wait in this layer's exchange: the next must not meet it
+                self._step = None
+            raise
         outs, lses = (
             [to_caller(getattr(x, name), mine.q) if getattr(mine, name) is None else getattr(mine, name)
              for x, mine in zip(arrays, given, strict=True)]

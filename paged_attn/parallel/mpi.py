@@ -41,10 +41,13 @@ class MpiRanks(MessageRanks):
                 f"install both with {install.pip('install', *install.MPI)}"
             ) from error
         world = MPI.COMM_WORLD if comm is None else comm
+        if not isinstance(world, MPI.Intracomm):
+            raise TypeError(f"comm is {world!r}, and MpiRanks takes an mpi4py.MPI.Intracomm; pass MPI.COMM_WORLD, say")
         super().__init__(world.Get_size(), (world.Get_rank(),), (resolve_device(device),), timeout)
         self._mpi: Any = MPI
         self._is_lost = False  # a rank did not come
-        self._comm = self._do(world.Idup)
+        # One for what hosts say and one for states, which must never be taken for each other.
+        self._comm, self._states_comm = self._do(world.Idup), self._do(world.Idup)
 
     def all_gather_bytes(self, messages: list[bytes]) -> list[bytes]:
         mine = np.frombuffer(messages[0], np.uint8)
@@ -62,7 +65,7 @@ class MpiRanks(MessageRanks):
         if device_of(buffer) != "cpu":
             host = np.empty(buffer.shape, np.uint8)
             host[rank] = self._on_host(buffer[rank])
-        self._do(self._comm.Iallgather, self._mpi.IN_PLACE, host)
+        self._do(self._states_comm.Iallgather, self._mpi.IN_PLACE, host)
         if host is not buffer:
             buffer.set(host)
 
@@ -71,7 +74,7 @@ class MpiRanks(MessageRanks):
         host = target
         if device_of(target) != "cpu":
             source, host = self._on_host(source), np.empty(target.shape, np.uint8)
-        self._do(self._comm.Ialltoall, source, host)
+        self._do(self._states_comm.Ialltoall, source, host)
         if host is not target:
             target.set(host)
 
@@ -106,6 +109,11 @@ class MpiRanks(MessageRanks):
         if self._is_lost:
             raise TimeoutError(f"a rank was lost before, in {self!r}; end the processes, or make another communicator")
 
+    def status(self) -> None:
+        if self._is_lost:
+            self.check_usable()
+        super().status()
+
     def close(self) -> None:
         if self.is_closed:
             return
@@ -113,5 +121,6 @@ class MpiRanks(MessageRanks):
             if not self._is_lost:
                 self._do(self._comm.Ibarrier)
                 self._comm.Free()
+                self._states_comm.Free()
         finally:
             super().close()

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from .. import backends
+from ..checks import scalars
 from ..holders import TableArrays
 from ..interop import FLOAT32
 
@@ -121,7 +122,8 @@ class Ranks:
     timeout: float
 
     def __init__(self, num_ranks: int, ranks: tuple[int, ...], devices: tuple[str, ...], timeout: float) -> None:
-        self.num_ranks, self.ranks, self.devices, self.timeout = num_ranks, ranks, devices, timeout
+        self.num_ranks, self.ranks, self.devices = num_ranks, ranks, devices
+        self.timeout = scalars.as_float(timeout, "timeout", minimum=1e-3, rule="pass seconds")
         self.is_closed = False
         self._kept: dict[Hashable, Any] = {}
 

@@ -6,6 +6,7 @@ import pytest
 import paged_attn as pa
 from paged_attn import parallel
 from paged_attn.parallel.agreement import SEPARATOR, check_agreement, failure, lengths_statement, static_statement
+from paged_attn.parallel.ranks import Ranks
 from tests.cases import Case, build
 from tests.parallel.spread import Spread, int32, spread
 from tests.specs import spec_of
@@ -50,6 +51,39 @@ def test_a_rank_that_cannot_plan_is_named_whatever_the_others_say() -> None:
     for every in ([failed, failed], [*statements([[0] * 4]), failed], [failed, b"{}" + SEPARATOR]):
         with pytest.raises(ValueError, match=r"rank [01] cannot plan this step, .*ValueError: no pages\nat all"):
             check_agreement(every)
+
+
+def test_empty_batches_are_compared() -> None:
+    comm = parallel.LocalRanks(2, "cpu")
+    plan, one = parallel.BatchDecodeWithPagedKVCache(comm), Spread(comm, CASE)
+    empty = Spread(comm, Case("empty", (), num_qo_heads=8))
+    plan.plan(empty.kv, empty.table, 8)
+    with pytest.raises(ValueError, match="batch_size differs between ranks: rank 0 said 0; rank 1 said 4"):
+        plan.plan(one.kv, [empty.table[0], one.table[1]], 8)
+
+
+def test_a_qo_indptr_of_another_library_is_compared() -> None:
+    jax = pytest.importorskip("jax")
+    comm, case = parallel.LocalRanks(2, "cpu"), Case("prefill", (20, 9), q_lens=(2, 1), num_qo_heads=8)
+    one = Spread(comm, case)
+    like = [jax.numpy.asarray(one.qo_indptr[0]), one.qo_indptr[1]]
+    parallel.prefill(comm, one.q, like, one.kv, one.table)
+    other = [jax.numpy.asarray(int32((0, 1, 3))), one.qo_indptr[1]]
+    with pytest.raises(ValueError, match=r"qo_indptr differs between ranks: rank 0 said \[0 1 3\], rank 1 \[0 2 3\]"):
+        parallel.prefill(comm, one.q, other, one.kv, one.table)
+
+
+def test_numbers_of_numpy_are_capacities() -> None:
+    comm = parallel.LocalRanks(2, "cpu")
+    one = Spread(comm, CASE)
+    plan = parallel.BatchDecodeWithPagedKVCache(comm, max_batch_size=np.int64(4), max_pages=np.int32(40))  # type: ignore[arg-type]
+    plan.plan(one.kv, one.table, 8)
+
+
+@pytest.mark.parametrize(("timeout", "error"), [("x", TypeError), (float("nan"), ValueError), (0, ValueError)])
+def test_a_timeout_is_a_time(timeout: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match="timeout"):
+        Ranks(1, (0,), ("cpu",), timeout)  # type: ignore[arg-type]
 
 
 def test_ranks_of_one_process_are_compared_too() -> None:
