@@ -104,7 +104,7 @@ def disagreeing() -> Iterator[str]:
         mismatch, total = pa.LayoutMismatchError, table.total_len
         failed = "" if odd else "rank 1 cannot plan this step, and so no rank does: .*Error: "
         twice = (
-            r"a page of request 2 belongs to two ranks: page_offset\[2\] % num_ranks is ranks 0, 1 said 2; rank 2 said"
+            r"a page of request 2 belongs to two ranks: page_offset\[2\] % num_ranks: ranks 0, 1 said 2; rank 2 said"
         )
         refused = ValueError if not odd else pa.PageTableError
         faults: list[tuple[Callable[[], None], type[Exception], str]] = [
