@@ -7,9 +7,9 @@ exchange   exchange and merge of partial states by each communicator; on one car
 model      1M to 16M tokens on 8, 64 and 512 ranks: a MODEL, made of what was measured here and of figures that others
            publish (SOURCES), not a measurement
 
-Steps are CUDA graphs of several layers, whose time is divided by their number: ranks begin a few microseconds apart,
-and meet in the first exchange. A figure is the slowest card's. Keys and values are larger than the L2 cache. Each line
-of JSON has card, versions, date, source hash and command; the picture is drawn beside them.
+Steps are CUDA graphs of several layers, whose time is divided by their number; all ranks begin together. A figure is
+the slowest card's. Keys and values are larger than the L2 cache. Each line of JSON has card, versions, date, source
+hash and command; the picture is drawn beside them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from . import record
 from .check import Expected
 from .exchange import STEPS, Exchange, measure_exchange
 from .session import require_gpu
-from .timing import Stopwatch, spread
+from .timing import SPIN_CYCLES, Memory, Stopwatch, spread
 from .workload import Workload
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -156,11 +156,19 @@ class Cards:
                 with self.on(number):
                     graphs.append(stream.end_capture())
         samples = []
+        with self.on(0):
+            memory = Memory()
+            memory.spin(1)
         for _ in range(WARM_UPS + reps):
             events = []
+            with self.on(0):  # all begin together, behind a spin that hides the host's launches
+                memory.spin(SPIN_CYCLES * len(self.indices))
+                gate = cupy.cuda.Event(disable_timing=True)
+                gate.record()
             for number, (graph, stream) in enumerate(zip(graphs, self._streams, strict=True)):
                 with self.on(number):
                     start, end = cupy.cuda.Event(), cupy.cuda.Event()
+                    stream.wait_event(gate)
                     start.record()
                     graph.launch(stream)
                     end.record()
@@ -289,10 +297,15 @@ def exchange_lines(communicators: dict[str, Any], cards: Cards, reps: int) -> It
         for name, comm in communicators.items():
             if name != "PeerRanks":
                 exchange = Exchange(comm, rows // HEADS)
-                exchange.write(*exchange.random(0))
+                v, s = exchange.random(0)
+                exchange.write(v, s)
                 times = cards.times(lambda step=exchange.step: [step() for _ in range(STEPS)], reps)  # type: ignore[misc]
                 line[f"{name}_us"], line[f"{name}_way"] = share(times, STEPS), exchange.merge.way
                 exchange.merge.status()
+                right = np.empty(v.shape[1:], np.float32)
+                pa.merge_states(v.swapaxes(0, 1), s.swapaxes(0, 1), out=right)
+                for out, _ in exchange.results():
+                    np.testing.assert_allclose(out, right, rtol=2e-3, atol=2e-3)
         yield line
 
 

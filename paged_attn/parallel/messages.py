@@ -22,7 +22,7 @@ import numpy as np
 
 from .. import backends
 from ..holders import TableArrays
-from ..interop import FLOAT32
+from ..interop import FLOAT32, on_device_of
 from ..merge import merge_states
 from .ranks import Lengths, Merge, MergeShape, Ranks
 
@@ -222,6 +222,8 @@ def _views(buffer: Any, num_messages: int, rows: int, heads: int, dim: int, dtyp
 
 
 def _copy(target: Any, source: Any) -> None:
-    """target[...] = source, of one dtype: as integers, since CuPy does not copy every float."""
+    """target[...] = source, of one dtype and device: as integers, since CuPy does not copy every float, and on that
+    device, since CuPy copies on the current one's stream, in no order with what is on the other's."""
     bits = f"u{target.dtype.itemsize}"
-    target.view(bits)[...] = source.view(bits)
+    with on_device_of(target):
+        target.view(bits)[...] = source.view(bits)

@@ -79,6 +79,7 @@ class NcclRanks(MessageRanks):
         self._idle_events: list[list[Any]] = []
         self._progress = 0.0  # when the watch last saw an exchange end
         self._stop = threading.Event()
+        self._in_use = threading.Lock()  # held while the communicators are asked for errors, or taken away
         self._sockets: Sockets | None = None
         try:
             if unique_id is None:
@@ -119,7 +120,7 @@ class NcclRanks(MessageRanks):
         self.check_usable()
         try:
             self._grouped(call)
-        except self._nccl.NcclError as error:
+        except (self._nccl.NcclError, IndexError) as error:  # IndexError: the communicators are taken away
             if self._lost:  # meanwhile
                 raise TimeoutError(self._lost) from error
             raise
@@ -198,8 +199,7 @@ class NcclRanks(MessageRanks):
                     lambda: self._each(lambda i: cupy_for("").cuda.runtime.deviceSynchronize()),
                     f"the work of {', '.join(self.devices)}",
                 )
-                for comm in self._comms:
-                    comm.check_async_error()
+                self._check_comms()
             except (TimeoutError, self._nccl.NcclError) as error:
                 self._abort(str(error))
         self.check_usable()
@@ -235,8 +235,13 @@ class NcclRanks(MessageRanks):
             self._under_way.popleft()
             self._idle_events.append(events)
             self._progress = now
-        for comm in self._comms:
-            comm.check_async_error()
+        self._check_comms()
+
+    def _check_comms(self) -> None:
+        """NcclError where a communicator met one."""
+        with self._in_use:
+            for comm in self._comms:
+                comm.check_async_error()
 
     def _abort(self, why: str) -> None:
         """End the exchanges of this process, which frees its GPUs; the other processes find out by themselves."""
@@ -247,7 +252,8 @@ class NcclRanks(MessageRanks):
     def _end(self) -> None:
         """Give the communicators back: aborted where a rank is lost."""
         self._stop.set()
-        comms, self._comms = self._comms, []
+        with self._in_use:
+            comms, self._comms = self._comms, []
         if self._sockets is not None:
             self._sockets.close()
         with contextlib.suppress(TimeoutError):  # NCCL itself is stuck

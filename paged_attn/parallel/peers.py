@@ -47,6 +47,9 @@ class PeerRanks(Ranks):
     share a card, for tests: those of one process run on streams of their own beside the current one, those of several
     processes take turns, so that a step takes milliseconds.
 
+    Steps of one device are on one stream, or ordered by events: exchanges of two streams may fill two GPUs in different
+    orders, and then wait for each other until `timeout`.
+
     Each rank allocates up to 64 MB for each plan and dtype of results, beside buffers for its own partial results.
 
     Parameters

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from paged_attn import parallel
+from paged_attn.parallel import messages
 from paged_attn.parallel.messages import ALL_GATHER, BY_HEADS, BY_HEADS_AND_BACK, MessageRanks
 from paged_attn.parallel.ranks import MergeShape
 from tests.cases import Case
@@ -104,3 +105,27 @@ def test_a_way_is_chosen_by_the_size_of_a_plan() -> None:
     assert (few.way, many.way) == (ALL_GATHER, BY_HEADS_AND_BACK)
     for plan in (few, many):
         spread.assert_right(spread.lists(plan.run(spread.q, spread.kv, return_lse=True)))
+
+
+def test_states_are_copied_on_their_device() -> None:
+    """CuPy would copy on the stream of the current device, before the states of another one are written."""
+    done: list[str] = []
+
+    class Device:
+        def __enter__(self) -> None:
+            done.append("enter")
+
+        def __exit__(self, *_: object) -> None:
+            done.append("leave")
+
+    class OnCard:
+        dtype, device = np.dtype(np.float32), Device()
+
+        def view(self, dtype: str) -> "OnCard":
+            return self
+
+        def __setitem__(self, index: object, value: object) -> None:
+            done.append("copy")
+
+    messages._copy(OnCard(), OnCard())
+    assert done == ["enter", "copy", "leave"]
