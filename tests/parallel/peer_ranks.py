@@ -33,7 +33,7 @@ from tests.parallel.spread import OnCards
 from tests.parallel.test_sockets import free_address, raise_errors, together
 
 CASE = Case("peers", (130, 0, 77, 9), num_qo_heads=8, sinks=True)
-TIMEOUT = 2.0  # seconds; a step on the shim takes less
+TIMEOUT = 4.0  # seconds; a step on the shim takes less
 
 
 def check_results(comm: Any) -> None:
