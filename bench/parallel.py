@@ -4,8 +4,8 @@ split      one card: a table cut into chunks, attended in one call and merged, b
 decode     long contexts on one card; the part of them that one of 2, 4 or 8 ranks has; and, where there are more cards,
            over all of them, with each communicator
 exchange   exchange and merge of partial states by each communicator; on one card two ranks take turns at it
-model      1M to 16M tokens on 8, 64 and 512 ranks: a MODEL, made of what was measured here and of figures that others
-           publish (SOURCES), not a measurement
+model      1M to 16M tokens on 8, 64 and 512 ranks: a MODEL, made of what was measured here, of bandwidths that others
+           publish and of a latency that is assumed (SOURCES), not a measurement
 
 Steps are CUDA graphs of several layers, whose time is divided by their number; all ranks begin together. A figure is
 the slowest card's. Keys and values are larger than the L2 cache. Each line of JSON has card, versions, date, source
@@ -46,9 +46,9 @@ PARTS = (2, 4, 8)  # ranks of which one's part is measured on one card
 WARM_UPS = 3
 
 SOURCES = """NVLink 4: 450 GB/s each way (H200 data sheet); one 400 Gb/s InfiniBand port a GPU, 50 GB/s (DGX H200 user
-guide); a small all-gather between nodes 20 us a doubling of nodes (nccl-tests of H100 clusters)"""
+guide); ASSUMED, not published or measured: a small all-gather between nodes takes 20 us a doubling of nodes"""
 NVLINK, NETWORK = 450e3, 50e3  # bytes a microsecond
-NETWORK_LATENCY = 20.0  # microseconds, times log2 of the nodes
+NETWORK_LATENCY = 20.0  # microseconds, times log2 of the nodes; assumed
 RANKS_A_NODE = 8
 MODEL_RANKS, MODEL_TOKENS = (8, 64, 512), tuple(2**power for power in range(20, 25))
 
