@@ -3,7 +3,7 @@
 split      one card: a table cut into chunks, attended in one call and merged, beside the call that is not cut
 decode     long contexts on one card; the part of them that one of 2, 4 or 8 ranks has; and, where there are more cards,
            over all of them, with each communicator
-exchange   exchange and merge of partial states by each communicator; on one card two ranks take turns at it
+exchange   exchange and merge of partial states by each communicator; on one card between two ranks that share it
 model      1M to 16M tokens on 8, 64 and 512 ranks: a MODEL, made of what was measured here, of bandwidths that others
            publish and of a latency that is assumed (SOURCES), not a measurement
 
